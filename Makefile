@@ -1,0 +1,55 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Paths in the repository only: tools must not wander into .venv or build.
+CODE := setup.py pyext tfops tests benchmarks examples
+CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h')
+BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE)
+# Warnings stop a development build. A user's compiler may know warnings that ours does not.
+export CXXFLAGS ?= -Werror
+
+.PHONY: setup demo test bench lint format sanitize clean
+
+setup: $(VENV)/built
+
+$(VENV)/dependencies: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --group dev
+	touch $@
+
+# One install makes the package importable; later changes need only the compiler.
+$(VENV)/installed: $(VENV)/dependencies
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/built: $(VENV)/installed $(BUILD_INPUTS)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: setup
+	$(BIN)/python -m examples.digits
+
+test: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/dependencies
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_CODE)
+
+format: $(VENV)/dependencies
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/clang-format -i $(CXX_CODE)
+
+sanitize: setup
+	tests/sanitize.sh $(BIN)/python
+
+clean:
+	rm -rf build dist $(VENV)
+	find pyext tfops tests -name '*.so' -delete

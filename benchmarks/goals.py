@@ -1,0 +1,106 @@
+"""Goals: a figure, the least it should be, and whether a run reached it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks.harness import geometric_mean
+from benchmarks.results import MemoryUse, RunResult, SectionResult, shape_text
+
+ALL_PEERS = "*"
+
+# RSS is counted in pages by thread, and lags by some pages of each: what differs less is equal.
+MEMORY_RESOLUTION = 256 << 10
+
+
+@dataclass(frozen=True)
+class Goal:
+    """`sentence` is what is promised; `measure` says how the figure comes from section `section`.
+
+    geomean, each: how many times as fast as `peer` candidate `own` is, over the shapes or on the
+        worst of them (`ALL_PEERS`: as the best peer of each shape).
+    fma: share of the measured peak of fused multiply-adds, on the worst shape.
+    memory: peak bytes over the peer's, on the worst shape; `limit` is an upper one.
+    seconds: duration; `limit` is an upper one.
+    """
+
+    sentence: str
+    section: str
+    measure: Literal["geomean", "each", "fma", "memory", "seconds"]
+    limit: float
+    own: str = ""
+    peer: str = ""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`reached` is None when the run did not measure all that the goal speaks of."""
+
+    goal: Goal
+    measured: float | None
+    reached: bool | None
+    where: str = ""
+
+
+def judge(goal: Goal, run: RunResult, shapes: Sequence[tuple[int, ...]]) -> Verdict:
+    """Compare what `run` measured with `goal`; `shapes` are all those of the goal's section.
+
+    A run of fewer shapes shows its figure but reaches nothing.
+    """
+    section = run.section(goal.section)
+    if section is None:
+        return Verdict(goal, None, None, "not run")
+    if goal.measure == "seconds":
+        if section.seconds is None:
+            return Verdict(goal, None, None, "not measured")
+        return Verdict(goal, section.seconds, section.seconds <= goal.limit)
+    wanted = goal.shapes or tuple(shapes)
+    figures = {s: v for s, v in _figures(goal, section, run).items() if s in wanted}
+    if not figures:
+        return Verdict(goal, None, None, "not measured")
+    upper = goal.measure == "memory"
+    if goal.measure == "geomean":
+        measured, where = geometric_mean(list(figures.values())), ""
+    else:
+        worst = (max if upper else min)(figures, key=lambda shape: figures[shape])
+        measured, where = figures[worst], f"worst: {shape_text(worst)}"
+    if len(figures) < len(wanted):
+        return Verdict(goal, measured, None, f"only {len(figures)} of {len(wanted)} shapes")
+    reached = measured <= goal.limit if upper else measured >= goal.limit
+    return Verdict(goal, measured, reached, where)
+
+
+def _figures(goal: Goal, section: SectionResult, run: RunResult) -> dict[tuple[int, ...], float]:
+    if goal.measure == "memory":
+        return {
+            shape: memory_ratio(uses[goal.own], uses[goal.peer])
+            for shape, uses in section.memory.items()
+            if goal.own in uses and goal.peer in uses
+        }
+    if goal.measure == "fma":
+        peak = run.limits.peak_flops(section.section.dtype)
+        return {
+            c.shape: c.flops / c.seconds(goal.own) / peak
+            for c in section.cases
+            if peak and goal.own in c.timings
+        }
+    return section.ratios(goal.own, None if goal.peer == ALL_PEERS else goal.peer)
+
+
+def memory_ratio(own: MemoryUse, peer: MemoryUse) -> float:
+    """Larger of the resident and the allocator's ratio; 1 where they differ less than noise."""
+    ratios = [_over(own.resident, peer.resident)]
+    if own.allocator is not None and peer.allocator is not None:
+        ratios.append(_over(own.allocator, peer.allocator, resolution=0))
+    return max(ratios)
+
+
+def _over(own: int, peer: int, resolution: int = MEMORY_RESOLUTION) -> float:
+    if abs(own - peer) <= resolution:
+        return 1.0
+    return own / peer if peer else math.inf

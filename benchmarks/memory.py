@@ -1,0 +1,105 @@
+"""Peak memory of one pass, in a process of its own: `python -m benchmarks.memory ...` prints JSON."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import linear_relu
+from benchmarks.operands import Shape, set_threads
+from benchmarks.results import MemoryUse, shape_text
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(name: str, framework: str, shape: Shape, dtype: str, threads: int) -> MemoryUse:
+    """Peak memory of candidate `name` in a fresh process. Raises RuntimeError with its last words."""
+    command = [sys.executable, "-m", "benchmarks.memory", name, framework, shape_text(shape), dtype]
+    done = subprocess.run(
+        [*command, str(threads)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(lines[-1])
+    return MemoryUse(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def resident_peak(run: Callable[[], Any]) -> int:
+    """Bytes that the resident set rises by at most while `run` works; Linux only."""
+    run()  # one-time costs: compilation, thread stacks, tables
+    # What the warm-up freed goes back to the system, or the peak would hide in it.
+    ctypes.CDLL(None).malloc_trim(0)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = _status("VmRSS")
+    result = run()
+    peak = _status("VmHWM")
+    del result
+    return peak - before
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) << 10
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def allocator_peak(run: Callable[[], Any]) -> int:
+    """Bytes that torch's CPU allocator holds at most while `run` works, from its own events."""
+    import torch
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = run()
+    del result
+    held = peak = 0
+    results = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = (e for e in results if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("candidate")
+    parser.add_argument("framework", choices=("torch", "tensorflow"))
+    parser.add_argument("shape", type=lambda text: tuple(map(int, text.split("x"))))
+    parser.add_argument("dtype")
+    parser.add_argument("threads", type=int)
+    arguments = parser.parse_args()
+    # A block of this size or more is its own mapping, so that freeing it shows at once: without
+    # this, glibc raises the threshold with the sizes it sees and keeps what was freed.
+    M_MMAP_THRESHOLD = -3
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 10)
+    set_threads(arguments.threads, [arguments.framework])
+    case = linear_relu.case(
+        "training", arguments.shape, arguments.dtype, [arguments.framework], [arguments.candidate]
+    )
+    run = next((c.run for c in case.candidates if c.name == arguments.candidate), None)
+    if run is None:
+        sys.exit(case.skipped.get(arguments.candidate, f"no candidate {arguments.candidate!r}"))
+    case.reference.clear()
+    with case.context():
+        use = {"resident": resident_peak(run)}
+        if arguments.framework == "torch":
+            use["allocator"] = allocator_peak(run)
+    print(json.dumps(use))
+    # TensorFlow's threads may still be at work: nothing is left to save.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

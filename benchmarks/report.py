@@ -1,0 +1,248 @@
+"""What a run prints, and the JSON it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.goals import Verdict, memory_ratio
+from benchmarks.operands import Section
+from benchmarks.results import CaseResult, MemoryUse, RunResult, SectionResult, rate, shape_text
+
+SCHEMA = 1
+
+
+def microseconds(seconds: float) -> str:
+    value = seconds * 1e6
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def coloured(value: float | None, text: str = "") -> str:
+    """`value` as "1.23x": green from 1, red below. "-" for a missing one."""
+    if value is None or math.isnan(value):
+        return "-"
+    colour = "green" if value >= 1 else "red"
+    return f"[{colour}]{value:.2f}x[/{colour}]{text}"
+
+
+def figure(verdict: Verdict, value: float | None) -> str:
+    """A goal's limit or measured value in its own unit."""
+    if value is None:
+        return "-"
+    match verdict.goal.measure:
+        case "fma":
+            return f"{value:.0%}"
+        case "seconds":
+            return f"{value:.0f} s"
+        case _:
+            return f"{value:.2f}x"
+
+
+def outcome(verdict: Verdict) -> str:
+    return {True: "yes", False: "no", None: "not measured"}[verdict.reached]
+
+
+def print_sections(console: Console, sections: Sequence[Section]) -> None:
+    table = Table("section", "what", "dtype", "shapes (M x K x N)", title="Sections")
+    for section in sections:
+        shapes = " ".join(map(shape_text, section.shapes))
+        table.add_row(section.name, section.title, section.dtype, shapes)
+    console.print(table)
+
+
+def print_run(console: Console, run: RunResult, verdicts: Sequence[Verdict]) -> None:
+    """Limits, one table for each section and framework, and the goals at the end."""
+    console.print(environment_text(run), highlight=False)
+    console.print(limits_text(run), highlight=False)
+    for section in run.sections:
+        for framework in section.frameworks():
+            console.print(_timing_table(run, section, framework))
+        if section.memory:
+            console.print(_memory_table(section))
+        if section.seconds is not None:
+            console.print(f"{section.section.title}: {section.seconds:.0f} s")
+        for text in skipped(section):
+            console.print(f"[yellow]left out: {text}[/yellow]", highlight=False)
+    if verdicts:
+        console.print(_goal_table(verdicts))
+
+
+def environment_text(run: RunResult) -> str:
+    e = run.environment
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    return (
+        f"{e['cpu']}, {e['threads']} threads of {e['cores']}, kernels for {e['isa']}\n"
+        f"{versions}; commit {e['commit']}, {e['date']}"
+    )
+
+
+def limits_text(run: RunResult) -> str:
+    """The measured limits in one line, or why there are none."""
+    limits = run.limits
+    if not limits.flops:
+        return f"limits not measured: {limits.error or 'no section ran'}"
+    flops = [f"{name} {rate / 1e9:.0f}" for name, rate in limits.flops.items() if rate]
+    memory = [f"{name} {max(rates.values()) / 1e9:.0f}" for name, rates in limits.bytes.items()]
+    return f"limits: {', '.join(flops)} GFLOP/s; {', '.join(memory)} GB/s"
+
+
+def skipped(section: SectionResult) -> list[str]:
+    """Candidates that were not measured, each with its reason, once."""
+    reasons = [f"{name}: {why}" for c in section.cases for name, why in c.skipped.items()]
+    reasons += [f"{name}: {why}" for name, why in section.skipped.items()]
+    return list(dict.fromkeys(reasons))
+
+
+def _timing_table(run: RunResult, section: SectionResult, framework: str) -> Table:
+    peers = section.peers(framework)
+    table = Table(title=f"{section.section.title}, {section.section.dtype}, {framework}")
+    table.add_column("shape", no_wrap=True)
+    for name in ("us", "quartiles", "rate", "of limit", *(f"x {peer}" for peer in peers)):
+        table.add_column(name, justify="right")
+    table.add_column("x best of all peers")
+    for own in section.own(framework):
+        table.add_row(own, style="bold")
+        for case in section.cases:
+            if own in case.timings:
+                table.add_row(*_timing_row(run, section, case, own, peers))
+        means = [coloured(section.geomean(own, peer)) for peer in [*peers, None]]
+        table.add_row("geometric mean", "", "", "", "", *means, style="bold", end_section=True)
+    return table
+
+
+def _timing_row(
+    run: RunResult, section: SectionResult, case: CaseResult, own: str, peers: Sequence[str]
+) -> list[str]:
+    spread = case.timings[own].spread
+    value, unit, bound, share = rate(case, own, run.limits, section.section.dtype)
+    best = case.best_peer(own)
+    return [
+        shape_text(case.shape),
+        microseconds(spread.median),
+        f"{microseconds(spread.low)}-{microseconds(spread.high)}",
+        f"{value:.1f} {unit}",
+        "-" if math.isnan(share) else f"{share:.0%} {bound}",
+        *(coloured(case.ratio(own, p).median if p in case.timings else None) for p in peers),
+        coloured(best[1].median, f" {best[0]}") if best else "-",
+    ]
+
+
+def _memory_table(section: SectionResult) -> Table:
+    table = Table(title=section.section.title)
+    for name in ("shape", "candidate", "resident MB", "allocator MB", "x torch eager"):
+        table.add_column(name, justify="right" if name.endswith("MB") else "left")
+    for shape, uses in section.memory.items():
+        for name, use in uses.items():
+            table.add_row(shape_text(shape), name, *_memory_cells(use), _against(uses, name))
+        table.add_section()
+    return table
+
+
+def _memory_cells(use: MemoryUse) -> list[str]:
+    allocator = "-" if use.allocator is None else f"{use.allocator / 1e6:.2f}"
+    return [f"{use.resident / 1e6:.2f}", allocator]
+
+
+def _against(uses: dict[str, MemoryUse], name: str) -> str:
+    if "torch eager" not in uses or name == "torch eager":
+        return ""
+    value = memory_ratio(uses[name], uses["torch eager"])
+    return f"[{'green' if value <= 1 else 'red'}]{value:.2f}x"
+
+
+def _goal_table(verdicts: Sequence[Verdict]) -> Table:
+    table = Table("goal", "limit", "measured", "reached", "", title="Goals")
+    for verdict in verdicts:
+        colour = {True: "green", False: "red", None: "yellow"}[verdict.reached]
+        table.add_row(
+            verdict.goal.sentence + (f"\n[dim]{verdict.goal.note}" if verdict.goal.note else ""),
+            figure(verdict, verdict.goal.limit),
+            figure(verdict, verdict.measured),
+            f"[{colour}]{outcome(verdict)}",
+            verdict.where,
+        )
+    return table
+
+
+def to_json(run: RunResult, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Everything measured: seconds of every round, limits, kernels launched, and the verdicts."""
+    return {
+        "schema": SCHEMA,
+        "op": run.op,
+        "environment": run.environment,
+        "limits": {
+            "flops": run.limits.flops,
+            "bytes": run.limits.bytes,
+            "caches": run.limits.caches,
+            "error": run.limits.error,
+        },
+        "sections": [_section_json(run, section) for section in run.sections],
+        "goals": [
+            asdict(v.goal) | {"measured": v.measured, "reached": v.reached, "where": v.where}
+            for v in verdicts
+        ],
+        "problems": run.problems(),
+    }
+
+
+def _section_json(run: RunResult, section: SectionResult) -> dict[str, Any]:
+    names = [own for framework in section.frameworks() for own in section.own(framework)]
+    peers = list(dict.fromkeys(p for c in section.cases for p in c.peers()))
+    return {
+        "name": section.section.name,
+        "title": section.section.title,
+        "kind": section.section.kind,
+        "dtype": section.section.dtype,
+        "cases": [_case_json(run, section, case) for case in section.cases],
+        "geometric_means": {
+            own: {"best of all peers": section.geomean(own, None)}
+            | {peer: section.geomean(own, peer) for peer in peers}
+            for own in names
+        },
+        "memory": [
+            {"shape": list(shape), "candidates": {n: asdict(u) for n, u in uses.items()}}
+            for shape, uses in section.memory.items()
+        ],
+        "seconds": section.seconds,
+        "skipped": section.skipped,
+    }
+
+
+def _case_json(run: RunResult, section: SectionResult, case: CaseResult) -> dict[str, Any]:
+    candidates = {}
+    for name, timing in case.timings.items():
+        value, unit, bound, share = rate(case, name, run.limits, section.section.dtype)
+        candidates[name] = {
+            "framework": case.candidates[name].framework,
+            "own": case.candidates[name].own,
+            "calls_per_round": timing.number,
+            "seconds": list(timing.rounds),
+            **asdict(timing.spread),
+            "rate": value,
+            "unit": unit,
+            "bound": bound or None,
+            "share_of_limit": None if math.isnan(share) else share,
+            "kernels": case.kernels.get(name, {}),
+            "ratios": {p: asdict(case.ratio(name, p)) for p in case.peers()}
+            if case.candidates[name].own
+            else {},
+        }
+    return {
+        "shape": list(case.shape),
+        "flops": case.flops,
+        "traffic": case.traffic,
+        "candidates": candidates,
+        "skipped": case.skipped,
+    }
+
+
+def write_json(path: Path, run: RunResult, verdicts: Sequence[Verdict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(to_json(run, verdicts), indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,67 @@
+#include "api/kernel_table.h"
+
+#include <array>
+#include <atomic>
+#include <string>
+
+#include "api/error.h"
+#include "twinfuse/core.h"
+
+namespace twinfuse {
+namespace {
+
+constexpr const char* kRoles[] = {"linear_relu_forward", "linear_relu_backward"};
+constexpr int kRoleCount = sizeof(kRoles) / sizeof(kRoles[0]);
+constexpr const char* kDtypes[TWINFUSE_DTYPE_COUNT] = {"f32", "f64", "bf16", "f16"};
+constexpr int kKernelCount = kRoleCount * TWINFUSE_DTYPE_COUNT;
+
+std::array<std::atomic<int64_t>, kKernelCount> launches;
+
+const std::string& kernel_name(int32_t index) {
+  static const auto names = [] {
+    std::array<std::string, kKernelCount> list;
+    for (int i = 0; i < kKernelCount; i++)
+      list[i] = std::string(kRoles[i / TWINFUSE_DTYPE_COUNT]) + "_" +
+                kDtypes[i % TWINFUSE_DTYPE_COUNT] + "_" + twinfuse_isa();
+    return list;
+  }();
+  return names[index];
+}
+
+}  // namespace
+
+void count_launch(Role role, int32_t dtype) {
+  launches[static_cast<int>(role) * TWINFUSE_DTYPE_COUNT + dtype].fetch_add(
+      1, std::memory_order_relaxed);
+}
+
+}  // namespace twinfuse
+
+using namespace twinfuse;
+
+extern "C" int32_t twinfuse_kernel_count(void) { return kKernelCount; }
+
+extern "C" const char* twinfuse_kernel_name(int32_t index) {
+  return index < 0 || index >= kKernelCount ? nullptr : kernel_name(index).c_str();
+}
+
+extern "C" int64_t twinfuse_kernel_launches(int32_t index) {
+  if (index < 0 || index >= kKernelCount) return -1;
+  return launches[index].load(std::memory_order_relaxed);
+}
+
+extern "C" const char* twinfuse_find_kernel(const char* role, int32_t dtype, int32_t device) {
+  int index = 0;
+  while (index < kRoleCount && std::string(kRoles[index]) != (role ? role : "")) index++;
+  if (index == kRoleCount) {
+    fail(TWINFUSE_UNSUPPORTED, std::string("no kernel has the role '") + (role ? role : "") + "'");
+  } else if (device != TWINFUSE_CPU) {
+    fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": no GPU kernel is built yet");
+  } else if (dtype < 0 || dtype >= TWINFUSE_DTYPE_COUNT) {
+    fail(TWINFUSE_UNSUPPORTED,
+         std::string(role) + ": no kernel takes dtype number " + std::to_string(dtype));
+  } else {
+    return kernel_name(index * TWINFUSE_DTYPE_COUNT + dtype).c_str();
+  }
+  return nullptr;
+}

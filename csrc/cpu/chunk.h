@@ -1,0 +1,261 @@
+// The main loop of every op, for one chunk: a rectangle of the output that one thread makes.
+//
+// Row blocks and column blocks are sized for the second-level cache, blocks of the reduced
+// dimension (kBlock) by the order of summation, panels (of columns) and tiles (of rows) by the
+// microkernel. Every sum is made by one thread in the same order, whatever the blocks and chunks.
+#pragma once
+
+#include "cpu/epilogue.h"
+#include "cpu/microkernel.h"
+#include "cpu/pack.h"
+#include "cpu/prefetch.h"
+#include "cpu/problem.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+constexpr int64_t kRowBlock = 384;
+constexpr int64_t kColumnBlock = 256;
+
+// Scratch of one chunk, in bytes; every part starts on a cache line.
+template <class T>
+struct Scratch {
+  using E = Engine<T>;
+  int64_t rows = 0, columns, transpose, partial, total;
+
+  Scratch(const Gemm<T>& g, const Grid& grid) {
+    constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
+    const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), E::kBlock);
+    const int64_t height = min64(ceil_div(g.rows, grid.row_chunks), kRowBlock);
+    const int64_t width = partial_stride(min64(g.cols, kColumnBlock));
+    columns = rows + aligned(max64(height * row_stride(depth) * kPacked,
+                                   steps_of<T>(depth) * step_stride(height) * kUnit));
+    // Transposing writes up to three steps past the last.
+    transpose = columns + aligned((steps_of<T>(depth) + 3) * width * kUnit);
+    partial = transpose + aligned(g.b_cols_outer ? transpose_scratch<T>() * kPacked : 0);
+    total = partial + aligned(g.depth > E::kBlock ? height * width * sizeof(typename E::Acc) : 0);
+  }
+
+  static int64_t aligned(int64_t n) { return round_up(n, 64); }
+  // An odd number of cache lines, so that neighbouring rows do not share cache sets.
+  static int64_t row_stride(int64_t depth) {
+    constexpr int64_t kLine = 64 / sizeof(typename E::Packed);
+    return (ceil_div(depth, kLine) | 1) * kLine;
+  }
+  static int64_t step_stride(int64_t rows) {
+    return round_up(rows, 64 / sizeof(typename E::Unit));
+  }
+  static int64_t partial_stride(int64_t cols) {
+    return round_up(cols, kMaxVectors * E::S::kWidth) + 64 / sizeof(typename E::Acc);
+  }
+};
+
+template <class T>
+void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t steps, int64_t n,
+              bool first, typename Engine<T>::Acc* sums) {
+  using S = typename Engine<T>::S;
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    typename S::V sum = S::zero();
+    for (int64_t k = 0; k < steps; k++) sum = Engine<T>::accumulate(sum, packed + k * stride + i);
+    const int count = static_cast<int>(min64(n - i, S::kWidth));
+    if (!first) sum = S::add(S::load(sums + i, count), sum);
+    S::store(sums + i, sum, count);
+  }
+}
+
+template <class T, class Epilogue>
+class Chunk {
+  using E = Engine<T>;
+  using Acc = typename E::Acc;
+  using Unit = typename E::Unit;
+  using Packed = typename E::Packed;
+  static constexpr int kWidth = E::S::kWidth;
+
+ public:
+  Chunk(const Gemm<T>& g, const Scratch<T>& layout, char* scratch)
+      : g_(g),
+        row_space_(scratch + layout.rows),
+        columns_(reinterpret_cast<Unit*>(scratch + layout.columns)),
+        transpose_(reinterpret_cast<Packed*>(scratch + layout.transpose)),
+        partial_(reinterpret_cast<Acc*>(scratch + layout.partial)) {}
+
+  // Rows [i0, i1) and columns [j0, j1). `sum_a` and `sum_b`: this chunk makes the operand's sums.
+  void run(int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool sum_a, bool sum_b) {
+    const int64_t blocks = ceil_div(i1 - i0, kRowBlock);
+    for (j_ = j0; j_ < j1; j_ += kColumnBlock) {
+      cols_ = min64(j1 - j_, kColumnBlock);
+      for (int64_t block = 0; block < blocks; block++) {
+        i_ = i0 + (i1 - i0) * block / blocks;
+        rows_ = i0 + (i1 - i0) * (block + 1) / blocks - i_;
+        sum_a_ = sum_a && j_ == j0;
+        sum_b_ = sum_b && block == 0;
+        r_ = 0;
+        do {
+          depth_ = min64(g_.depth - r_, E::kBlock);
+          multiply_block();
+          r_ += E::kBlock;
+        } while (r_ < g_.depth);
+      }
+    }
+  }
+
+ private:
+  void multiply_block() {
+    in_.steps = steps_of<T>(depth_);
+    to_.first = r_ == 0;
+    to_.last = r_ + depth_ >= g_.depth;
+    vectors_ = rows_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
+    tiles_ = ceil_div(rows_, max_rows(vectors_));
+    // Read in place where a column is used once and panels are whole.
+    const bool direct = E::kGroup == 1 && sizeof(Packed) == sizeof(T) && !g_.b_cols_outer &&
+                        tiles_ == 1 && g_.b.inner == 1 && !g_.b.mask;
+    prepare_rows();
+    if (!g_.b_cols_outer && !direct) pack_panels();
+    read_ahead_of_block();
+    for (int64_t j = 0; j < cols_;) {
+      const int vectors = cols_ - j <= kWidth ? 1 : cols_ - j <= 2 * kWidth ? 2 : vectors_;
+      const int64_t cols = min64(cols_ - j, vectors * kWidth);
+      prepare_panel(j, cols, vectors * kWidth, direct);
+      multiply_panel(j, cols, vectors);
+      j += cols;
+    }
+  }
+
+  void multiply_panel(int64_t j, int64_t cols, int vectors) {
+    alignas(64) Acc bias[kMaxVectors * kWidth] = {}, sums[kMaxRows * 2 * kWidth];
+    if (to_.last && g_.bias) {
+      Source<T> source{g_.bias, 0, g_.bias_stride, nullptr, 0, 0, 0};
+      fetch(source, 0, j_ + j, cols, bias);
+    }
+    to_.bias = bias;
+    to_.cols = static_cast<int>(cols);
+    to_.out_row = g_.out_row;
+    to_.partial_row = Scratch<T>::partial_stride(cols_);
+    // Heights differ by one at most: a short last tile would leave the pipelines idle.
+    const int low = static_cast<int>(rows_ / tiles_), taller = static_cast<int>(rows_ % tiles_);
+    const Microkernel<E> kernels[2] = {microkernel_for<E>(low, vectors),
+                                       taller ? microkernel_for<E>(low + 1, vectors) : nullptr};
+    for (int64_t t = 0, i = 0; t < tiles_; t++, i += to_.rows) {
+      to_.rows = low + (t < taller);
+      to_.out = g_.out + (i_ + i) * g_.out_row + j_ + j;
+      to_.partial = partial_ + i * to_.partial_row + j;
+      read_ahead_of_tile();
+      in_.a = a_ + i * in_.a_row;
+      kernels[t < taller](in_, sums);
+      finish_tile<T, Epilogue>(to_, sums, vectors);
+    }
+  }
+
+  // Points `a_` at this block's rows: where they lie if they can be read as they are and packing
+  // would not pay, else packed.
+  void prepare_rows() {
+    const Source<T>& a = g_.a;
+    if (g_.a_rows_outer) {
+      const bool as_is = sizeof(Packed) == sizeof(T) && !a.mask && a.inner == 1 &&
+                         depth_ % E::kGroup == 0;
+      const bool few_uses = cols_ <= 4 * kWidth || rows_ <= max_rows(4);
+      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 512 == 0;
+      if (as_is && few_uses && (!shares_sets || rows_ <= max_rows(4))) {
+        a_ = reinterpret_cast<const char*>(a.data + i_ * a.outer + r_);
+        in_.a_row = a.outer * static_cast<int64_t>(sizeof(T));
+      } else {
+        const int64_t stride = Scratch<T>::row_stride(round_up(depth_, E::kGroup));
+        pack_rows(a, r_, depth_, i_, rows_, reinterpret_cast<Packed*>(row_space_), stride);
+        a_ = row_space_;
+        in_.a_row = stride * sizeof(Packed);
+      }
+      in_.a_step = sizeof(Unit);
+    } else {
+      const int64_t stride = Scratch<T>::step_stride(rows_);
+      Unit* packed = reinterpret_cast<Unit*>(row_space_);
+      pack_steps(a, r_, depth_, i_, rows_, stride, packed, stride);
+      if (sum_a_) add_sums<T>(packed, stride, in_.steps, rows_, to_.first, g_.a_sums + i_);
+      a_ = row_space_;
+      in_.a_row = sizeof(Unit);
+      in_.a_step = stride * sizeof(Unit);
+    }
+  }
+
+  // All panels of the block at once, row by row: panel by panel would touch every page of `b` again
+  // for each of them.
+  void pack_panels() {
+    alignas(64) Unit row[kColumnBlock + kMaxVectors * kWidth];
+    const int64_t width = vectors_ * kWidth, padded = round_up(cols_, kWidth);
+    for (int64_t step = 0; step < in_.steps; step++) {
+      const int64_t r = step * E::kGroup;
+      pack_steps(g_.b, r_ + r, min64(depth_ - r, E::kGroup), j_, cols_, padded, row, 0);
+      for (int64_t j = 0; j < padded; j += width) {
+        const int64_t n = min64(width, padded - j);
+        memcpy(columns_ + j * in_.steps + step * n, row + j, n * sizeof(Unit));
+      }
+    }
+  }
+
+  void prepare_panel(int64_t j, int64_t cols, int64_t width, bool direct) {
+    if (direct && cols == width) {
+      in_.b = reinterpret_cast<const char*>(g_.b.data + r_ * g_.b.outer + j_ + j);
+      in_.b_step = g_.b.outer * static_cast<int64_t>(sizeof(T));
+      return;
+    }
+    Unit* panel = columns_;
+    if (g_.b_cols_outer)
+      pack_transposed(g_.b, r_, depth_, j_ + j, cols, width, panel, width, transpose_);
+    else if (direct)
+      pack_steps(g_.b, r_, depth_, j_ + j, cols, width, panel, width);
+    else
+      panel += j * in_.steps;
+    if (sum_b_) add_sums<T>(panel, width, in_.steps, cols, to_.first, g_.b_sums + j_ + j);
+    in_.b = reinterpret_cast<const char*>(panel);
+    in_.b_step = width * sizeof(Unit);
+    read_ahead(next_panel_, g_.b, g_.b_cols_outer, j_ + j + cols,
+               g_.b_cols_outer ? min64(cols_ - j - cols, cols) : 0, r_, depth_, tiles_);
+  }
+
+  // `i` counts along the output, `r` along the reduced dimension.
+  static void read_ahead(ReadAhead& ahead, const Source<T>& s, bool i_outer, int64_t i, int64_t n,
+                         int64_t r, int64_t depth, int64_t calls) {
+    if (calls < 4) return;
+    if (i_outer)
+      ahead.start(s, i, n, r, depth, calls);
+    else
+      ahead.start(s, r, depth, i, n, calls);
+  }
+
+  // What the next block packs: the same rows and columns further along the reduced dimension, or
+  // the next rows from its start.
+  void read_ahead_of_block() {
+    const int64_t tiles = tiles_ * ceil_div(cols_, vectors_ * kWidth);
+    const int64_t r = to_.last ? 0 : r_ + depth_, depth = min64(g_.depth - r, E::kBlock);
+    const int64_t i = to_.last ? i_ + rows_ : i_;
+    read_ahead(next_rows_, g_.a, g_.a_rows_outer, i, min64(g_.rows - i, rows_), r, depth, tiles);
+    if (!g_.b_cols_outer)
+      read_ahead(next_columns_, g_.b, false, j_, cols_, r, depth, tiles);
+  }
+
+  void read_ahead_of_tile() {
+    for (int row = 0; row < to_.rows; row++)
+      for (int64_t c = 0; c < to_.cols; c += 64 / sizeof(Acc)) {
+        if (to_.last) __builtin_prefetch(to_.out + row * to_.out_row + c, 1);
+        if (!to_.first) __builtin_prefetch(to_.partial + row * to_.partial_row + c, 1);
+      }
+    next_rows_.advance();
+    next_panel_.advance();
+    next_columns_.advance();
+  }
+
+  const Gemm<T>& g_;
+  // The block at hand, in the problem's coordinates.
+  int64_t i_ = 0, rows_ = 0, j_ = 0, cols_ = 0, r_ = 0, depth_ = 0;
+  int64_t tiles_ = 0;
+  int vectors_ = 0;  // of a whole panel
+  bool sum_a_ = false, sum_b_ = false;
+  Operands in_{};
+  Destination<T> to_{};
+  ReadAhead next_rows_, next_panel_, next_columns_;
+  const char* a_ = nullptr;
+  char* row_space_;
+  Unit* columns_;
+  Packed* transpose_;
+  Acc* partial_;
+};
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,44 @@
+// What the api layer hands to the CPU kernels, and the table of kernels of each instruction set.
+#pragma once
+
+#include <stdint.h>
+
+#include "twinfuse/linear_relu.h"
+
+namespace twinfuse::cpu {
+
+// A 2-d view, strides in elements. `data == nullptr` stands for an argument that was not given.
+struct Matrix {
+  void* data = nullptr;
+  int64_t rows = 0, cols = 0;
+  int64_t row_stride = 0, col_stride = 0;
+};
+
+struct LinearReluForward {
+  Matrix output, input, weight;
+  const void* bias;
+  int64_t bias_stride;
+};
+
+struct LinearReluBackward {
+  Matrix grad_input, grad_weight;
+  void* grad_bias;
+  int64_t grad_bias_stride;
+  Matrix grad_output, output, input, weight;
+  int32_t relu_grad;
+};
+
+// Indexed by TwinfuseDtype. Outputs have unit stride along one of their dimensions, except
+// `grad_bias`, which may have any.
+struct Kernels {
+  const char* isa;
+  TwinfuseStatus (*linear_relu_forward[TWINFUSE_DTYPE_COUNT])(const LinearReluForward&,
+                                                              const TwinfuseContext&);
+  TwinfuseStatus (*linear_relu_backward[TWINFUSE_DTYPE_COUNT])(const LinearReluBackward&,
+                                                               const TwinfuseContext&);
+};
+
+// The table for this processor (or for TWINFUSE_ISA); see twinfuse_isa().
+const Kernels& active_kernels();
+
+}  // namespace twinfuse::cpu

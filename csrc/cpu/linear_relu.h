@@ -1,0 +1,139 @@
+// Linear + ReLU on the CPU: three problems for the main loop. Equations in twinfuse/linear_relu.h.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/kernels.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// `m` walked along its columns (inner) row by row (outer), or with `swap` the other way round.
+template <class T>
+Source<T> source_of(const Matrix& m, bool swap, const Matrix* mask = nullptr,
+                    int32_t relu_grad = 0) {
+  Source<T> s{static_cast<const T*>(m.data),
+              swap ? m.col_stride : m.row_stride,
+              swap ? m.row_stride : m.col_stride,
+              nullptr,
+              0,
+              0,
+              relu_grad};
+  if (mask) {
+    s.mask = static_cast<const T*>(mask->data);
+    s.mask_outer = swap ? mask->col_stride : mask->row_stride;
+    s.mask_inner = swap ? mask->row_stride : mask->col_stride;
+  }
+  return s;
+}
+
+template <class T>
+TwinfuseStatus linear_relu_forward(const LinearReluForward& op, const TwinfuseContext& context) {
+  Gemm<T> g{};
+  g.rows = op.output.rows, g.cols = op.output.cols, g.depth = op.input.cols;
+  g.a_rows_outer = op.input.col_stride == 1 || op.input.row_stride != 1;
+  g.a = source_of<T>(op.input, !g.a_rows_outer);
+  g.b_cols_outer = op.weight.row_stride != 1;
+  g.b = source_of<T>(op.weight, !g.b_cols_outer);
+  g.out = static_cast<T*>(op.output.data);
+  g.out_row = op.output.row_stride;
+  g.bias = static_cast<const T*>(op.bias);
+  g.bias_stride = op.bias_stride;
+  return run_gemm<T, BiasRelu>(g, context);
+}
+
+template <class T>
+TwinfuseStatus grad_input(const LinearReluBackward& op, const TwinfuseContext& context) {
+  const Matrix& grad = op.grad_output;
+  Gemm<T> g{};
+  g.rows = op.grad_input.rows, g.cols = op.grad_input.cols, g.depth = grad.cols;
+  g.a_rows_outer = grad.col_stride == 1 || grad.row_stride != 1;
+  g.a = source_of<T>(grad, !g.a_rows_outer, &op.output, op.relu_grad);
+  g.b_cols_outer = op.weight.col_stride != 1;
+  g.b = source_of<T>(op.weight, g.b_cols_outer);
+  g.out = static_cast<T*>(op.grad_input.data);
+  g.out_row = op.grad_input.row_stride;
+  return run_gemm<T, Identity>(g, context);
+}
+
+// The reduced dimension is that of the rows. Whichever of N and K lies densely in grad_weight
+// becomes j. `bias_sums`, if given, receives grad_bias [N].
+template <class T>
+TwinfuseStatus grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias_sums,
+                           const TwinfuseContext& context) {
+  const Matrix &w = op.grad_weight, &grad = op.grad_output, &input = op.input;
+  bool weight_is_nk = w.col_stride == 1;
+  Gemm<T> g{};
+  g.depth = grad.rows;
+  g.out = static_cast<T*>(w.data);
+  if (weight_is_nk) {
+    g.rows = w.rows, g.cols = w.cols, g.out_row = w.row_stride;
+    g.a_rows_outer = false;
+    g.a = source_of<T>(grad, false, &op.output, op.relu_grad);
+    g.a_sums = bias_sums;
+    g.b_cols_outer = input.col_stride != 1;
+    g.b = source_of<T>(input, g.b_cols_outer);
+  } else {
+    g.rows = w.cols, g.cols = w.rows, g.out_row = w.col_stride;
+    g.a_rows_outer = input.col_stride != 1 && input.row_stride == 1;
+    g.a = source_of<T>(input, g.a_rows_outer);
+    g.b_cols_outer = grad.col_stride != 1;
+    g.b = source_of<T>(grad, g.b_cols_outer, &op.output, op.relu_grad);
+    g.b_sums = bias_sums;
+  }
+  return run_gemm<T, Identity>(g, context);
+}
+
+// grad_bias alone, in the order that grad_weight would have summed it.
+template <class T>
+TwinfuseStatus grad_bias(const LinearReluBackward& op, typename Convert<T>::Acc* sums,
+                         const TwinfuseContext& context) {
+  using E = Engine<T>;
+  constexpr int64_t kColumns = 64;
+  const int64_t rows = op.grad_output.rows, cols = op.grad_output.cols;
+  Source<T> grad = source_of<T>(op.grad_output, false, &op.output, op.relu_grad);
+  int64_t pieces = ceil_div(cols, kColumns);
+  int64_t size = kColumns * steps_of<T>(E::kBlock) * sizeof(typename E::Unit);
+  char* space =
+      static_cast<char*>(context.allocate(context.opaque, static_cast<size_t>(size * pieces + 64)));
+  if (!space) return TWINFUSE_OUT_OF_MEMORY;
+  space += -reinterpret_cast<uintptr_t>(space) & 63;
+  parallel_for(context, pieces, [&](int64_t piece) {
+    auto* packed = reinterpret_cast<typename E::Unit*>(space + piece * size);
+    int64_t j = piece * kColumns, n = min64(kColumns, cols - j);
+    for (int64_t r = 0; r == 0 || r < rows; r += E::kBlock) {
+      int64_t depth = min64(rows - r, E::kBlock);
+      pack_steps(grad, r, depth, j, n, kColumns, packed, kColumns);
+      add_sums<T>(packed, kColumns, steps_of<T>(depth), n, r == 0, sums + j);
+    }
+  });
+  return TWINFUSE_OK;
+}
+
+template <class T>
+TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const TwinfuseContext& context) {
+  using Acc = typename Convert<T>::Acc;
+  TwinfuseStatus status = TWINFUSE_OK;
+  if (op.grad_input.data) status = grad_input<T>(op, context);
+  if (status != TWINFUSE_OK) return status;
+
+  const int64_t n = op.grad_output.cols;
+  constexpr int64_t kOnStack = 1024;
+  alignas(64) Acc stack[kOnStack];
+  Acc* sums = op.grad_bias ? stack : nullptr;
+  if (op.grad_bias && n > kOnStack) {
+    sums = static_cast<Acc*>(
+        context.allocate(context.opaque, static_cast<size_t>(n) * sizeof(Acc) + 64));
+    if (!sums) return TWINFUSE_OUT_OF_MEMORY;
+  }
+  if (op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols)
+    status = grad_weight<T>(op, sums, context);
+  else if (op.grad_bias)
+    status = grad_bias<T>(op, sums, context);
+  if (status != TWINFUSE_OK || !op.grad_bias) return status;
+  DefaultFloatMode mode;
+  T* out = static_cast<T*>(op.grad_bias);
+  for (int64_t j = 0; j < n; j++)
+    Convert<T>::store(out + j * op.grad_bias_stride, Simd<Acc>::load(sums + j, 1), 1);
+  return TWINFUSE_OK;
+}
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,117 @@
+// Packing: operands laid out so that the microkernel reads them in order.
+//
+// A step of the main loop takes one unit (Engine::Unit) per row or column. `steps` layouts hold the
+// units of one step side by side; `rows` layouts hold the steps of one row side by side.
+#pragma once
+
+#include "cpu/engine.h"
+#include "cpu/source.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+template <class T>
+constexpr int64_t steps_of(int64_t depth) {
+  return (depth + Engine<T>::kGroup - 1) / Engine<T>::kGroup;
+}
+
+// Two rows of halves into one row of pairs.
+inline void interleave(const Bf16* even, const Bf16* odd, int64_t n, uint32_t* out) {
+  for (int64_t i = 0; i < n; i++)
+    out[i] = even[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
+}
+
+// out[step][i] for `n` elements from `inner` on, and zeros up to `width`; the source's outer
+// dimension is the reduced one. `stride` counts units.
+template <class T>
+void pack_steps(const Source<T>& s, int64_t r0, int64_t depth, int64_t inner, int64_t n,
+                int64_t width, typename Engine<T>::Unit* out, int64_t stride) {
+  using E = Engine<T>;
+  constexpr int64_t kPiece = 64;
+  for (int64_t r = 0; r < depth; r += E::kGroup, out += stride) {
+    if constexpr (E::kGroup == 1) {
+      fetch(s, r0 + r, inner, n, out);
+    } else {
+      typename E::Packed even[kPiece], odd[kPiece] = {};
+      for (int64_t i = 0; i < n; i += kPiece) {
+        int64_t count = n - i < kPiece ? n - i : kPiece;
+        fetch(s, r0 + r, inner + i, count, even);
+        if (r + 1 < depth)
+          fetch(s, r0 + r + 1, inner + i, count, odd);
+        else
+          memset(odd, 0, sizeof(odd));
+        interleave(even, odd, count, out + i);
+      }
+    }
+    for (int64_t i = n; i < width; i++) out[i] = 0;
+  }
+}
+
+// out[row][step] for `n` rows; the source's inner dimension is the reduced one. `stride` counts
+// packed elements. The last unit of a row is padded with zero.
+template <class T>
+void pack_rows(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64_t n,
+               typename Engine<T>::Packed* out, int64_t stride) {
+  using E = Engine<T>;
+  for (int64_t i = 0; i < n; i++, out += stride) {
+    fetch(s, row + i, r0, depth, out);
+    if (E::kGroup == 2 && depth % 2) memset(static_cast<void*>(out + depth), 0, sizeof(*out));
+  }
+}
+
+// out[step][row] from rows of packed elements at `rows`, `row_bytes` apart: kWidth rows, a multiple
+// of four (two) steps of four-byte (eight-byte) units.
+template <class T>
+void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
+                    typename Engine<T>::Unit* out, int64_t stride) {
+  using Lane = typename Engine<T>::Acc;
+  constexpr int kSteps = kTransposed<Lane>;
+  typename Simd<Lane>::V columns[kSteps];
+  for (int64_t k = 0; k < steps; k += kSteps) {
+    Simd<Lane>::transpose(rows + k * sizeof(Lane), row_bytes, columns);
+    for (int c = 0; c < kSteps; c++)
+      Simd<Lane>::store(reinterpret_cast<Lane*>(out + (k + c) * stride), columns[c]);
+  }
+}
+
+// out[step][j] for `n` rows and zeros up to `width` (a multiple of the vector width), where the
+// source's inner dimension is the reduced one: the transposing form of pack_steps. `scratch` holds
+// transpose_scratch<T>() elements. Writes whole groups of steps: up to three past the last one.
+template <class T>
+void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64_t n,
+                     int64_t width, typename Engine<T>::Unit* out, int64_t stride,
+                     typename Engine<T>::Packed* scratch) {
+  using E = Engine<T>;
+  using Packed = typename E::Packed;
+  constexpr int kWidth = E::S::kWidth;
+  constexpr int64_t kGroupOfSteps = kTransposed<typename E::Acc> * E::kGroup;
+  for (int64_t j = 0; j < width; j += kWidth) {
+    int64_t rows = n - j < 0 ? 0 : (n - j < kWidth ? n - j : kWidth);
+    int64_t done = 0;
+    if constexpr (sizeof(Packed) == sizeof(T)) {
+      if (rows == kWidth && !s.mask && s.inner == 1) {
+        done = depth / kGroupOfSteps * kGroupOfSteps;
+        const T* p = s.data + (row + j) * s.outer + r0;
+        transpose_rows<T>(reinterpret_cast<const char*>(p), s.outer * sizeof(T), done / E::kGroup,
+                          out + j, stride);
+      }
+    }
+    if (done == depth) continue;
+    int64_t rest = depth - done;
+    int64_t padded = (rest + kGroupOfSteps - 1) / kGroupOfSteps * kGroupOfSteps;
+    for (int64_t i = 0; i < kWidth; i++) {
+      Packed* line = scratch + i * padded;
+      int64_t filled = i < rows ? rest : 0;
+      if (filled) fetch(s, row + j + i, r0 + done, rest, line);
+      memset(static_cast<void*>(line + filled), 0, (padded - filled) * sizeof(Packed));
+    }
+    transpose_rows<T>(reinterpret_cast<const char*>(scratch), padded * sizeof(Packed),
+                      padded / E::kGroup, out + done / E::kGroup * stride + j, stride);
+  }
+}
+
+template <class T>
+constexpr int64_t transpose_scratch() {
+  return Engine<T>::S::kWidth * (Engine<T>::kBlock + 16);
+}
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

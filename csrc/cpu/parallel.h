@@ -1,0 +1,51 @@
+// Running chunks of work on the framework's thread pool.
+#pragma once
+
+#include <stdint.h>
+
+#include "twinfuse/core.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// Round to nearest, keep denormals, raise nothing: results must not depend on the mode that a
+// framework left its threads in (TensorFlow flushes denormals). Restores the caller's mode.
+class DefaultFloatMode {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  DefaultFloatMode() {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved_));
+    __asm__ volatile("msr fpcr, %0" ::"r"(static_cast<uint64_t>(0)));
+  }
+  ~DefaultFloatMode() { __asm__ volatile("msr fpcr, %0" ::"r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#endif
+};
+
+// Calls `body(i)` for every i in [0, count), at once where the framework can.
+template <class Body>
+void parallel_for(const TwinfuseContext& context, int64_t count, const Body& body) {
+  TwinfuseTask task = [](void* argument, int64_t index) {
+    DefaultFloatMode mode;
+    (*static_cast<const Body*>(argument))(index);
+  };
+  void* argument = const_cast<void*>(static_cast<const void*>(&body));
+  if (count > 1 && context.parallel_for) {
+    context.parallel_for(context.opaque, count, task, argument);
+  } else {
+    for (int64_t i = 0; i < count; i++) task(argument, i);
+  }
+}
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,241 @@
+// Vectors of float and double for the instruction set this file is compiled for.
+//
+// Everything below lives in a namespace named after the instruction set: the same sources are
+// compiled once per set, and the linker must never merge two of them. For the same reason these
+// files use no inline function of the standard library.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+// GCC 12 warns of the undefined operands inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+template <class T>
+struct Simd;
+
+#if defined(__AVX512F__)
+
+constexpr int kRegisters = 32;
+
+template <>
+struct Simd<float> {
+  using V = __m512;
+  static constexpr int kWidth = 16;
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set(float x) { return _mm512_set1_ps(x); }
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static V load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store(float* p, V x) { _mm512_storeu_ps(p, x); }
+  static void store(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V relu(V x) { return _mm512_max_ps(zero(), x); }
+  static V select_grad(V grad, V y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), grad);
+  }
+  static V multiply_grad(V grad, V y) {
+    return _mm512_mul_ps(
+        grad, _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_GT_OQ), set(1.0f)));
+  }
+  // Columns [0, 4) of 16 rows: out[c] holds column c. Masked broadcasts put four rows into one
+  // register on the load ports, which leaves eight shuffles for 64 elements.
+  static void transpose(const char* p, int64_t row, V out[4]) {
+    V r[4];
+    for (int i = 0; i < 4; i++) {
+      const char* q = p + i * row;
+      V x = _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(q)));
+      x = _mm512_mask_broadcast_f32x4(
+          x, 0x00f0, _mm_loadu_ps(reinterpret_cast<const float*>(q + 4 * row)));
+      x = _mm512_mask_broadcast_f32x4(
+          x, 0x0f00, _mm_loadu_ps(reinterpret_cast<const float*>(q + 8 * row)));
+      r[i] = _mm512_mask_broadcast_f32x4(
+          x, 0xf000, _mm_loadu_ps(reinterpret_cast<const float*>(q + 12 * row)));
+    }
+    __m512d lo0 = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
+    __m512d lo1 = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
+    __m512d hi0 = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
+    __m512d hi1 = _mm512_castps_pd(_mm512_unpackhi_ps(r[2], r[3]));
+    out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(lo0, lo1));
+    out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo0, lo1));
+    out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(hi0, hi1));
+    out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(hi0, hi1));
+  }
+};
+
+template <>
+struct Simd<double> {
+  using V = __m512d;
+  static constexpr int kWidth = 8;
+  static __mmask8 first(int n) { return static_cast<__mmask8>((1u << n) - 1); }
+  static V zero() { return _mm512_setzero_pd(); }
+  static V set(double x) { return _mm512_set1_pd(x); }
+  static V load(const double* p) { return _mm512_loadu_pd(p); }
+  static V load(const double* p, int n) { return _mm512_maskz_loadu_pd(first(n), p); }
+  static void store(double* p, V x) { _mm512_storeu_pd(p, x); }
+  static void store(double* p, V x, int n) { _mm512_mask_storeu_pd(p, first(n), x); }
+  static V add(V a, V b) { return _mm512_add_pd(a, b); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+  static V relu(V x) { return _mm512_max_pd(zero(), x); }
+  static V select_grad(V grad, V y) {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_NLE_UQ), grad);
+  }
+  static V multiply_grad(V grad, V y) {
+    return _mm512_mul_pd(
+        grad, _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_GT_OQ), set(1.0)));
+  }
+  static void transpose(const char* p, int64_t row, V out[2]) {
+    V r[2];
+    for (int i = 0; i < 2; i++) {
+      const char* q = p + i * row;
+      V x = _mm512_broadcast_f64x2(_mm_loadu_pd(reinterpret_cast<const double*>(q)));
+      x = _mm512_mask_broadcast_f64x2(
+          x, 0x0c, _mm_loadu_pd(reinterpret_cast<const double*>(q + 2 * row)));
+      x = _mm512_mask_broadcast_f64x2(
+          x, 0x30, _mm_loadu_pd(reinterpret_cast<const double*>(q + 4 * row)));
+      r[i] = _mm512_mask_broadcast_f64x2(
+          x, 0xc0, _mm_loadu_pd(reinterpret_cast<const double*>(q + 6 * row)));
+    }
+    out[0] = _mm512_unpacklo_pd(r[0], r[1]);
+    out[1] = _mm512_unpackhi_pd(r[0], r[1]);
+  }
+};
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+constexpr int kRegisters = 16;
+
+template <>
+struct Simd<float> {
+  using V = __m256;
+  static constexpr int kWidth = 8;
+  static __m256i first(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  static V zero() { return _mm256_setzero_ps(); }
+  static V set(float x) { return _mm256_set1_ps(x); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static V load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static void store(float* p, V x) { _mm256_storeu_ps(p, x); }
+  static void store(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V relu(V x) { return _mm256_max_ps(zero(), x); }
+  static V select_grad(V grad, V y) {
+    return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), grad);
+  }
+  static V multiply_grad(V grad, V y) {
+    return _mm256_mul_ps(grad, _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_GT_OQ), set(1.0f)));
+  }
+  static void transpose(const char* p, int64_t row, V out[4]) {
+    V r[4];
+    for (int i = 0; i < 4; i++) {
+      const float* lo = reinterpret_cast<const float*>(p + i * row);
+      const float* hi = reinterpret_cast<const float*>(p + (i + 4) * row);
+      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(lo)), _mm_loadu_ps(hi), 1);
+    }
+    __m256d lo0 = _mm256_castps_pd(_mm256_unpacklo_ps(r[0], r[1]));
+    __m256d lo1 = _mm256_castps_pd(_mm256_unpacklo_ps(r[2], r[3]));
+    __m256d hi0 = _mm256_castps_pd(_mm256_unpackhi_ps(r[0], r[1]));
+    __m256d hi1 = _mm256_castps_pd(_mm256_unpackhi_ps(r[2], r[3]));
+    out[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(lo0, lo1));
+    out[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(lo0, lo1));
+    out[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(hi0, hi1));
+    out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(hi0, hi1));
+  }
+};
+
+template <>
+struct Simd<double> {
+  using V = __m256d;
+  static constexpr int kWidth = 4;
+  static __m256i first(int n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+  static V zero() { return _mm256_setzero_pd(); }
+  static V set(double x) { return _mm256_set1_pd(x); }
+  static V load(const double* p) { return _mm256_loadu_pd(p); }
+  static V load(const double* p, int n) { return _mm256_maskload_pd(p, first(n)); }
+  static void store(double* p, V x) { _mm256_storeu_pd(p, x); }
+  static void store(double* p, V x, int n) { _mm256_maskstore_pd(p, first(n), x); }
+  static V add(V a, V b) { return _mm256_add_pd(a, b); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+  static V relu(V x) { return _mm256_max_pd(zero(), x); }
+  static V select_grad(V grad, V y) {
+    return _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_NLE_UQ), grad);
+  }
+  static V multiply_grad(V grad, V y) {
+    return _mm256_mul_pd(grad, _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_GT_OQ), set(1.0)));
+  }
+  static void transpose(const char* p, int64_t row, V out[2]) {
+    V r[2];
+    for (int i = 0; i < 2; i++) {
+      const double* lo = reinterpret_cast<const double*>(p + i * row);
+      const double* hi = reinterpret_cast<const double*>(p + (i + 2) * row);
+      r[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(lo)), _mm_loadu_pd(hi), 1);
+    }
+    out[0] = _mm256_unpacklo_pd(r[0], r[1]);
+    out[1] = _mm256_unpackhi_pd(r[0], r[1]);
+  }
+};
+
+#else
+
+constexpr int kRegisters = 16;
+
+// 128-bit vectors by compiler extension: SSE2 on any x86-64, NEON on Arm. The product is rounded
+// before the sum, as no fused instruction can be relied on.
+template <class T>
+struct Portable {
+  typedef T V __attribute__((vector_size(16)));
+  static constexpr int kWidth = 16 / sizeof(T);
+  static V zero() { return V{}; }
+  static V set(T x) { return x - V{}; }
+  static V load(const T* p) {
+    V x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static V load(const T* p, int n) {
+    V x{};
+    for (int i = 0; i < n; i++) x[i] = p[i];
+    return x;
+  }
+  static void store(T* p, V x) { memcpy(p, &x, sizeof(x)); }
+  static void store(T* p, V x, int n) {
+    for (int i = 0; i < n; i++) p[i] = x[i];
+  }
+  static V add(V a, V b) { return a + b; }
+  static V fma(V a, V b, V c) { return a * b + c; }
+  static V relu(V x) { return x <= zero() ? zero() : x; }
+  static V select_grad(V grad, V y) { return y <= zero() ? zero() : grad; }
+  static V multiply_grad(V grad, V y) { return grad * (y > zero() ? set(1) : zero()); }
+  static void transpose(const char* p, int64_t row, V out[kWidth]) {
+    T columns[kWidth][kWidth];
+    for (int i = 0; i < kWidth; i++)
+      for (int c = 0; c < kWidth; c++) memcpy(&columns[c][i], p + i * row + c * sizeof(T), sizeof(T));
+    for (int c = 0; c < kWidth; c++) out[c] = load(columns[c]);
+  }
+};
+
+template <>
+struct Simd<float> : Portable<float> {};
+template <>
+struct Simd<double> : Portable<double> {};
+
+#endif
+
+// Columns that one `transpose` call yields: those of a 16-byte row segment.
+template <class T>
+constexpr int kTransposed = 16 / sizeof(T);
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,111 @@
+// Types and services shared by every op of the core.
+//
+// The core is one C library without a framework in it. A framework binding describes its tensors
+// with `TwinfuseTensor`, lends what it owns through `TwinfuseContext`, and makes one call per op.
+// Nothing throws or exits across this interface, and nothing is kept between calls except launch
+// counters.
+//
+// Every function that returns `TwinfuseStatus` leaves the text for a failure in
+// `twinfuse_last_error()`, which belongs to the calling thread.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define TWINFUSE_API __attribute__((visibility("default")))
+#else
+#define TWINFUSE_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Bindings compare this with `twinfuse_abi_version()` before the first call. Raised whenever a
+// struct or a signature in include/twinfuse/ changes.
+#define TWINFUSE_ABI_VERSION 1
+
+typedef enum TwinfuseStatus {
+  TWINFUSE_OK = 0,
+  // The call is wrong in a way that the native layer refuses too (shapes, dtypes, devices).
+  TWINFUSE_INVALID_ARGUMENT = 1,
+  // The call is valid but no kernel serves it. The caller takes its reference path; the error text
+  // is the reason to show.
+  TWINFUSE_UNSUPPORTED = 2,
+  // The framework's allocator returned NULL.
+  TWINFUSE_OUT_OF_MEMORY = 3,
+} TwinfuseStatus;
+
+typedef enum TwinfuseDtype {
+  TWINFUSE_FLOAT32 = 0,
+  TWINFUSE_FLOAT64 = 1,
+  TWINFUSE_BFLOAT16 = 2,
+  TWINFUSE_FLOAT16 = 3,
+} TwinfuseDtype;
+#define TWINFUSE_DTYPE_COUNT 4
+
+typedef enum TwinfuseDevice {
+  TWINFUSE_CPU = 0,
+  TWINFUSE_CUDA = 1,
+} TwinfuseDevice;
+
+// A dense array lent for the length of one call. Strides count elements, may be zero or huge for
+// inputs, and describe any view the framework can make. `data` may be NULL when a size is 0.
+typedef struct TwinfuseTensor {
+  void* data;
+  int32_t dtype;  // TwinfuseDtype
+  int32_t ndim;
+  const int64_t* sizes;    // [ndim]
+  const int64_t* strides;  // [ndim], in elements
+} TwinfuseTensor;
+
+typedef void (*TwinfuseTask)(void* argument, int64_t index);
+
+// What the framework lends for one call. The core starts no threads and allocates no memory of its
+// own for kernels.
+typedef struct TwinfuseContext {
+  int32_t device;        // TwinfuseDevice of every tensor in the call
+  int32_t device_index;  // CUDA: the framework's ordinal
+  void* stream;          // CUDA: CUstream; CPU: NULL
+
+  // CPU: runs `task(argument, i)` for every i in [0, count), possibly at the same time, and returns
+  // when all are done. NULL means serial. `num_threads` is how many can run at once; results never
+  // depend on it.
+  int32_t num_threads;
+  void (*parallel_for)(void* opaque, int64_t count, TwinfuseTask task, void* argument);
+
+  // Scratch of at least `bytes` on the call's device, uninitialised, valid until the framework has
+  // finished the call; CPU scratch needs no particular alignment. NULL on failure.
+  void* (*allocate)(void* opaque, size_t bytes);
+
+  void* opaque;  // handed back to both callbacks
+} TwinfuseContext;
+
+TWINFUSE_API int32_t twinfuse_abi_version(void);
+TWINFUSE_API const char* twinfuse_version(void);
+
+// Text of the calling thread's last failure: "linear_relu: weight: expected ..., got ...".
+TWINFUSE_API const char* twinfuse_last_error(void);
+
+// The CPU instruction set whose kernels run here: "avx512_bf16", "avx512", "avx2" or "portable".
+// The best one the processor has, or the one forced by TWINFUSE_ISA when it is first asked for; a
+// forced one that the processor or the build lacks falls back to the best, and
+// `twinfuse_isa_note()` says so (it is empty otherwise).
+TWINFUSE_API const char* twinfuse_isa(void);
+TWINFUSE_API const char* twinfuse_isa_note(void);
+// Comma-separated list of what this build contains.
+TWINFUSE_API const char* twinfuse_built_isas(void);
+
+// The kernel table: every kernel this process can launch, and how often each has been.
+TWINFUSE_API int32_t twinfuse_kernel_count(void);
+TWINFUSE_API const char* twinfuse_kernel_name(int32_t index);  // NULL when out of range
+TWINFUSE_API int64_t twinfuse_kernel_launches(int32_t index);  // -1 when out of range
+
+// Name of the kernel that `role` ("linear_relu_forward", "linear_relu_backward", ...) would take
+// for this dtype and device, or NULL with the reason in `twinfuse_last_error()`.
+TWINFUSE_API const char* twinfuse_find_kernel(const char* role, int32_t dtype, int32_t device);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif

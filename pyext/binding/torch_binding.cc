@@ -1,0 +1,124 @@
+#include "torch_binding.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace twinfuse {
+namespace {
+
+// Returns 0, or 1 to refuse with the text left in `message` (`capacity` bytes).
+using FallbackCallback = int32_t (*)(const char* op, const char* reason, char* message,
+                                     int64_t capacity);
+std::atomic<FallbackCallback> fallback_callback{nullptr};
+
+void* FindSymbol(const char* library, const char* symbol) {
+  void* handle = dlopen(library, RTLD_NOLOAD | RTLD_LAZY);
+  return handle != nullptr ? dlsym(handle, symbol) : nullptr;
+}
+
+struct Range {
+  TwinfuseTask task;
+  void* argument;
+};
+
+void RunRange(int64_t begin, int64_t end, void* opaque) {
+  const auto* range = static_cast<const Range*>(opaque);
+  for (int64_t i = begin; i < end; ++i) range->task(range->argument, i);
+}
+
+}  // namespace
+
+void ReportFallback(const char* op, const std::string& reason) {
+  const FallbackCallback callback = fallback_callback.load();
+  char message[1024] = "";
+  if (callback != nullptr && callback(op, reason.c_str(), message, sizeof(message)) != 0) {
+    throw std::runtime_error(message);
+  }
+}
+
+void* CurrentCudaStream(int32_t device_index) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  using GetHandle = AOTITorchError (*)(StreamHandle, void**);
+  static const auto get_stream = reinterpret_cast<GetStream>(
+      FindSymbol("libtorch_cuda.so", "aoti_torch_get_current_cuda_stream"));
+  static const auto get_handle = reinterpret_cast<GetHandle>(
+      FindSymbol("libtorch_cpu.so", "torch_stream_native_handle"));  // torch 2.13 and newer
+  void* stream = nullptr;
+  if (get_stream != nullptr) {
+    Check(get_stream(device_index, &stream), "find the current CUDA stream");
+    return stream;
+  }
+  if (get_handle == nullptr) {
+    throw std::runtime_error("this build of torch does not say what its current CUDA stream is");
+  }
+  StreamHandle current = nullptr;
+  Check(aoti_torch_get_current_stream(device_index, &current), "find the current stream");
+  const AOTITorchError error = get_handle(current, &stream);
+  aoti_torch_delete_stream(current);
+  Check(error, "find the current CUDA stream");
+  return stream;
+}
+
+Context::Context(const View& like) : TwinfuseContext{}, like_(like) {
+  static const int32_t cuda = aoti_torch_device_type_cuda();
+  opaque = this;
+  allocate = Allocate;
+  device_index = like.device_index;
+  if (like.device_type == cuda) {
+    device = TWINFUSE_CUDA;
+    Check(aoti_torch_create_device_guard(device_index, &guard_), "set the current device");
+    stream = CurrentCudaStream(device_index);
+    return;
+  }
+  device = TWINFUSE_CPU;
+  uint32_t threads = 1;
+  Check(torch_get_num_threads(&threads), "read the number of threads");
+  num_threads = static_cast<int32_t>(threads);
+  parallel_for = ParallelFor;
+}
+
+Context::~Context() {
+  if (guard_ != nullptr) aoti_torch_delete_device_guard(guard_);
+}
+
+void Context::ParallelFor(void* opaque, int64_t count, TwinfuseTask task, void* argument) {
+  Range range{task, argument};
+  // No exception may cross the core: the failure is raised once the core has returned.
+  if (torch_parallel_for(0, count, 1, RunRange, &range) != TORCH_SUCCESS) {
+    static_cast<Context*>(opaque)->parallel_failed_ = true;
+  }
+}
+
+void* Context::Allocate(void* opaque, size_t bytes) {
+  auto* context = static_cast<Context*>(opaque);
+  static const int32_t uint8 = aoti_torch_dtype_uint8();
+  const auto size = static_cast<int64_t>(bytes);
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  void* pointer = nullptr;
+  if (aoti_torch_empty_strided(1, &size, &stride, uint8, context->like_.device_type,
+                               context->like_.device_index, &handle) != TORCH_SUCCESS) {
+    return nullptr;
+  }
+  context->scratch_.emplace_back(handle);
+  return torch_get_mutable_data_ptr(handle, &pointer) == TORCH_SUCCESS ? pointer : nullptr;
+}
+
+bool Context::Served(const char* op, TwinfuseStatus status) const {
+  if (status == TWINFUSE_UNSUPPORTED) {
+    ReportFallback(op, twinfuse_last_error());
+    return false;
+  }
+  if (status != TWINFUSE_OK) throw std::runtime_error(twinfuse_last_error());
+  if (parallel_failed_) throw std::runtime_error(std::string(op) + ": torch's thread pool failed");
+  return true;
+}
+
+}  // namespace twinfuse
+
+// Called by the Python side once, after loading.
+extern "C" TWINFUSE_API void twinfuse_torch_on_fallback(twinfuse::FallbackCallback callback) {
+  twinfuse::fallback_callback.store(callback);
+}
+
+extern "C" TWINFUSE_API int32_t twinfuse_torch_abi_version(void) { return TWINFUSE_ABI_VERSION; }

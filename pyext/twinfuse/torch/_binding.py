@@ -1,0 +1,49 @@
+"""Loads the compiled PyTorch binding, once per process."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from twinfuse import _backend, _build, _core
+
+_Callback = ctypes.CFUNCTYPE(
+    ctypes.c_int32, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64
+)
+
+
+@_Callback
+def _on_fallback(op: bytes, reason: bytes, message: int, capacity: int) -> int:
+    """The binding took torch's own operators by itself: warn, or refuse with a text."""
+    try:
+        _backend.fall_back(op.decode(), reason.decode(errors="replace"))
+    except Exception as error:  # nothing may be raised through the C caller
+        text = str(error).encode()[: capacity - 1] + b"\0"
+        ctypes.memmove(message, text, len(text))
+        return 1
+    return 0
+
+
+@functools.cache
+def load() -> str:
+    """Register the operators of the binding with torch; the reason if that cannot be, else ""."""
+    core, reason = _core.load()
+    if core is None:
+        return reason
+    path, reason = _build.torch_binding()
+    if path is None:
+        return reason
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:  # a prebuilt binding that this torch does not take: compile one
+        path, _ = _build.torch_binding(unloadable=path)
+        if path is None:
+            return f"the PyTorch binding does not load: {error}"
+        torch.ops.load_library(str(path))
+    binding = ctypes.CDLL(str(path))
+    if binding.twinfuse_torch_abi_version() != _core.ABI_VERSION:
+        return "the PyTorch binding was built for another version of twinfuse: reinstall it"
+    binding.twinfuse_torch_on_fallback(_on_fallback)
+    return ""

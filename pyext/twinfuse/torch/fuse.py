@@ -1,0 +1,285 @@
+"""Fuses the layers of an existing model in place, and undoes it."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from twinfuse._backend import Choice, Report
+from twinfuse.torch import _usage
+from twinfuse.torch.linear_relu import linear_relu
+from twinfuse.torch.nn import LinearReLU
+
+__all__ = ["explain", "fuse", "unfuse"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+# Set on a module whose class `fuse` changed, so that `unfuse` leaves other LinearReLUs alone.
+_MARK = "_twinfuse_fused"
+
+
+class FusedReLU(nn.Module):
+    """Stands where a ReLU was that the layer before it now computes; passes its input on."""
+
+    def __init__(self, relu: nn.Module) -> None:
+        super().__init__()
+        self.train(relu.training)
+        self._original = (relu,)  # in a tuple, so that it is no submodule
+
+    @property
+    def original(self) -> nn.Module:
+        return self._original[0].train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+    def extra_repr(self) -> str:
+        return "in the layer before"
+
+
+def fuse(model: Model, deferred: bool = False) -> Model:
+    """Replace each Linear followed by a ReLU with one fused layer, in place; returns `model`.
+
+    Pairs are found in `nn.Sequential` (its subclasses too, unless they have a forward method of
+    their own), and in modules whose forward method does nothing but pass tensors from one child to
+    the next (`self.relu(self.fc(x))`). A pair is fused only where it is certain that nobody sees
+    the value between the two; `explain(model)` says for each layer what became of it, and why.
+
+    Parameters, buffers, names, `state_dict` keys and indices stay as they are, so optimizers and
+    checkpoints remain valid. Parametrized and pruned layers are fused as well. Change the
+    architecture of the model, or add hooks to a pair, before fusing or after `unfuse`.
+
+    Args:
+        model: any module; its own class is never changed, except that of a Linear.
+        deferred: also fuse what only a running model shows (ReLU called as a function, forward
+            methods with branches). Not available yet: True raises NotImplementedError.
+    """
+    if deferred:
+        raise NotImplementedError(
+            "fuse(deferred=True) is not available in this version: write the layer as "
+            "twinfuse.torch.nn.LinearReLU, or as an nn.Linear and an nn.ReLU in an nn.Sequential"
+        )
+    for group in _survey(model).groups:
+        for linear in group.linears:
+            _swap_class(linear, nn.Linear, LinearReLU)
+            setattr(linear, _MARK, True)
+        group.parent._modules[group.key] = FusedReLU(group.relu)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo `fuse`, in place: every layer is of its former class again; returns `model`."""
+    for module in list(model.modules()):
+        if vars(module).pop(_MARK, False):
+            _swap_class(module, LinearReLU, nn.Linear)
+        for key, child in module._modules.items():
+            if isinstance(child, FusedReLU):
+                module._modules[key] = child.original
+    return model
+
+
+def explain(model: nn.Module) -> Report:
+    """One row for each Linear and ReLU of `model`: fused, or native and why."""
+    survey = _survey(model)
+    fusible = {id(m) for group in survey.groups for m in (*group.linears, group.relu)}
+    report = Report()
+    for name, module in model.named_modules():
+        if isinstance(module, LinearReLU):
+            report.append(_explain_fused(name, module))
+        elif isinstance(module, FusedReLU):
+            reason = "in the layer before"
+            report.append(Choice(where=name, op="relu", backend="fused", reason=reason))
+        elif isinstance(module, (nn.Linear, nn.ReLU)):
+            op = "linear" if isinstance(module, nn.Linear) else "relu"
+            default = "no ReLU follows" if op == "linear" else "no Linear before it"
+            reason = survey.reasons.get(id(module), default)
+            if id(module) in fusible:
+                reason = "can be fused: call fuse(model)"
+            report.append(Choice(where=name, op=op, backend="native", reason=reason))
+    return report
+
+
+def _explain_fused(name: str, layer: LinearReLU) -> Choice:
+    with torch.no_grad():
+        weight, bias = layer.weight, layer.bias
+        example = weight.new_empty((1, layer.in_features))
+        choice = linear_relu.__twinfuse_explain__(example, weight, bias)[0]  # type: ignore[attr-defined]
+    return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
+
+
+def _swap_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    if type(module) is old:
+        module.__class__ = new
+        return
+    # A parametrized module has a class of its own, a direct subclass of the original's: removing
+    # the parametrizations restores that class's base, which therefore has to be the new one.
+    members = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(f"Parametrized{new.__name__}", (new,), members)
+
+
+def _is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    if module is None or "forward" in vars(module):
+        return False
+    parametrized = parametrize.is_parametrized(module) and type(module).__bases__ == (kind,)
+    return type(module) is kind or parametrized
+
+
+@dataclass
+class _Group:
+    """Linears that one ReLU follows, and where in the model that ReLU is."""
+
+    linears: list[nn.Module]
+    relu: nn.Module
+    parent: nn.Module
+    key: str
+
+
+@dataclass
+class _Survey:
+    """What can be fused in a model, and by module id, why the rest cannot."""
+
+    groups: list[_Group] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+    def refuse(self, modules: Iterable[nn.Module], reason: str) -> None:
+        for module in modules:
+            self.reasons.setdefault(id(module), reason)
+
+
+Path = tuple[tuple[nn.Module, str], ...]  # (ancestor, key of its child), outermost first
+
+
+def _survey(model: nn.Module) -> _Survey:
+    survey = _Survey()
+    uses = Counter(
+        id(child) for parent in model.modules() for child in parent._modules.values() if child
+    )
+    paths: dict[int, list[Path]] = defaultdict(list)
+    for path, module in _walk(model, ()):
+        paths[id(module)].append(path)
+
+    for parent in model.modules():
+        if _usage.is_plain_sequential(parent):
+            groups = _groups_in_sequence(parent)
+            reach = _reach_into_sequential
+        elif _usage.calls_nothing(parent):
+            continue
+        else:
+            groups = _groups_in_forward(parent, survey)
+            reach = _reach_into_module
+        for group in groups:
+            reasons = (
+                *(_why_not(linear, group.relu, uses) for linear in group.linears),
+                *(reach(path, group) for path in paths[id(parent)]),
+            )
+            reason = next(filter(None, reasons), "")
+            if reason:
+                survey.refuse((*group.linears, group.relu), reason)
+            else:
+                survey.groups.append(group)
+    return survey
+
+
+def _walk(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+    """Every module by every path that leads to it."""
+    yield path, module
+    for key, child in module._modules.items():
+        if child is not None and all(child is not ancestor for ancestor, _ in path):
+            yield from _walk(child, (*path, (module, key)))
+
+
+def _why_not(linear: nn.Module, relu: nn.Module, uses: Counter[int]) -> str:
+    if uses[id(linear)] > 1:
+        return "the Linear is used in more than one place"
+    if any(getattr(linear, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks"):
+        return "hooks of the Linear would see the value after the ReLU"
+    if any(getattr(relu, hooks) for hooks in _HOOKS):
+        return "the ReLU has hooks"
+    return ""
+
+
+def _reach_into_sequential(path: Path, group: _Group) -> str:
+    """Why a module above may call parts of the Sequential at the end of `path` by themselves."""
+    for depth in reversed(range(len(path))):
+        owner, key = path[depth]
+        if _usage.is_plain_sequential(owner) or _usage.calls_nothing(owner):
+            continue
+        lists = [_usage.calls_nothing(module) for module, _ in path[depth + 1 :]]
+        if any(lists[1:]):
+            return f"{type(owner).__name__} calls it through nested lists of modules"
+        reasons = [_usage.parts_used(owner, key, in_list=lists[:1] == [True])]
+        reasons += [_usage.used_from_above(above, key) for above, _ in path[:depth]]
+        return next(filter(None, reasons), "")
+    return ""
+
+
+def _reach_into_module(path: Path, group: _Group) -> str:
+    """Why a method but `forward`, or a module above, may call one of the pair by itself."""
+    names = {id(child): key for key, child in group.parent._modules.items() if child is not None}
+    for key in (group.key, *(names[id(linear)] for linear in group.linears)):
+        reasons = [_usage.used_outside_forward(group.parent, key)]
+        reasons += [_usage.used_from_above(above, key) for above, _ in path]
+        if any(reasons):
+            return next(filter(None, reasons))
+    return ""
+
+
+def _groups_in_sequence(parent: nn.Module) -> Iterator[_Group]:
+    children = list(parent._modules.items())
+    for (_, linear), (key, relu) in zip(children, children[1:], strict=False):
+        if _is_exactly(linear, nn.Linear) and _is_exactly(relu, nn.ReLU):
+            yield _Group([linear], relu, parent, key)
+
+
+def _groups_in_forward(parent: nn.Module, survey: _Survey) -> Iterator[_Group]:
+    """Direct children of which every call of one is followed by the other, and none else."""
+    children = parent._modules
+    linears = {k: m for k, m in children.items() if m and _is_exactly(m, nn.Linear)}
+    relus = {k: m for k, m in children.items() if m and _is_exactly(m, nn.ReLU)}
+    if not linears:
+        return
+    graph, reason = _usage.trace(parent)
+    if graph is None:
+        survey.refuse((*linears.values(), *relus.values()), reason)
+        return
+
+    calls: dict[str, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[str(node.target)].append(node)
+    for key, linear in linears.items():
+        if any(_is_functional_relu(user) for call in calls[key] for user in call.users):
+            survey.refuse([linear], "its ReLU is a function call, not an nn.ReLU")
+    for relu_key, relu in relus.items():
+        before = {node for call in calls[relu_key] for node in call.all_input_nodes}
+        keys = sorted(
+            {str(node.target) for node in before if node.op == "call_module"} & {*linears}
+        )
+        group = [linears[key] for key in keys]
+        values = {node for key in keys for node in calls[key]}
+        if sum(child is relu for child in children.values()) > 1:
+            survey.refuse((*group, relu), f"its ReLU '{relu_key}' has a second name")
+        elif before != values:
+            survey.refuse((*group, relu), f"its ReLU '{relu_key}' is also called on other values")
+        elif any(len(node.users) > 1 for node in values):
+            survey.refuse((*group, relu), "the value before the ReLU is used as well")
+        elif group:
+            yield _Group(group, relu, parent, relu_key)
+
+
+def _is_functional_relu(node: fx.Node) -> bool:
+    functions = (torch.relu, torch.relu_, F.relu, "relu", "relu_")
+    return node.op != "call_module" and node.target in functions

@@ -1,0 +1,7 @@
+"""Modules: the fused counterparts of those in `torch.nn`."""
+
+from __future__ import annotations
+
+from twinfuse.torch.nn.linear_relu import LinearReLU
+
+__all__ = ["LinearReLU"]

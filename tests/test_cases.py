@@ -1,0 +1,179 @@
+"""The rule and the table that every numeric test leans on: they must be able to fail."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from tests.cases import (
+    CASES,
+    DTYPES,
+    ROUNDOFF,
+    LinearCase,
+    assert_same_bits,
+    assert_within_twice,
+    build,
+    decode,
+    encode,
+    lay_out,
+    reference64,
+)
+
+NUMBERS = np.array([[1.0, -2.0, 3.5], [0.25, 8.0, -0.125]])
+
+
+def test_rule_takes_a_result_as_good_as_the_native_one() -> None:
+    native = NUMBERS + 1e-4
+    assert_within_twice(NUMBERS - 2e-4, native, NUMBERS, "x", dtype="float32")
+
+
+def test_rule_refuses_more_than_twice_the_native_error() -> None:
+    native, ours = NUMBERS + 1e-4, NUMBERS.copy()
+    ours[1, 2] += 2.1e-4
+    with pytest.raises(AssertionError, match=r"output \(float32\).*2\.10 times.*Worst at \(1, 2\)"):
+        assert_within_twice(ours, native, NUMBERS, "output", dtype="float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rule_takes_one_last_place_and_no_more_where_native_is_exact(dtype: str) -> None:
+    one = NUMBERS * (1 + 2 * ROUNDOFF[dtype])
+    assert_within_twice(one, NUMBERS, NUMBERS, "x", dtype=dtype)
+    two = NUMBERS * (1 + 4 * ROUNDOFF[dtype])
+    with pytest.raises(AssertionError, match="above the limit"):
+        assert_within_twice(two, NUMBERS, NUMBERS, "x", dtype=dtype)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rule_refuses_a_stray_nonfinite_and_a_missing_one(bad: float) -> None:
+    spoilt = NUMBERS.copy()
+    spoilt[0, 1] = bad
+    with pytest.raises(AssertionError, match=r"ours.*first at \(0, 1\)"):
+        assert_within_twice(spoilt, NUMBERS, NUMBERS, "x", dtype="float32")
+    with pytest.raises(AssertionError, match=r"ours.*first at \(0, 1\)"):
+        assert_within_twice(NUMBERS, spoilt, spoilt, "x", dtype="float32")
+    with pytest.raises(AssertionError, match="native against reference"):
+        assert_within_twice(NUMBERS, spoilt, NUMBERS, "x", dtype="float32")
+    assert_within_twice(spoilt, spoilt, spoilt, "x", dtype="float32")
+
+
+def test_rule_refuses_infinity_of_the_wrong_sign() -> None:
+    up, down = np.array([np.inf, 1.0]), np.array([-np.inf, 1.0])
+    with pytest.raises(AssertionError, match="inf differs"):
+        assert_within_twice(down, up, up, "x", dtype="float32")
+
+
+def test_rule_expects_infinity_where_the_dtype_overflows() -> None:
+    reference = np.array([1e6, 1.0])
+    overflowed = np.array([np.inf, 1.0])
+    assert_within_twice(overflowed, overflowed, reference, "x", dtype="float16")
+    with pytest.raises(AssertionError, match=r"\+inf differs"):
+        assert_within_twice(np.array([65504.0, 1.0]), overflowed, reference, "x", dtype="float16")
+
+
+def test_rule_refuses_another_shape() -> None:
+    with pytest.raises(AssertionError, match=r"expected shape \(2, 3\), got \(3, 2\)"):
+        assert_within_twice(NUMBERS.T, NUMBERS, NUMBERS, "x", dtype="float32")
+
+
+def test_same_bits_sees_the_sign_of_zero_and_one_last_bit() -> None:
+    zero = np.zeros(3, np.float32)
+    with pytest.raises(AssertionError, match="differ in their bits"):
+        assert_same_bits(-zero, zero, "x")
+    with pytest.raises(AssertionError, match=r"first at \(1,\)"):
+        assert_same_bits(zero + np.float32([0, 1e-45, 0]), zero, "x")
+    with pytest.raises(AssertionError, match="float64"):
+        assert_same_bits(zero.astype(np.float64), zero, "x")
+    assert_same_bits(np.float32([np.nan]), -np.float32([np.nan]), "x")
+
+
+def test_bfloat16_rounds_to_nearest_even() -> None:
+    # 1 + 2^-8 lies halfway between 1 and 1 + 2^-7; 1 + 3 * 2^-8 rounds up to even.
+    values = [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20, 3.4e38, -np.inf, 2.0**-133]
+    expected = [1.0, 1 + 2.0**-6, 1 + 2.0**-7, np.inf, -np.inf, 2.0**-133]
+    np.testing.assert_array_equal(decode(encode(values, "bfloat16")), expected)
+    assert np.isnan(decode(encode([np.nan], "bfloat16"))).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("layout", "strides", "offset"),
+    [
+        ("contiguous", (15, 5, 1), 0),
+        ("transposed", (3, 1, 6), 0),
+        ("strided", (30, 10, 2), 0),
+        ("padded", (42, 14, 1), 0),
+        ("misaligned", (15, 5, 1), 1),
+        ("permuted", (5, 10, 1), 0),
+        ("broadcast_rows", (0, 0, 1), 0),
+        ("broadcast_columns", (15, 5, 0), 0),
+        ("scalar", (0, 0, 0), 0),
+    ],
+)
+def test_layouts(layout: str, strides: tuple[int, ...], offset: int, dtype: str) -> None:
+    values = np.arange(30.0).reshape(2, 3, 5) - 7
+    operand = lay_out(values, layout, dtype)
+    assert (operand.sizes, operand.strides, operand.offset) == ((2, 3, 5), strides, offset)
+    if 0 not in strides:
+        np.testing.assert_array_equal(operand.values, values)
+        # Whoever reads a gap reads NaN.
+        assert np.isnan(decode(operand.base)).sum() == operand.base.size - values.size
+    else:
+        assert operand.values[0, 0, 0] == -7 and np.isfinite(operand.values).all()
+
+
+def test_case_names_are_unique_and_arrays_reproducible() -> None:
+    assert len({case.id for case in CASES}) == len(CASES)
+    for first, second in zip(
+        build(CASES[0], "float32").input.base, build(CASES[0], "float32").input.base, strict=True
+    ):
+        assert first == second
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_cases_say_something(case: LinearCase, dtype: str) -> None:
+    problem = build(case, dtype)
+    output = reference64(problem, "select").output
+    if output.size == 0 or case.k == 0:
+        return
+    gradient = problem.grad_output.values
+    assert (gradient != 0).mean() > 0.9, "too much of the gradient was zeroed at the kink"
+    if case.values == "dead":
+        assert (output == 0).all()
+    elif output.size > 20:
+        assert 0.1 < (output > 0).mean() < 0.9, "the mask must matter"
+    if case.values == "integers":
+        assert ((output == 0) & (gradient != 0)).any()
+        assert np.array_equal(decode(encode(output, dtype)), output), "integers must be exact"
+    if case.values == "denormal":
+        normal = {"float16": 2.0**-14, "float64": 2.0**-1022}.get(dtype, 2.0**-126)
+        assert 0 < np.max(output) < normal
+        assert (decode(encode(output, dtype)) > 0).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_the_table_do_not_hang_on_the_kink(dtype: str) -> None:
+    """A mask from outputs that are wrong by some roundings gives the same gradients."""
+    for case in CASES:
+        if case.values in ("normal", "large"):
+            problem = build(case, dtype)
+            exact = reference64(problem, "select")
+            x, w = np.abs(problem.input.values), np.abs(problem.weight.values)
+            shift = ROUNDOFF["float64" if dtype == "float64" else "float32"] * (x @ w.T)
+            z = np.asarray(problem.input.values) @ problem.weight.values.T
+            z = z if problem.bias is None else z + problem.bias.values
+            for moved in (z + shift, z - shift):
+                other = reference64(problem, "select", output=np.maximum(moved, 0))
+                np.testing.assert_array_equal(other.grad_bias, exact.grad_bias)
+
+
+def test_relu_rules_differ_only_at_nan_and_masked_nonfinite_gradients() -> None:
+    case = next(case for case in CASES if case.id == "nonfinite")
+    problem = build(case, "float32")
+    select, multiply = (reference64(problem, rule) for rule in ("select", "multiply"))
+    assert not np.array_equal(select.grad_bias, multiply.grad_bias, equal_nan=True)
+    finite = build(dataclasses.replace(case, values="normal"), "float32")
+    a, b = (reference64(finite, rule).grad_input for rule in ("select", "multiply"))
+    np.testing.assert_array_equal(a, b)

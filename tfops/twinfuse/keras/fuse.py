@@ -1,0 +1,143 @@
+"""Fuse the layers of a Keras model in place, and back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import keras
+
+from twinfuse._backend import Choice, Report
+from twinfuse.keras import _ops
+from twinfuse.keras.layers import Dense
+
+Model = TypeVar("Model", bound=keras.layers.Layer)
+
+# Native class -> fused class. A class is swapped only on an exact match: a subclass may compute
+# something else.
+_FUSED = {keras.layers.Dense: Dense}
+_NATIVE = {fused: native for native, fused in _FUSED.items()}
+_NOT_YET = ("Conv1D", "Conv2D", "LSTM", "LSTMCell")
+
+
+@dataclass
+class _Original:
+    """What `fuse` changed on a layer or a model besides its class."""
+
+    attributes: dict[str, Any]
+
+
+def fuse(model: Model) -> Model:
+    """Make every layer of `model` that can be fused a fused one, in place, and return `model`.
+
+    Layers keep their weights, names and configs, so optimizer state, `get_weights` order and
+    checkpoints stay valid. Functions that the model itself has traced (`fit`, `predict`) are
+    traced anew; a `tf.function` of your own keeps what it has traced.
+    """
+    layers = list(_flatten(model))
+    fused = [layer for layer in layers if _native_reason(layer) == "" and type(layer) in _FUSED]
+    for layer in fused:
+        _change(layer, {"quantize": _without_type_check(layer.quantize)})
+        if _ops.xla_refuses_ops:
+            _change(layer, {"supports_jit": False})
+        object.__setattr__(layer, "__class__", _FUSED[type(layer)])
+    if fused:
+        _retrace(layers)
+    return model
+
+
+def unfuse(model: Model) -> Model:
+    """Undo `fuse`, in place; layers built as `twinfuse.keras.layers` become native ones too."""
+    layers = list(_flatten(model))
+    fused = [layer for layer in layers if type(layer) in _NATIVE]
+    for layer in fused:
+        object.__setattr__(layer, "__class__", _NATIVE[type(layer)])
+        if "_twinfuse_original" not in vars(layer):
+            layer.supports_jit = True
+    for layer in layers:
+        _restore(layer)
+    if fused:
+        _retrace(layers, fused=False)
+    return model
+
+
+def explain(model: keras.layers.Layer) -> Report:
+    """One row for each layer of `model` that has no layers inside: fused, or native and why."""
+    rows = []
+    for layer in _flatten(model):
+        if isinstance(layer, keras.layers.InputLayer) or any(_children(layer)):
+            continue
+        op = type(layer).__name__
+        reason = _native_reason(layer)
+        if reason or type(layer) in _FUSED:
+            choice = ("reference", "", reason or "not fused: call twinfuse.keras.fuse(model)")
+        else:
+            choice = _ops.find_kernel("linear_relu_forward", layer)
+        rows.append(Choice(op, *choice, where=layer.path or layer.name))
+    return Report(rows)
+
+
+def _flatten(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"model: expected a Keras model or layer, got {type(model).__name__}")
+    return model._flatten_layers()
+
+
+def _children(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
+    return layer._flatten_layers(include_self=False)
+
+
+def _native_reason(layer: keras.layers.Layer) -> str:
+    """Why `layer` computes natively, fused or not; empty when it can be fused or is."""
+    if not isinstance(layer, keras.layers.Dense):
+        name = type(layer).__name__
+        return "not yet fused" if name in _NOT_YET else "no fused kernel computes it"
+    if type(layer) not in _FUSED and not isinstance(layer, Dense):
+        return "a subclass of Dense may compute something else"
+    if not _ops.is_relu(layer.activation):
+        name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
+        return f"its activation is {name}"
+    if layer.quantization_mode is not None:
+        return f"it is quantized to {layer.quantization_mode}"
+    return _ops.missing()
+
+
+def _without_type_check(quantize: Any) -> Any:
+    @functools.wraps(quantize)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return quantize(*args, **{**kwargs, "type_check": False})
+
+    return wrapper
+
+
+def _change(layer: keras.layers.Layer, attributes: dict[str, Any]) -> None:
+    # Past Layer.__setattr__, which would track what is set as part of the layer's state.
+    original = vars(layer).get("_twinfuse_original")
+    if original is None:
+        original = _Original({})
+        object.__setattr__(layer, "_twinfuse_original", original)
+    for name, value in attributes.items():
+        original.attributes.setdefault(name, getattr(layer, name))
+        object.__setattr__(layer, name, value)
+
+
+def _restore(layer: keras.layers.Layer) -> None:
+    original = vars(layer).get("_twinfuse_original")
+    if original is not None:
+        for name, value in original.attributes.items():
+            object.__setattr__(layer, name, value)
+        object.__delattr__(layer, "_twinfuse_original")
+
+
+def _retrace(layers: list[keras.layers.Layer], fused: bool = True) -> None:
+    """Drop the functions that models have traced with the old layers."""
+    for model in layers:
+        if not isinstance(model, keras.Model):
+            continue
+        for name in ("train_function", "test_function", "predict_function"):
+            if getattr(model, name, None) is not None:
+                setattr(model, name, None)
+        if fused and _ops.xla_refuses_ops and model.compiled and model.jit_compile:
+            _change(model, {"_jit_compile": False})

@@ -1,0 +1,12 @@
+"""Fused ops for TensorFlow.
+
+Loading a SavedModel that holds fused ops needs `import twinfuse.tensorflow` first; one exported
+under `use_backend("reference")` loads anywhere.
+"""
+
+from __future__ import annotations
+
+from twinfuse._backend import use_backend
+from twinfuse.tensorflow.linear_relu import linear_relu
+
+__all__ = ["linear_relu", "use_backend"]
