@@ -18,6 +18,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import Any, ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -39,14 +40,18 @@ if X86:
 KERNELS = "csrc/cpu/kernels.cc"
 
 # Contraction would let the compiler choose where products are rounded, and with that the bits.
-CXXFLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -ffp-contract=off".split()
+CXXFLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
+    "-ffp-contract=off",
+]
 
 
 def load_build_module() -> ModuleType:
     """`twinfuse/_build.py`, without importing the package that is being built."""
     path = ROOT / "pyext/twinfuse/_build.py"
     spec = importlib.util.spec_from_file_location("twinfuse_build", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -106,7 +111,9 @@ class Ninja:
         self._edge("compile", out, [source], flags, "")
         return out
 
-    def link(self, out: Path, objects: list[Path], flags: list[str], uses: Path | None = None) -> None:
+    def link(
+        self, out: Path, objects: list[Path], flags: list[str], uses: Path | None = None
+    ) -> None:
         self._edge("link", out, objects, flags, f" | {self._escape(uses)}" if uses else "")
 
     def run(self) -> None:
@@ -123,14 +130,19 @@ class Ninja:
         try:
             subprocess.run([*command, "-f", str(file), *jobs], check=True)
         except subprocess.CalledProcessError as error:
-            raise SystemExit("twinfuse: the build failed; the compiler's messages are above") from error
+            raise SystemExit(
+                "twinfuse: the build failed; the compiler's messages are above"
+            ) from error
 
 
 class BuildExt(build_ext):
     """Builds through ninja in `<build base>/objects`; copies what was built into the package."""
 
-    user_options = [*build_ext.user_options, ("test-module", None, "also build tests/_core")]
-    boolean_options = [*build_ext.boolean_options, "test-module"]
+    user_options: ClassVar = [
+        *build_ext.user_options,
+        ("test-module", None, "also build tests/_core"),
+    ]
+    boolean_options: ClassVar = [*build_ext.boolean_options, "test-module"]
 
     def initialize_options(self) -> None:
         super().initialize_options()
@@ -179,16 +191,18 @@ class BuildExt(build_ext):
             for isa, options in ISAS.items()
         ]
         out = self.products[CORE] = self.objects / "libtwinfuse.so"
-        soname = ["-shared", "-Wl,-soname,libtwinfuse.so", "-Wl,--no-undefined", "-pthread"]
-        ninja.link(out, objects, [*soname, *self.extra_link])
+        exports = ROOT / "csrc/exports.map"
+        options = ["-shared", "-Wl,-soname,libtwinfuse.so", "-Wl,--no-undefined", "-pthread"]
+        options.append(f"-Wl,--version-script={exports}")
+        ninja.link(out, objects, [*options, *self.extra_link], uses=exports)
         self.built.append(f"core ({', '.join(ISAS)})")
         return objects
 
-    def _add_binding(self, ninja: Ninja, name: str, framework, python: str) -> None:
+    def _add_binding(self, ninja: Ninja, name: str, framework: Any, python: str) -> None:
         title = build.TITLES[name]
         if framework is None:
             self.left_out.append(
-                f"{title} binding (not found by {python}; compiled at first import once it is there)"
+                f"{title} binding (not found by {python}; the first import compiles one)"
             )
         elif reason := build.unsupported(framework):
             self.left_out.append(f"{title} binding ({reason})")

@@ -74,7 +74,7 @@ def choose(sections: Sequence[Section], chosen: argparse.Namespace) -> list[Sect
 def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     # A file or a pipe has no width of its own.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 150)
     op = importlib.import_module(f"benchmarks.{chosen.op}")
     sections = choose(op.SECTIONS, chosen)
     if chosen.list:

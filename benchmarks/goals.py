@@ -18,7 +18,7 @@ MEMORY_RESOLUTION = 256 << 10
 
 @dataclass(frozen=True)
 class Goal:
-    """`sentence` is what is promised; `measure` says how the figure comes from section `section`.
+    """`sentence` is what is promised of section `section`; `measure` says how the figure is made.
 
     geomean, each: how many times as fast as `peer` candidate `own` is, over the shapes or on the
         worst of them (`ALL_PEERS`: as the best peer of each shape).
@@ -27,12 +27,12 @@ class Goal:
     seconds: duration; `limit` is an upper one.
     """
 
-    sentence: str
     section: str
     measure: Literal["geomean", "each", "fma", "memory", "seconds"]
     limit: float
     own: str = ""
     peer: str = ""
+    sentence: str = ""
     shapes: tuple[tuple[int, ...], ...] = ()
     note: str = ""
 

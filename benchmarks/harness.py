@@ -39,12 +39,12 @@ class Settings:
     other framework spin for some milliseconds after their last task and would steal its cores.
     """
 
-    rounds: int = 15
+    rounds: int = 11
     least_rounds: int = 7
     block: float = 0.02
     warm: float = 0.002
     settle: float = 0.01
-    limit: float = 12.0
+    limit: float = 8.0
 
 
 @dataclass(frozen=True)

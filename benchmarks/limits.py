@@ -134,7 +134,7 @@ class Limits:
         return {"L2": l2 // 2, "L3": max(self.caches["L3"] // 2, 2 * l2), "DRAM": 256 << 20}
 
     def peak_flops(self, dtype: str) -> float | None:
-        """FLOP/s for `dtype`. Half precision without an instruction of its own runs at float32's."""
+        """FLOP/s for `dtype`: float32's for half precision without an instruction of its own."""
         return self.flops.get(dtype) or self.flops.get("float32")
 
     def level(self, working_set: int) -> str:

@@ -1,4 +1,4 @@
-"""Peak memory of one pass, in a process of its own: `python -m benchmarks.memory ...` prints JSON."""
+"""Peak memory of one pass, in a process of its own, which prints it as JSON."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import linear_relu
-from benchmarks.operands import Shape, set_threads
+from benchmarks.operands import Case, Shape, set_threads
 from benchmarks.results import MemoryUse, shape_text
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = (64, 64, 64)
 
 
 def measure(name: str, framework: str, shape: Shape, dtype: str, threads: int) -> MemoryUse:
-    """Peak memory of candidate `name` in a fresh process. Raises RuntimeError with its last words."""
+    """Peak memory of candidate `name`. Raises RuntimeError with the last words of its process."""
     command = [sys.executable, "-m", "benchmarks.memory", name, framework, shape_text(shape), dtype]
     done = subprocess.run(
         [*command, str(threads)], cwd=ROOT, capture_output=True, text=True, check=False
@@ -32,12 +33,14 @@ def measure(name: str, framework: str, shape: Shape, dtype: str, threads: int) -
     return MemoryUse(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def resident_peak(run: Callable[[], Any]) -> int:
-    """Bytes that the resident set rises by at most while `run` works; Linux only."""
-    run()  # one-time costs: compilation, thread stacks, tables
-    # What the warm-up freed goes back to the system, or the peak would hide in it.
-    ctypes.CDLL(None).malloc_trim(0)
+def resident_peak(run: Callable[[], Any], warm_up: Callable[[], Any]) -> int:
+    """Bytes that the resident set rises by at most while `run` works; Linux only.
+
+    `warm_up` pays one-time costs first. It must not leave memory behind that `run` could use.
+    """
+    warm_up()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     result = run()
@@ -63,12 +66,21 @@ def allocator_peak(run: Callable[[], Any]) -> int:
         result = run()
     del result
     held = peak = 0
-    results = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results.events()
     events = (e for e in results if e.name() == "[memory]")
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def find(name: str, framework: str, shape: Shape, dtype: str) -> tuple[Callable[[], Any], Case]:
+    """What candidate `name` runs. Exits with the reason when there is no such candidate."""
+    case = linear_relu.case("training", shape, dtype, [framework], [name])
+    case.reference.clear()
+    for candidate in case.candidates:
+        return candidate.run, case
+    sys.exit(case.skipped.get(name, f"no candidate {name!r}"))
 
 
 def main() -> None:
@@ -84,15 +96,13 @@ def main() -> None:
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 10)
     set_threads(arguments.threads, [arguments.framework])
-    case = linear_relu.case(
-        "training", arguments.shape, arguments.dtype, [arguments.framework], [arguments.candidate]
+    # Small: the allocator of TensorFlow keeps what a pass of the same size has freed.
+    (small, _), (run, case) = (
+        find(arguments.candidate, arguments.framework, shape, arguments.dtype)
+        for shape in (SMALL, arguments.shape)
     )
-    run = next((c.run for c in case.candidates if c.name == arguments.candidate), None)
-    if run is None:
-        sys.exit(case.skipped.get(arguments.candidate, f"no candidate {arguments.candidate!r}"))
-    case.reference.clear()
     with case.context():
-        use = {"resident": resident_peak(run)}
+        use = {"resident": resident_peak(run, small)}
         if arguments.framework == "torch":
             use["allocator"] = allocator_peak(run)
     print(json.dumps(use))

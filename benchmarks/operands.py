@@ -89,7 +89,7 @@ def error(got: Sequence[Array], reference: Sequence[Array]) -> float:
     if [g.shape for g in got] != [r.shape for r in reference]:
         return float("inf")
     distances = [
-        float(np.linalg.norm(g - r) / max(np.linalg.norm(r), 1e-30))
+        float(np.linalg.norm(g - r)) / max(float(np.linalg.norm(r)), 1e-30)
         for g, r in zip(got, reference, strict=True)
     ]
     return float("inf") if np.isnan(distances).any() else max(distances)

@@ -10,19 +10,20 @@ from typing import Any
 
 import jinja2
 import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-from markupsafe import Markup  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from benchmarks import report  # noqa: E402
-from benchmarks.goals import Verdict, memory_ratio  # noqa: E402
-from benchmarks.results import RunResult, SectionResult, rate, shape_text  # noqa: E402
+from benchmarks import report
+from benchmarks.goals import Verdict, memory_ratio
+from benchmarks.results import RunResult, SectionResult, rate, shape_text
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours always comes in black.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
-STYLE = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False} | {
-    "axes.spines.right": False
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
 
 
@@ -195,6 +196,7 @@ def write_html(path: Path, run: RunResult, verdicts: Sequence[Verdict]) -> None:
         ]
     goals = [
         {
+            "section": v.goal.section,
             "sentence": v.goal.sentence,
             "note": v.goal.note,
             "limit": report.figure(v, v.goal.limit),

@@ -105,8 +105,8 @@ def _timing_table(run: RunResult, section: SectionResult, framework: str) -> Tab
     table = Table(title=f"{section.section.title}, {section.section.dtype}, {framework}")
     table.add_column("shape", no_wrap=True)
     for name in ("us", "quartiles", "rate", "of limit", *(f"x {peer}" for peer in peers)):
-        table.add_column(name, justify="right")
-    table.add_column("x best of all peers")
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("x best of all peers", overflow="fold")
     for own in section.own(framework):
         table.add_row(own, style="bold")
         for case in section.cases:
@@ -158,10 +158,11 @@ def _against(uses: dict[str, MemoryUse], name: str) -> str:
 
 
 def _goal_table(verdicts: Sequence[Verdict]) -> Table:
-    table = Table("goal", "limit", "measured", "reached", "", title="Goals")
+    table = Table("section", "goal", "limit", "measured", "reached", "", title="Goals")
     for verdict in verdicts:
         colour = {True: "green", False: "red", None: "yellow"}[verdict.reached]
         table.add_row(
+            verdict.goal.section,
             verdict.goal.sentence + (f"\n[dim]{verdict.goal.note}" if verdict.goal.note else ""),
             figure(verdict, verdict.goal.limit),
             figure(verdict, verdict.measured),

@@ -49,7 +49,7 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Peak of one pass above what was held before it, in bytes; `allocator` in torch's own count."""
+    """Peak bytes of one pass above what was held before; `allocator` is torch's own count."""
 
     resident: int
     allocator: int | None = None

@@ -28,10 +28,10 @@ from benchmarks.results import CaseResult, RunResult, SectionResult, shape_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("twinfuse", "torch", "tensorflow", "tensorflow-cpu", "keras", "numpy")
-# Passes whose peak says something: the peers that run the same framework as ours, eagerly.
+# Eager ones alone: tracing and compilation take more memory than the pass itself.
 MEMORY_CANDIDATES = {
-    "torch": ("twinfuse torch", "torch eager", "torch.compile"),
-    "tensorflow": ("twinfuse tf.function", "tf.function", "XLA"),
+    "torch": ("twinfuse torch", "torch eager"),
+    "tensorflow": ("twinfuse TF eager", "TF eager"),
 }
 
 
@@ -85,7 +85,9 @@ class Runner:
             self.progress.advance(task)
             return done
         for shape in section.shapes:
-            self.progress.update(task, description=f"{section.name} {shape_text(shape)}", refresh=True)
+            self.progress.update(
+                task, description=f"{section.name} {shape_text(shape)}", refresh=True
+            )
             if section.kind == "memory":
                 self._memory(done, shape)
                 self.progress.advance(task)

@@ -1,1 +1,1 @@
-"""Programs that fuse a network and train it. Run them from the root: `python -m examples.digits`."""
+"""Programs that fuse a network and train it; run them from the root of the repository."""

@@ -49,7 +49,8 @@ def disagreements(curves: Sequence[Curve], recipe: Recipe, steps: int, fusible: 
         allowed = max(TOLERANCE, 2 * distance(native, double))
         if (apart := distance(fused, native)) > allowed:
             found.append(
-                f"{framework}: the fused loss is {apart:.1e} from the native one, allowed {allowed:.1e}"
+                f"{framework}: the fused loss is {apart:.1e} from the native one, "
+                f"allowed {allowed:.1e}"
             )
         for kind in ("forward", "backward"):
             ran = sum(count for name, count in fused.kernels.items() if kind in name)
@@ -84,7 +85,8 @@ def loss_table(curves: Sequence[Curve], recipe: Recipe, title: str) -> Table:
     table.add_section()
     kernels = list(dict.fromkeys(name for c in shown for name in c.kernels))
     for kernel in kernels:
-        table.add_row(kernel, *(f"x {c.kernels[kernel]}" if kernel in c.kernels else "" for c in shown))
+        counts = (c.kernels.get(kernel) for c in shown)
+        table.add_row(kernel, *(f"x {count}" if count else "" for count in counts))
     if not kernels:
         table.add_row("fused kernels", *("none" for _ in shown))
     return table
@@ -98,7 +100,8 @@ def print_curves(console: Console, curves: Sequence[Curve], recipe: Recipe, titl
         console.print(f"{framework}, fused:", style="bold")
         console.print(fused.explanation, highlight=False, markup=False)
         console.print(
-            f"largest relative distance of losses: fused from native {distance(fused, native):.1e}, "
+            "largest relative distance of losses: "
+            f"fused from native {distance(fused, native):.1e}, "
             f"native from float64 {distance(native, double):.1e}\n",
             highlight=False,
         )
@@ -106,9 +109,6 @@ def print_curves(console: Console, curves: Sequence[Curve], recipe: Recipe, titl
 
 def plot(curves: Sequence[Curve], path: Path, title: str) -> None:
     """Losses above, and below them how far fused is from native, one panel for each framework."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     shown = frameworks(curves)
@@ -123,9 +123,11 @@ def plot(curves: Sequence[Curve], path: Path, title: str) -> None:
         top.set(title=f"{framework}: {native.network}", ylabel="training loss", yscale="log")
         top.legend(frameon=False)
         apart = [abs(a - b) / b for a, b in zip(fused.losses, native.losses, strict=True)]
-        bottom.plot(epochs, [max(a, 1e-12) for a in apart], color="black", marker=".")
-        bottom.axhline(TOLERANCE, color="#D55E00", linewidth=1)
+        bottom.plot(epochs, [max(a, 1e-10) for a in apart], color="black", marker=".")
+        bottom.axhline(TOLERANCE, color="#D55E00", linewidth=1, label="allowed")
         bottom.set(xlabel="epoch", ylabel="|fused - native|\n/ native", yscale="log")
+        bottom.set_ylim(5e-11, 1e-2)
+        bottom.legend(frameon=False)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -19,8 +19,8 @@ FUSIBLE = 2  # layers with a ReLU
 
 def load() -> Data:
     """The 1,797 digits of scikit-learn, 8x8 pixels in [0, 1]: 1,437 to train and 360 to test."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
     pixels, labels = load_digits(return_X_y=True)
     inputs, test_inputs, targets, test_targets = train_test_split(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,11 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE:
         raise ValueError(f"{path}: expected an IDX file of unsigned bytes")
     header = 4 + 4 * content[3]
-    sizes = tuple(np.frombuffer(content[4:header], ">u4").astype(int))
+    if len(content) < header:
+        raise ValueError(f"{path}: expected a header of {header} bytes, got {len(content)}")
+    sizes = np.frombuffer(content[4:header], ">u4").tolist()
     data = np.frombuffer(content[header:], np.uint8)
-    if len(sizes) != content[3] or data.size != np.prod(sizes, dtype=int):
+    if data.size != math.prod(sizes):
         raise ValueError(f"{path}: expected {sizes} bytes of data, got {data.size}")
     return data.reshape(sizes)
 
@@ -69,8 +72,8 @@ def from_torchvision(folder: Path) -> Data:
     )
 
 
-def from_keras(_: Path | None = None) -> Data:
-    """`keras.datasets.mnist`, which keeps the data in ~/.keras and fetches it when it is missing."""
+def from_keras(_: Path) -> Data:
+    """`keras.datasets.mnist`, which keeps the data in ~/.keras and fetches what is missing."""
     from keras.datasets import mnist
 
     (inputs, targets), (test_inputs, test_targets) = mnist.load_data()
@@ -89,7 +92,7 @@ def prepare(
             raise ValueError(f"expected as many labels as images, got {len(labels)}, {len(images)}")
 
     def pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return images.reshape(len(images), -1).astype(np.float32) / 255
+        return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
 
     return Data(
         pixels(inputs),
@@ -99,7 +102,11 @@ def prepare(
     )
 
 
-SOURCES = {"idx": from_idx, "torchvision": from_torchvision, "keras": from_keras}
+SOURCES: dict[str, Callable[[Path], Data]] = {
+    "idx": from_idx,
+    "torchvision": from_torchvision,
+    "keras": from_keras,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Train a network natively and fused, from the same weights, on the same batches in the same order."""
+"""Train a network natively and fused, from the same weights and on the same batches."""
 
 from __future__ import annotations
 

@@ -26,7 +26,10 @@ Array = npt.NDArray[np.generic]
 ReluGrad = Literal["select", "multiply"]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-STORAGE = {"float32": np.float32, "float64": np.float64, "bfloat16": np.uint16, "float16": "f2"}
+STORAGE = {
+    name: np.dtype(kind)
+    for name, kind in zip(DTYPES, ("float32", "float64", "uint16", "float16"), strict=True)
+}
 # Unit roundoff (half the spacing at one) and smallest positive number.
 ROUNDOFF = {"float32": 2.0**-24, "float64": 2.0**-53, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 SMALLEST = {"float32": 2.0**-149, "float64": 2.0**-1074, "bfloat16": 2.0**-133, "float16": 2.0**-24}
@@ -100,9 +103,9 @@ CASES = (
     LinearCase("weight_misaligned", (64,), 64, 33, weight_layout="misaligned"),
     LinearCase("bias_strided", (33,), 17, 31, bias_layout="strided"),
     LinearCase("bias_same", (7,), 17, 31, bias_layout="broadcast_columns"),
-    # `output.sum()` hands down one gradient for all elements, a mean over rows one per column.
+    # `output.sum()` hands down one gradient for all elements, `output.sum(0)` one per column.
     LinearCase("grad_of_sum", (33,), 17, 31, grad_output_layout="scalar", values="integers"),
-    LinearCase("grad_same_rows", (7,), 31, 64, grad_output_layout="broadcast_rows", values="integers"),
+    LinearCase("grad_of_row", (7,), 31, 64, grad_output_layout="broadcast_rows", values="integers"),
     LinearCase("grad_transposed", (33,), 31, 64, grad_output_layout="transposed"),
     LinearCase("grad_strided", (33,), 17, 31, grad_output_layout="strided"),
     LinearCase("grad_misaligned", (64,), 31, 17, grad_output_layout="misaligned"),
@@ -318,8 +321,8 @@ def assert_within_twice(
 
     `native` is the framework's own result in the same dtype. `tiny` is one unit in the last place
     of the largest reference element: what must be granted where the native result happens to be
-    exact, as it may where there are few elements. NaN and infinities must be where the reference, rounded
-    to `dtype`, has them, and where the native result has them.
+    exact, as it may where there are few elements. NaN and infinities must be where the reference,
+    rounded to `dtype`, has them, and where the native result has them.
     """
     ours, native = (np.asarray(_wide(a, reference.dtype)) for a in (ours, native))
     assert ours.shape == reference.shape, (

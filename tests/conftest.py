@@ -13,7 +13,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import ModuleType
 
 import pytest
@@ -40,6 +40,11 @@ def skip(name: str, reason: str) -> None:
 
 def require(name: str) -> ModuleType:
     """Import framework `name`, or skip (see the module's docstring)."""
+    if name in ("tensorflow", "keras"):
+        # Both carry LLVM: in one process, Triton (which torch.compile needs) crashes when it is
+        # imported after TensorFlow. The other order works.
+        with suppress(ImportError):
+            importlib.import_module("triton")
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -213,15 +213,19 @@ def _titles(text: str) -> set[str]:
     return {name for name, title in titles.items() if title in text}
 
 
+MODES = {
+    "isolated": [],
+    "no isolation": ["--no-build-isolation"],
+    "editable": ["--no-build-isolation", "-e"],
+}
+
+
 @dataclass(frozen=True)
 class Install:
-    """`pip install` in one mode beside some frameworks: each one's binding is there from the start."""
+    """`pip install` in one mode beside some frameworks, whose bindings are then prebuilt."""
 
     mode: str
-    frameworks: tuple[str, ...] = field(default=())
-
-    MODES = {"isolated": ["."], "no isolation": ["--no-build-isolation", "."],
-             "editable": ["--no-build-isolation", "-e", "."]}  # fmt: skip
+    frameworks: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -229,8 +233,7 @@ class Install:
 
     def run(self, workspace: Workspace) -> str:
         environment = workspace.environment(self.frameworks, tools=self.mode != "isolated")
-        *options, _ = self.MODES[self.mode]
-        line = summary(environment.pip("install", *options, workspace.tree))
+        line = summary(environment.pip("install", *MODES[self.mode], workspace.tree))
         built, _, left_out = line.partition("; left out:")
         check(_titles(built) == set(self.frameworks), f"{self.frameworks} to be built", line)
         check(_titles(left_out) == set(BOTH) - set(self.frameworks), "the rest left out", line)
@@ -322,7 +325,7 @@ REDUCED: list[Case] = [
 FULL: list[Case] = [
     *(
         Install(mode, frameworks)
-        for mode in Install.MODES
+        for mode in MODES
         for frameworks in (BOTH, ("torch",), ("tensorflow",), ())
     ),
     *SPECIAL,

@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+import twinfuse
+from tests import conftest
 from tests.cases import (
     CASES,
     DTYPES,
@@ -125,10 +127,9 @@ def test_layouts(layout: str, strides: tuple[int, ...], offset: int, dtype: str)
 
 def test_case_names_are_unique_and_arrays_reproducible() -> None:
     assert len({case.id for case in CASES}) == len(CASES)
-    for first, second in zip(
-        build(CASES[0], "float32").input.base, build(CASES[0], "float32").input.base, strict=True
-    ):
-        assert first == second
+    first, second = (build(CASES[-1], "float32") for _ in range(2))
+    assert_same_bits(first.input.base, second.input.base, "input")
+    assert first.input.base is not second.input.base
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -177,3 +178,41 @@ def test_relu_rules_differ_only_at_nan_and_masked_nonfinite_gradients() -> None:
     finite = build(dataclasses.replace(case, values="normal"), "float32")
     a, b = (reference64(finite, rule).grad_input for rule in ("select", "multiply"))
     np.testing.assert_array_equal(a, b)
+
+
+def test_a_missing_framework_skips_and_a_required_one_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conftest, "REQUIRED", set())
+    with pytest.raises(pytest.skip.Exception, match="needs no_such_framework: it cannot"):
+        conftest.require("no_such_framework")
+    monkeypatch.setattr(conftest, "REQUIRED", {"no_such_framework"})
+    with pytest.raises(conftest.MissingRequirement, match="TWINFUSE_TEST_REQUIRE names no_such"):
+        conftest.require("no_such_framework")
+
+
+def test_launched_sees_what_ran(
+    launched: conftest.Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = {"linear_relu_forward_f32": 5, "linear_relu_backward_f32": 5}
+    monkeypatch.setattr(twinfuse, "launches", lambda: dict(counts))
+    with launched("linear_relu_forward_"), launched("linear_relu_backward_", times=0):
+        counts["linear_relu_forward_f32"] += 1
+    for prefix, times in (
+        ("linear_relu_backward_", None),
+        ("linear_relu_forward_", 2),
+        ("x", None),
+    ):
+        with pytest.raises(AssertionError), launched(prefix, times=times):
+            counts["linear_relu_forward_f32"] += 1
+
+
+def test_falling_back_is_an_error_in_tests() -> None:
+    with pytest.raises(twinfuse.FallbackError):
+        twinfuse._backend.fall_back("linear_relu", "a reason")
+
+
+@pytest.mark.allow_fallback
+def test_falling_back_can_be_allowed() -> None:
+    with pytest.warns(twinfuse.FallbackWarning, match="a reason"):
+        twinfuse._backend.fall_back("linear_relu", "a reason")

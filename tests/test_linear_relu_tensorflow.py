@@ -29,7 +29,9 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 BY_ID = {case.id: case for case in CASES}
-SOME = [BY_ID[i] for i in ("row_of_digits_network", "several_blocks", "two_leading", "vector_input")]
+SOME = [
+    BY_ID[i] for i in ("row_of_digits_network", "several_blocks", "two_leading", "vector_input")
+]
 
 
 def check(problem: Problem, ours: Results, theirs: Results) -> None:
@@ -141,7 +143,9 @@ def test_only_the_gradient_asked_for(target: int, launched: Launched) -> None:
         return fused(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tftf.linear_relu.__globals__["_binding"].ops, "twinfuse_linear_relu_grad", spy)
+        patch.setattr(
+            tftf.linear_relu.__globals__["_binding"].ops, "twinfuse_linear_relu_grad", spy
+        )
         with launched("linear_relu_backward_", times=1):
             grad = tape.gradient(y, operands[target])
     assert recorded == [[int(i == target) for i in range(3)]]

@@ -81,6 +81,4 @@ def assert_close(ours: Any, theirs: Any, tolerance: float = 1e-12) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert (a is None) == (b is None), f"expected {b}, got {a}"
         if a is not None:
-            np.testing.assert_allclose(
-                np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance
-            )
+            np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=tolerance, atol=tolerance)

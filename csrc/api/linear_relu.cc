@@ -45,15 +45,16 @@ TwinfuseStatus forward(const TwinfuseTensor* output, const TwinfuseTensor* input
   Matrices matrices(*context);
   cpu::LinearReluForward op{};
   op.output = matrices.output(output, false);
-  op.input = matrices.input(input);
+  // Nothing is read for an empty output, so nothing need be staged for it.
+  op.input = matrices.input(op.output.rows && op.output.cols ? input : nullptr);
   op.weight = matrices.input(weight);
   op.bias = bias ? bias->data : nullptr;
   op.bias_stride = bias ? bias->strides[0] : 0;
   if (matrices.out_of_memory()) return out_of_memory();
-  count_launch(Role::kLinearReluForward, input->dtype);
   TwinfuseStatus status = cpu::active_kernels().linear_relu_forward[input->dtype](op, *context);
   if (status != TWINFUSE_OK) return out_of_memory();
   matrices.commit();
+  count_launch(Role::kLinearReluForward, input->dtype);
   return TWINFUSE_OK;
 }
 
@@ -100,10 +101,10 @@ TwinfuseStatus backward(const TwinfuseTensor* grad_input, const TwinfuseTensor* 
   op.weight = matrices.input(grad_input ? weight : nullptr);
   op.relu_grad = relu_grad;
   if (matrices.out_of_memory()) return out_of_memory();
-  count_launch(Role::kLinearReluBackward, dtype);
   TwinfuseStatus status = cpu::active_kernels().linear_relu_backward[dtype](op, *context);
   if (status != TWINFUSE_OK) return out_of_memory();
   matrices.commit();
+  count_launch(Role::kLinearReluBackward, dtype);
   return TWINFUSE_OK;
 }
 

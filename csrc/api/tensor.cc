@@ -22,9 +22,13 @@ std::string shape_text(const int64_t* sizes, int count) {
   return text + "]";
 }
 
+// Checker::tensor has seen to it that this does not overflow unless one of the sizes is zero.
 int64_t row_count(const TwinfuseTensor& t) {
+  for (int i = 0; i + 1 < t.ndim; i++)
+    if (t.sizes[i] == 0) return 0;
   int64_t rows = 1;
-  for (int i = 0; i + 1 < t.ndim; i++) rows *= t.sizes[i];
+  for (int i = 0; i + 1 < t.ndim; i++)
+    if (__builtin_mul_overflow(rows, t.sizes[i], &rows)) return INT64_MAX;
   return rows;
 }
 
@@ -136,8 +140,11 @@ void Checker::relu_grad(int32_t value) {
 cpu::Matrix Matrices::stage(const TwinfuseTensor& t, bool copy_in) {
   const int64_t rows = row_count(t), cols = t.sizes[t.ndim - 1];
   cpu::Matrix m{nullptr, rows, cols, cols, 1};
-  const size_t bytes = static_cast<size_t>(rows * cols) * kElementSize[t.dtype];
-  char* dense = static_cast<char*>(context_.allocate(context_.opaque, bytes));
+  size_t bytes = kElementSize[t.dtype];
+  const bool too_large = __builtin_mul_overflow(bytes, static_cast<size_t>(rows), &bytes) ||
+                         __builtin_mul_overflow(bytes, static_cast<size_t>(cols), &bytes);
+  char* dense =
+      too_large ? nullptr : static_cast<char*>(context_.allocate(context_.opaque, bytes));
   if (!dense) {
     out_of_memory_ = true;
     return m;

@@ -14,7 +14,7 @@
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 constexpr int64_t kRowBlock = 384;
-constexpr int64_t kColumnBlock = 256;
+constexpr int64_t kColumnBlock = 1024;
 
 // Scratch of one chunk, in bytes; every part starts on a cache line.
 template <class T>
@@ -55,7 +55,12 @@ void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t st
   using S = typename Engine<T>::S;
   for (int64_t i = 0; i < n; i += S::kWidth) {
     typename S::V sum = S::zero();
-    for (int64_t k = 0; k < steps; k++) sum = Engine<T>::accumulate(sum, packed + k * stride + i);
+    for (int64_t k = 0; k < steps;) {
+      typename S::V run = S::zero();
+      for (const int64_t end = min64(steps, k + Engine<T>::kRun); k < end; k++)
+        run = Engine<T>::accumulate(run, packed + k * stride + i);
+      sum = S::add(sum, run);
+    }
     const int count = static_cast<int>(min64(n - i, S::kWidth));
     if (!first) sum = S::add(S::load(sums + i, count), sum);
     S::store(sums + i, sum, count);
@@ -103,24 +108,32 @@ class Chunk {
     in_.steps = steps_of<T>(depth_);
     to_.first = r_ == 0;
     to_.last = r_ + depth_ >= g_.depth;
-    vectors_ = rows_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
+    const bool plain_b = sizeof(Packed) == sizeof(T) && g_.b.inner == 1 && !g_.b.mask;
+    const bool streaming = plain_b && g_.b_cols_outer && rows_ <= kStreamingRows;
+    vectors_ = streaming ? 1 : rows_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
     tiles_ = ceil_div(rows_, max_rows(vectors_));
     // Read in place where a column is used once and panels are whole.
-    const bool direct = E::kGroup == 1 && sizeof(Packed) == sizeof(T) && !g_.b_cols_outer &&
-                        tiles_ == 1 && g_.b.inner == 1 && !g_.b.mask;
+    const bool direct = E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ == 1;
     prepare_rows();
     if (!g_.b_cols_outer && !direct) pack_panels();
     read_ahead_of_block();
     for (int64_t j = 0; j < cols_;) {
-      const int vectors = cols_ - j <= kWidth ? 1 : cols_ - j <= 2 * kWidth ? 2 : vectors_;
+      const int vectors = panel_vectors(cols_ - j);
       const int64_t cols = min64(cols_ - j, vectors * kWidth);
-      prepare_panel(j, cols, vectors * kWidth, direct);
-      multiply_panel(j, cols, vectors);
+      const bool in_place = streaming && cols == kWidth;
+      if (!in_place) prepare_panel(j, cols, vectors * kWidth, direct);
+      multiply_panel(j, cols, vectors, in_place);
       j += cols;
     }
   }
 
-  void multiply_panel(int64_t j, int64_t cols, int vectors) {
+  // Width of the panel that starts `left` columns before the end of the block.
+  int panel_vectors(int64_t left) const {
+    const int needed = left <= kWidth ? 1 : left <= 2 * kWidth ? 2 : 4;
+    return needed < vectors_ ? needed : vectors_;
+  }
+
+  void multiply_panel(int64_t j, int64_t cols, int vectors, bool streaming) {
     alignas(64) Acc bias[kMaxVectors * kWidth] = {}, sums[kMaxRows * 2 * kWidth];
     if (to_.last && g_.bias) {
       Source<T> source{g_.bias, 0, g_.bias_stride, nullptr, 0, 0, 0};
@@ -140,8 +153,46 @@ class Chunk {
       to_.partial = partial_ + i * to_.partial_row + j;
       read_ahead_of_tile();
       in_.a = a_ + i * in_.a_row;
-      kernels[t < taller](in_, sums);
+      if (streaming)
+        multiply_streaming(j, sums);
+      else
+        kernels[t < taller](in_, sums);
       finish_tile<T, Epilogue>(to_, sums, vectors);
+    }
+  }
+
+  // One tile of one vector with `b` where it lies; the last steps, too few for a transposition in
+  // place, go through a packed panel.
+  void multiply_streaming(int64_t j, Acc* sums) {
+    const T* b = g_.b.data + (j_ + j) * g_.b.outer + r_;
+    const int64_t b_row = g_.b.outer * static_cast<int64_t>(sizeof(T));
+    const auto kernel = streaming_microkernel_for<E>(to_.rows);
+    alignas(64) Acc run[kStreamingRows * kWidth];
+    Operands in = in_;
+    for (int64_t step = 0; step == 0 || step < in_.steps; step += E::kRun) {
+      const int64_t all = min64(in_.steps - step, E::kRun), whole = min64(all, depth_ / E::kGroup - step);
+      in.steps = whole / kStreamingSteps<E> * kStreamingSteps<E>;
+      in.a = in_.a + step * in_.a_step;
+      in.b = reinterpret_cast<const char*>(b + step * E::kGroup);
+      memset(run, 0, sizeof(run));
+      kernel(in, b_row, run);
+      if (in.steps < all) finish_run(j, step + in.steps, all - in.steps, run);
+      for (int i = 0; i < to_.rows * kWidth; i += kWidth)
+        E::S::store(sums + i, step ? E::S::add(E::S::load(sums + i), E::S::load(run + i))
+                                   : E::S::load(run + i));
+    }
+  }
+
+  void finish_run(int64_t j, int64_t step, int64_t steps, Acc* run) {
+    const int64_t r = step * E::kGroup, depth = min64(depth_ - r, steps * E::kGroup);
+    pack_transposed(g_.b, r_ + r, depth, j_ + j, kWidth, kWidth, columns_, kWidth, transpose_);
+    for (int i = 0; i < to_.rows; i++) {
+      const char* a = in_.a + i * in_.a_row + step * in_.a_step;
+      auto sum = E::S::load(run + i * kWidth);
+      for (int64_t k = 0; k < steps; k++)
+        sum = E::multiply_add(E::broadcast(a + k * in_.a_step),
+                              E::load(reinterpret_cast<const char*>(columns_ + k * kWidth)), sum);
+      E::S::store(run + i * kWidth, sum);
     }
   }
 
@@ -179,13 +230,14 @@ class Chunk {
   // for each of them.
   void pack_panels() {
     alignas(64) Unit row[kColumnBlock + kMaxVectors * kWidth];
-    const int64_t width = vectors_ * kWidth, padded = round_up(cols_, kWidth);
+    const int64_t padded = round_up(cols_, kMaxVectors * kWidth);
     for (int64_t step = 0; step < in_.steps; step++) {
       const int64_t r = step * E::kGroup;
       pack_steps(g_.b, r_ + r, min64(depth_ - r, E::kGroup), j_, cols_, padded, row, 0);
-      for (int64_t j = 0; j < padded; j += width) {
-        const int64_t n = min64(width, padded - j);
-        memcpy(columns_ + j * in_.steps + step * n, row + j, n * sizeof(Unit));
+      for (int64_t j = 0; j < cols_;) {
+        const int64_t width = panel_vectors(cols_ - j) * kWidth;
+        memcpy(columns_ + j * in_.steps + step * width, row + j, width * sizeof(Unit));
+        j += width;
       }
     }
   }

@@ -7,8 +7,12 @@
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 // Packed: element of a packed operand. Unit: what one step multiplies in each lane, kGroup
-// elements. kBlock: length of the reduced dimension summed in one run; part of the result's
-// definition, as sums of blocks are added in order.
+// elements.
+//
+// The order of every sum, which its bits depend on: runs of kRun steps, one product after another;
+// the runs of a block of kBlock elements one after another; then the blocks. Short runs keep
+// rounding errors as small as those of libraries that split a sum over the lanes of a vector;
+// bfloat16 results are rounded so coarsely that it would not show.
 template <class T>
 struct Engine {
   using Acc = typename Convert<T>::Acc;
@@ -18,6 +22,7 @@ struct Engine {
   using V = typename S::V;
   static constexpr int kGroup = 1;
   static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kRun = sizeof(Acc) == 8 ? 32 : 64;
   static V broadcast(const char* p) { return S::set(*reinterpret_cast<const Unit*>(p)); }
   static V load(const char* p) { return S::load(reinterpret_cast<const Unit*>(p)); }
   static V multiply_add(V a, V b, V c) { return S::fma(a, b, c); }
@@ -35,6 +40,7 @@ struct Engine<Bf16> {
   using V = __m512;
   static constexpr int kGroup = 2;
   static constexpr int64_t kBlock = 512;
+  static constexpr int64_t kRun = 256;
   static V broadcast(const char* p) {
     uint32_t pair;
     memcpy(&pair, p, 4);

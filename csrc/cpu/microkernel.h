@@ -18,42 +18,79 @@ struct Operands {
   int64_t a_row, a_step, b_step;
 };
 
-// sums[i][v * width + lane] = sum over the steps, in order. The sums leave through memory so that
-// what follows them is compiled once, not once per tile shape.
+// sums[i][v * width + lane] = sum over the steps, in runs of kRun. The sums leave through memory so
+// that what follows them is compiled once, not once per tile shape.
 template <class E, int kRows, int kVectors>
 void microkernel(const Operands& in, typename E::Acc* sums) {
   using S = typename E::S;
   using V = typename E::V;
-  V sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) sum[i][v] = S::zero();
-
   // Every third row has a pointer; the two behind it are reached by scaled addressing.
   const char* a[(kRows + 2) / 3];
 #pragma GCC unroll 16
   for (int i = 0; i < (kRows + 2) / 3; i++) a[i] = in.a + 3 * i * in.a_row;
   const char* b = in.b;
   const int64_t a_row = in.a_row, a_step = in.a_step, b_step = in.b_step;
-  for (int64_t k = in.steps; k > 0; k--) {
-    V right[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) right[v] = E::load(b + v * sizeof(V));
+  int64_t left = in.steps;
+  bool first = true;
+  do {
+    V sum[kRows][kVectors];
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; i++) {
-      V left = E::broadcast(a[i / 3] + (i % 3) * a_row);
+    for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) sum[i][v] = E::multiply_add(left, right[v], sum[i][v]);
+      for (int v = 0; v < kVectors; v++) sum[i][v] = S::zero();
+    for (int64_t k = left < E::kRun ? left : E::kRun; k > 0; k--) {
+      V right[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) right[v] = E::load(b + v * sizeof(V));
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; i++) {
+        V x = E::broadcast(a[i / 3] + (i % 3) * a_row);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; v++) sum[i][v] = E::multiply_add(x, right[v], sum[i][v]);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < (kRows + 2) / 3; i++) a[i] += a_step;
+      b += b_step;
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < (kRows + 2) / 3; i++) a[i] += a_step;
-    b += b_step;
+    for (int i = 0; i < kRows; i++)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v++) {
+        typename E::Acc* out = sums + (i * kVectors + v) * S::kWidth;
+        S::store(out, first ? sum[i][v] : S::add(S::load(out), sum[i][v]));
+      }
+    first = false;
+    left -= E::kRun;
+  } while (left > 0);
+}
+
+// The same sums with `b` as rows of packed elements, `b_row` bytes apart, transposed in registers:
+// where there are few rows, each weight is used so rarely that storing it packed would cost more
+// than using it. One vector of columns; `steps` is a multiple of kStreamingSteps within one run, to
+// whose sums it adds.
+template <class E>
+constexpr int kStreamingSteps = kPieces * kPieceColumns<typename E::Acc>;
+
+template <class E, int kRows>
+void streaming_microkernel(const Operands& in, int64_t b_row, typename E::Acc* sums) {
+  using S = typename E::S;
+  using V = typename E::V;
+  V sum[kRows];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; i++) sum[i] = S::load(sums + i * S::kWidth);
+  const char *a = in.a, *b = in.b;
+  for (int64_t k = 0; k < in.steps; k += kStreamingSteps<E>) {
+    V right[kStreamingSteps<E>];
+    transpose<typename E::Acc, kPieces>(b, b_row, right);
+#pragma GCC unroll 16
+    for (int c = 0; c < kStreamingSteps<E>; c++, a += in.a_step)
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; i++)
+        sum[i] = E::multiply_add(E::broadcast(a + i * in.a_row), right[c], sum[i]);
+    b += sizeof(right) / S::kWidth;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; v++) S::store(sums + (i * kVectors + v) * S::kWidth, sum[i][v]);
+  for (int i = 0; i < kRows; i++) S::store(sums + i * S::kWidth, sum[i]);
 }
 
 template <class E>
@@ -72,6 +109,21 @@ template <class E>
 Microkernel<E> microkernel_for(int rows, int vectors) {
   if (vectors == 4) return microkernel_for<E, 4>(rows);
   return vectors == 2 ? microkernel_for<E, 2>(rows) : microkernel_for<E, 1>(rows);
+}
+
+// Rows that the streaming kernel takes at most: their sums stay in registers beside those transposed.
+constexpr int kStreamingRows = kRegisters == 32 ? 8 : 4;
+
+template <class E>
+using StreamingMicrokernel = void (*)(const Operands&, int64_t, typename E::Acc*);
+
+template <class E, int kRows = kStreamingRows>
+StreamingMicrokernel<E> streaming_microkernel_for(int rows) {
+  if constexpr (kRows == 1)
+    return streaming_microkernel<E, 1>;
+  else
+    return rows == kRows ? streaming_microkernel<E, kRows>
+                         : streaming_microkernel_for<E, kRows - 1>(rows);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

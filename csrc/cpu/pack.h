@@ -9,6 +9,11 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
 template <class T>
 constexpr int64_t steps_of(int64_t depth) {
   return (depth + Engine<T>::kGroup - 1) / Engine<T>::kGroup;
@@ -58,19 +63,22 @@ void pack_rows(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64
   }
 }
 
-// out[step][row] from rows of packed elements at `rows`, `row_bytes` apart: kWidth rows, a multiple
-// of four (two) steps of four-byte (eight-byte) units.
+// out[step][row] from kWidth rows of packed elements at `rows`, `row_bytes` apart; whole pieces only.
 template <class T>
 void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
                     typename Engine<T>::Unit* out, int64_t stride) {
   using Lane = typename Engine<T>::Acc;
-  constexpr int kSteps = kTransposed<Lane>;
-  typename Simd<Lane>::V columns[kSteps];
-  for (int64_t k = 0; k < steps; k += kSteps) {
-    Simd<Lane>::transpose(rows + k * sizeof(Lane), row_bytes, columns);
-    for (int c = 0; c < kSteps; c++)
-      Simd<Lane>::store(reinterpret_cast<Lane*>(out + (k + c) * stride), columns[c]);
-  }
+  using S = Simd<Lane>;
+  auto pieces = [&](auto count, int64_t k) {
+    typename S::V columns[count * kPieceColumns<Lane>];
+    transpose<Lane, count>(rows + k * sizeof(Lane), row_bytes, columns);
+    for (int c = 0; c < count * kPieceColumns<Lane>; c++)
+      S::store(reinterpret_cast<Lane*>(out + (k + c) * stride), columns[c]);
+  };
+  constexpr int64_t kLine = kPieces * kPieceColumns<Lane>;
+  int64_t k = 0;
+  for (; k + kLine <= steps; k += kLine) pieces(Constant<kPieces>(), k);
+  for (; k < steps; k += kPieceColumns<Lane>) pieces(Constant<1>(), k);
 }
 
 // out[step][j] for `n` rows and zeros up to `width` (a multiple of the vector width), where the
@@ -83,7 +91,7 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
   using E = Engine<T>;
   using Packed = typename E::Packed;
   constexpr int kWidth = E::S::kWidth;
-  constexpr int64_t kGroupOfSteps = kTransposed<typename E::Acc> * E::kGroup;
+  constexpr int64_t kGroupOfSteps = kPieceColumns<typename E::Acc> * E::kGroup;
   for (int64_t j = 0; j < width; j += kWidth) {
     int64_t rows = n - j < 0 ? 0 : (n - j < kWidth ? n - j : kWidth);
     int64_t done = 0;

@@ -19,6 +19,8 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
+// select_grad and multiply_grad are the two rules of TwinfuseReluGrad. The latter adds zero, so that
+// masked elements are +0 under both, and relu(x) = select_grad(x, x).
 template <class T>
 struct Simd;
 
@@ -39,28 +41,21 @@ struct Simd<float> {
   static void store(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static V relu(V x) { return _mm512_max_ps(zero(), x); }
+  static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), grad);
   }
   static V multiply_grad(V grad, V y) {
-    return _mm512_mul_ps(
-        grad, _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_GT_OQ), set(1.0f)));
+    V one = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_GT_OQ), set(1.0f));
+    return _mm512_fmadd_ps(grad, one, zero());
   }
-  // Columns [0, 4) of 16 rows: out[c] holds column c. Masked broadcasts put four rows into one
-  // register on the load ports, which leaves eight shuffles for 64 elements.
-  static void transpose(const char* p, int64_t row, V out[4]) {
-    V r[4];
-    for (int i = 0; i < 4; i++) {
-      const char* q = p + i * row;
-      V x = _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(q)));
-      x = _mm512_mask_broadcast_f32x4(
-          x, 0x00f0, _mm_loadu_ps(reinterpret_cast<const float*>(q + 4 * row)));
-      x = _mm512_mask_broadcast_f32x4(
-          x, 0x0f00, _mm_loadu_ps(reinterpret_cast<const float*>(q + 8 * row)));
-      r[i] = _mm512_mask_broadcast_f32x4(
-          x, 0xf000, _mm_loadu_ps(reinterpret_cast<const float*>(q + 12 * row)));
-    }
+  // Puts the 16 bytes at `p` into lane group `group` of `x`, on the load ports.
+  static V insert(V x, int group, const char* p) {
+    return _mm512_mask_broadcast_f32x4(x, static_cast<__mmask16>(0xf << 4 * group),
+                                       _mm_loadu_ps(reinterpret_cast<const float*>(p)));
+  }
+  // r[i] holds four columns of rows i, i + 4, i + 8, ...; out[c] holds column c of all rows.
+  static void transpose_lanes(const V r[4], V out[4]) {
     __m512d lo0 = _mm512_castps_pd(_mm512_unpacklo_ps(r[0], r[1]));
     __m512d lo1 = _mm512_castps_pd(_mm512_unpacklo_ps(r[2], r[3]));
     __m512d hi0 = _mm512_castps_pd(_mm512_unpackhi_ps(r[0], r[1]));
@@ -85,26 +80,19 @@ struct Simd<double> {
   static void store(double* p, V x, int n) { _mm512_mask_storeu_pd(p, first(n), x); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
-  static V relu(V x) { return _mm512_max_pd(zero(), x); }
+  static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
     return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_NLE_UQ), grad);
   }
   static V multiply_grad(V grad, V y) {
-    return _mm512_mul_pd(
-        grad, _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_GT_OQ), set(1.0)));
+    V one = _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_GT_OQ), set(1.0));
+    return _mm512_fmadd_pd(grad, one, zero());
   }
-  static void transpose(const char* p, int64_t row, V out[2]) {
-    V r[2];
-    for (int i = 0; i < 2; i++) {
-      const char* q = p + i * row;
-      V x = _mm512_broadcast_f64x2(_mm_loadu_pd(reinterpret_cast<const double*>(q)));
-      x = _mm512_mask_broadcast_f64x2(
-          x, 0x0c, _mm_loadu_pd(reinterpret_cast<const double*>(q + 2 * row)));
-      x = _mm512_mask_broadcast_f64x2(
-          x, 0x30, _mm_loadu_pd(reinterpret_cast<const double*>(q + 4 * row)));
-      r[i] = _mm512_mask_broadcast_f64x2(
-          x, 0xc0, _mm_loadu_pd(reinterpret_cast<const double*>(q + 6 * row)));
-    }
+  static V insert(V x, int group, const char* p) {
+    return _mm512_mask_broadcast_f64x2(x, static_cast<__mmask8>(3 << 2 * group),
+                                       _mm_loadu_pd(reinterpret_cast<const double*>(p)));
+  }
+  static void transpose_lanes(const V r[2], V out[2]) {
     out[0] = _mm512_unpacklo_pd(r[0], r[1]);
     out[1] = _mm512_unpackhi_pd(r[0], r[1]);
   }
@@ -129,20 +117,19 @@ struct Simd<float> {
   static void store(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static V relu(V x) { return _mm256_max_ps(zero(), x); }
+  static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
     return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), grad);
   }
   static V multiply_grad(V grad, V y) {
-    return _mm256_mul_ps(grad, _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_GT_OQ), set(1.0f)));
+    V one = _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_GT_OQ), set(1.0f));
+    return _mm256_fmadd_ps(grad, one, zero());
   }
-  static void transpose(const char* p, int64_t row, V out[4]) {
-    V r[4];
-    for (int i = 0; i < 4; i++) {
-      const float* lo = reinterpret_cast<const float*>(p + i * row);
-      const float* hi = reinterpret_cast<const float*>(p + (i + 4) * row);
-      r[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(lo)), _mm_loadu_ps(hi), 1);
-    }
+  static V insert(V x, int group, const char* p) {
+    __m128 piece = _mm_loadu_ps(reinterpret_cast<const float*>(p));
+    return group ? _mm256_insertf128_ps(x, piece, 1) : _mm256_castps128_ps256(piece);
+  }
+  static void transpose_lanes(const V r[4], V out[4]) {
     __m256d lo0 = _mm256_castps_pd(_mm256_unpacklo_ps(r[0], r[1]));
     __m256d lo1 = _mm256_castps_pd(_mm256_unpacklo_ps(r[2], r[3]));
     __m256d hi0 = _mm256_castps_pd(_mm256_unpackhi_ps(r[0], r[1]));
@@ -169,20 +156,19 @@ struct Simd<double> {
   static void store(double* p, V x, int n) { _mm256_maskstore_pd(p, first(n), x); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
-  static V relu(V x) { return _mm256_max_pd(zero(), x); }
+  static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
     return _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_NLE_UQ), grad);
   }
   static V multiply_grad(V grad, V y) {
-    return _mm256_mul_pd(grad, _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_GT_OQ), set(1.0)));
+    V one = _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_GT_OQ), set(1.0));
+    return _mm256_fmadd_pd(grad, one, zero());
   }
-  static void transpose(const char* p, int64_t row, V out[2]) {
-    V r[2];
-    for (int i = 0; i < 2; i++) {
-      const double* lo = reinterpret_cast<const double*>(p + i * row);
-      const double* hi = reinterpret_cast<const double*>(p + (i + 2) * row);
-      r[i] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(lo)), _mm_loadu_pd(hi), 1);
-    }
+  static V insert(V x, int group, const char* p) {
+    __m128d piece = _mm_loadu_pd(reinterpret_cast<const double*>(p));
+    return group ? _mm256_insertf128_pd(x, piece, 1) : _mm256_castpd128_pd256(piece);
+  }
+  static void transpose_lanes(const V r[2], V out[2]) {
     out[0] = _mm256_unpacklo_pd(r[0], r[1]);
     out[1] = _mm256_unpackhi_pd(r[0], r[1]);
   }
@@ -216,13 +202,14 @@ struct Portable {
   }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
-  static V relu(V x) { return x <= zero() ? zero() : x; }
+  static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) { return y <= zero() ? zero() : grad; }
-  static V multiply_grad(V grad, V y) { return grad * (y > zero() ? set(1) : zero()); }
-  static void transpose(const char* p, int64_t row, V out[kWidth]) {
+  static V multiply_grad(V grad, V y) { return grad * (y > zero() ? set(1) : zero()) + zero(); }
+  static V insert(V, int, const char* p) { return load(reinterpret_cast<const T*>(p)); }
+  static void transpose_lanes(const V r[kWidth], V out[kWidth]) {
     T columns[kWidth][kWidth];
     for (int i = 0; i < kWidth; i++)
-      for (int c = 0; c < kWidth; c++) memcpy(&columns[c][i], p + i * row + c * sizeof(T), sizeof(T));
+      for (int c = 0; c < kWidth; c++) columns[c][i] = r[i][c];
     for (int c = 0; c < kWidth; c++) out[c] = load(columns[c]);
   }
 };
@@ -234,8 +221,33 @@ struct Simd<double> : Portable<double> {};
 
 #endif
 
-// Columns that one `transpose` call yields: those of a 16-byte row segment.
+// Columns in 16 bytes of a row, and how many such pieces are transposed together: a whole cache line
+// where the registers allow. Rows a power of two apart share cache sets, and a line touched again
+// later would have been evicted.
 template <class T>
-constexpr int kTransposed = 16 / sizeof(T);
+constexpr int kPieceColumns = 16 / sizeof(T);
+constexpr int kPieces = kRegisters == 32 ? 4 : sizeof(Simd<float>::V) / 16;
+
+// `kWidth` rows, `row` bytes apart: out[c] holds column c, for the columns of `kCount` pieces.
+template <class T, int kCount>
+void transpose(const char* p, int64_t row, typename Simd<T>::V* out) {
+  using S = Simd<T>;
+  constexpr int kColumns = kPieceColumns<T>;
+  typename S::V r[kCount][kColumns];
+#pragma GCC unroll 4
+  for (int piece = 0; piece < kCount; piece++)
+#pragma GCC unroll 4
+    for (int i = 0; i < kColumns; i++) r[piece][i] = S::zero();
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kWidth; i++)
+#pragma GCC unroll 4
+    for (int piece = 0; piece < kCount; piece++) {
+      auto& x = r[piece][i % kColumns];
+      x = S::insert(x, i / kColumns, p + i * row + 16 * piece);
+    }
+#pragma GCC unroll 4
+  for (int piece = 0; piece < kCount; piece++)
+    S::transpose_lanes(r[piece], out + piece * kColumns);
+}
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -12,6 +12,7 @@ namespace twinfuse {
 namespace {
 
 constexpr const char* kOp = "linear_relu";
+constexpr const char* kDtypeReason = "no kernel takes this dtype";
 
 void CheckRank(const View& view, bool fits, const char* expected) {
   if (fits) return;
@@ -36,10 +37,13 @@ Handle Forward(const Handle& input, const Handle& weight, const Handle& bias) {
   std::optional<View> b;
   CheckSameDevice(kOp, x, w);
   if (bias) CheckSameDevice(kOp, x, b.emplace("bias", bias));
-  if (x.dtype < 0) {
-    ReportFallback(kOp, "no kernel takes this dtype");
-    return ReferenceForward(input, weight, bias);
-  }
+  // A call that torch refuses too is an error and no fall-back: hence the report comes last.
+  const auto fall_back = [&](const std::string& reason) {
+    Handle result = ReferenceForward(input, weight, bias);
+    ReportFallback(kOp, reason);
+    return result;
+  };
+  if (x.dtype < 0) return fall_back(kDtypeReason);
   CheckRank(x, x.ndim >= 1, "[..., K]");
   CheckRank(w, w.ndim == 2, "[N, K]");
 
@@ -50,7 +54,7 @@ Handle Forward(const Handle& input, const Handle& weight, const Handle& bias) {
   Context context(x);
   const TwinfuseStatus status =
       twinfuse_linear_relu_forward(&y, &x, &w, b ? &*b : nullptr, &context);
-  if (!context.Served(kOp, status)) return ReferenceForward(input, weight, bias);
+  if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
   return output;
 }
 
@@ -97,11 +101,13 @@ Gradients Backward(const Handle& grad_output, const Handle& output, const Handle
     throw std::runtime_error(std::string(kOp) +
                              ": grad_input needs weight and grad_weight needs input");
   }
-  if (g.dtype < 0) {
-    ReportFallback(kOp, "no kernel takes this dtype");
-    return ReferenceBackward(grad_output, output, input, weight, want_input, want_weight,
-                             want_bias);
-  }
+  const auto fall_back = [&](const std::string& reason) {
+    Gradients result =
+        ReferenceBackward(grad_output, output, input, weight, want_input, want_weight, want_bias);
+    ReportFallback(kOp, reason);
+    return result;
+  };
+  if (g.dtype < 0) return fall_back(kDtypeReason);
   CheckRank(g, g.ndim >= 1, "[..., N]");
   if (x) CheckRank(*x, x->ndim >= 1, "[..., K]");
   if (w) CheckRank(*w, w->ndim == 2, "[N, K]");
@@ -127,10 +133,7 @@ Gradients Backward(const Handle& grad_output, const Handle& output, const Handle
   const TwinfuseStatus status = twinfuse_linear_relu_backward(
       gx ? &*gx : nullptr, gw ? &*gw : nullptr, gb ? &*gb : nullptr, &g, &y, x ? &*x : nullptr,
       w ? &*w : nullptr, TWINFUSE_RELU_GRAD_SELECT, &context);
-  if (!context.Served(kOp, status)) {
-    return ReferenceBackward(grad_output, output, input, weight, want_input, want_weight,
-                             want_bias);
-  }
+  if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
   return gradients;
 }
 

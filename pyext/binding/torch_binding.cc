@@ -105,10 +105,7 @@ void* Context::Allocate(void* opaque, size_t bytes) {
 }
 
 bool Context::Served(const char* op, TwinfuseStatus status) const {
-  if (status == TWINFUSE_UNSUPPORTED) {
-    ReportFallback(op, twinfuse_last_error());
-    return false;
-  }
+  if (status == TWINFUSE_UNSUPPORTED) return false;
   if (status != TWINFUSE_OK) throw std::runtime_error(twinfuse_last_error());
   if (parallel_failed_) throw std::runtime_error(std::string(op) + ": torch's thread pool failed");
   return true;

@@ -152,8 +152,8 @@ inline Handle EmptyStrided(const char* op, const char* name, const View& like,
   const auto ndim = static_cast<int64_t>(sizes.size());
   if (aoti_torch_empty_strided(ndim, sizes.data(), strides, like.torch_dtype, like.device_type,
                                like.device_index, &handle) != TORCH_SUCCESS) {
-    throw std::runtime_error(std::string(op) + ": " + name + ": cannot allocate a tensor of shape " +
-                             Shape(sizes.data(), ndim));
+    throw std::runtime_error(std::string(op) + ": " + name +
+                             ": cannot allocate a tensor of shape " + Shape(sizes.data(), ndim));
   }
   return Handle(handle);
 }
@@ -190,8 +190,8 @@ class Context : public TwinfuseContext {
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  // Throws what the core or a callback refused; false when no kernel serves the call and the caller
-  // takes its reference path, with the reason already reported.
+  // Throws what the core or a callback refused; false when no kernel serves the call, for the
+  // reason in twinfuse_last_error(), and the caller takes its reference path.
   bool Served(const char* op, TwinfuseStatus status) const;
 
  private:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from types import TracebackType
@@ -47,12 +48,18 @@ strict_mode: bool = os.environ.get("TWINFUSE_STRICT", "") not in ("", "0")
 _warned: set[tuple[str, str]] = set()
 
 
-class _Setting:
-    """A value set at once, and put back on leaving if used as a context manager."""
+def _set(backend: str | None, strict: bool) -> None:
+    # A `global` statement is what torch.compile traces; writing to `globals()` it does not.
+    global requested, strict_mode
+    requested, strict_mode = backend, strict
 
-    def __init__(self, name: str, value: object) -> None:
-        self._name, self._previous = name, globals()[name]
-        globals()[name] = value
+
+class _Setting:
+    """Values set at once, and put back on leaving if used as a context manager."""
+
+    def __init__(self, backend: str | None, strict: bool) -> None:
+        self._previous = requested, strict_mode
+        _set(backend, strict)
 
     def __enter__(self) -> None:
         return None
@@ -63,7 +70,7 @@ class _Setting:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        globals()[self._name] = self._previous
+        _set(*self._previous)
 
 
 def use_backend(name: str | None) -> _Setting:
@@ -75,15 +82,15 @@ def use_backend(name: str | None) -> _Setting:
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
-    return _Setting("requested", name)
+    return _Setting(name, strict_mode)
 
 
 def strict(enabled: bool = True) -> _Setting:
-    """Raise `FallbackError` instead of falling back to `reference`, from now on or in a `with` block.
+    """Raise `FallbackError` instead of taking `reference`, from now on or in a `with` block.
 
     A backend chosen by `use_backend("reference")` is no fallback and never raises.
     """
-    return _Setting("strict_mode", bool(enabled))
+    return _Setting(requested, bool(enabled))
 
 
 def fall_back(op: str, reason: str) -> None:
@@ -95,4 +102,12 @@ def fall_back(op: str, reason: str) -> None:
         raise FallbackError(text)
     if (op, reason) not in _warned:
         _warned.add((op, reason))
-        warnings.warn(text, FallbackWarning, stacklevel=3)
+        warnings.warn(text, FallbackWarning, stacklevel=_level_of_caller())
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` that shows the user's line instead of one in this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] == "twinfuse":
+        level, frame = level + 1, frame.f_back
+    return level

@@ -71,12 +71,12 @@ def find(name: str) -> Framework | None:
     spec = getattr(module, "__spec__", None) or importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         return None
+    root = os.path.dirname(spec.origin)
     for distribution in _DISTRIBUTIONS[name]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version = importlib.metadata.version(distribution)
-            return Framework(name, version, os.path.dirname(spec.origin))
+            return Framework(name, importlib.metadata.version(distribution), root)
     version = getattr(module, "__version__", None)
-    return Framework(name, version, os.path.dirname(spec.origin)) if version else None
+    return Framework(name, version, root) if version else None
 
 
 def unsupported(framework: Framework) -> str:
@@ -159,17 +159,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twinfuse"
 
 
-def _open_cache() -> Path:
-    folder = cache_folder()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    # Code is loaded from here, so nobody else may be able to put any.
-    status = folder.stat()
-    if status.st_uid != os.geteuid():
+def _check_cache(folder: Path) -> None:
+    """Raise if anybody else can put code into the cache."""
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
         raise PermissionError(f"the cache {folder} belongs to another user; set TWINFUSE_CACHE")
-    if stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
+    if stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"the cache {folder} is writable by others; chmod 700 it")
-    return folder
 
 
 def _cached(framework: Framework) -> Path:
@@ -187,7 +183,7 @@ def _cached(framework: Framework) -> Path:
 
 
 def status(name: str) -> tuple[Path | None, str]:
-    """As `binding`, but compiles nothing: `(path, "")`, or None and what importing would do."""
+    """As `binding`, but makes nothing: `(path, "")`, or None and what importing would do."""
     framework = find(name)
     if framework is None:
         return None, f"{TITLES[name]} is not installed"
@@ -198,10 +194,11 @@ def status(name: str) -> tuple[Path | None, str]:
         return prebuilt, ""
     try:
         cached = _cached(framework)
+        if cached.exists():
+            _check_cache(cached.parent)
+            return cached, ""
     except OSError as error:
-        return None, f"{framework}: {error}"
-    if cached.exists():
-        return cached, ""
+        return None, str(error)
     if not compiler():
         return None, f"nothing is built for {framework}, and there is no C++ compiler to build it"
     if cached.with_suffix(".log").exists():
@@ -219,15 +216,16 @@ def binding(name: str, unloadable: Path | None = None) -> tuple[Path | None, str
     framework = find(name)
     if framework is None or unsupported(framework) or _missing_core():
         return None, reason
-    if path is not None and path != unloadable:
+    if path is not None and unloadable is None:
         return path, ""
-    if not compiler():
-        return None, reason or f"{path} does not load, and there is no C++ compiler to build another"
     try:
-        _open_cache()
         target = _cached(framework)
         if target == unloadable:
             return None, f"{target} does not load"
+        if not target.exists() and not compiler():
+            return None, reason or f"{path} does not load, and there is no C++ compiler"
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_cache(target.parent)
         return _compile_once(framework, target)
     except OSError as error:
         return None, f"the binding for {framework} cannot be built: {error}"
@@ -271,7 +269,9 @@ def _compile_once(framework: Framework, target: Path) -> tuple[Path | None, str]
         if log.exists():
             return None, _failed(framework, log)
         start = time.monotonic()
-        print(f"twinfuse: compiling the binding for {framework} (once) ...", end="", file=sys.stderr)
+        print(
+            f"twinfuse: compiling the binding for {framework} (once) ...", end="", file=sys.stderr
+        )
         sys.stderr.flush()
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
             output = Path(work, target.name)

@@ -105,7 +105,12 @@ def _describe_bindings() -> dict[str, dict[str, str]]:
             serves = _build.serves(framework)
             compiled_here = path.parent == _build.cache_folder()
             origin = "compiled on this machine" if compiled_here else "built with twinfuse"
-        bindings[name] = dict(path=str(path or ""), serves=serves, origin=origin, problem=problem)
+        bindings[name] = {
+            "path": str(path or ""),
+            "serves": serves,
+            "origin": origin,
+            "problem": problem,
+        }
     return bindings
 
 
@@ -135,7 +140,7 @@ def _advice(
     if not frameworks:
         yield "install torch (2.10 or newer) or tensorflow (2.18 or newer): neither is here"
     if core["problem"]:
-        yield "install a C++17 compiler (g++), then reinstall: pip install --force-reinstall twinfuse"
+        yield "install a C++17 compiler (g++), then reinstall twinfuse"
     if core["isa_note"]:
         yield "unset TWINFUSE_ISA, or set it to one of: " + ", ".join(core["built_isas"])
     for framework in frameworks:

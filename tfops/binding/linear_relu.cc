@@ -10,6 +10,7 @@
 
 #include <string>
 
+#include "absl/strings/str_cat.h"
 #include "core_call.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/shape_inference.h"
@@ -107,9 +108,10 @@ absl::Status CheckRanks(const Tensor& x, const Tensor& kernel) {
   if (kernel.dims() != 2) return Mismatch("kernel", "[K, N]", kernel.shape());
   const int64_t inner = kernel.dim_size(0);
   if (x.dim_size(x.dims() - 1) != inner) {
-    return Mismatch("x", absl::StrCat("[..., ", inner, "] for a kernel of shape ",
-                                      kernel.shape().DebugString()),
-                    x.shape());
+    return Mismatch(
+        "x",
+        absl::StrCat("[..., ", inner, "] for a kernel of shape ", kernel.shape().DebugString()),
+        x.shape());
   }
   return absl::OkStatus();
 }
@@ -177,13 +179,13 @@ class LinearReluGradOp : public CoreOpKernel {
     OP_REQUIRES_OK(op, AllocateGrad(op, "grad_bias", {kernel.dim_size(1)}, &grad_bias));
 
     CoreCall call(op);
-    OP_REQUIRES_OK(op, call.Finish(twinfuse_linear_relu_backward(
-                           TensorView::Dense(grad_x).get(),
-                           TensorView::Transposed(grad_kernel).get(),
-                           TensorView::Dense(grad_bias).get(), TensorView::Dense(&grad).get(),
-                           TensorView::Dense(&y).get(), TensorView::Dense(&x).get(),
-                           TensorView::Transposed(&kernel).get(), TWINFUSE_RELU_GRAD_MULTIPLY,
-                           call.context())));
+    OP_REQUIRES_OK(
+        op,
+        call.Finish(twinfuse_linear_relu_backward(
+            TensorView::Dense(grad_x).get(), TensorView::Transposed(grad_kernel).get(),
+            TensorView::Dense(grad_bias).get(), TensorView::Dense(&grad).get(),
+            TensorView::Dense(&y).get(), TensorView::Dense(&x).get(),
+            TensorView::Transposed(&kernel).get(), TWINFUSE_RELU_GRAD_MULTIPLY, call.context())));
   }
 
  private:
@@ -197,17 +199,17 @@ class LinearReluGradOp : public CoreOpKernel {
 };
 
 // The GPU kernels make the same call: the core knows what it has for a device and says so.
-#define REGISTER_KERNELS(T)                                                                \
-  REGISTER_KERNEL_BUILDER(                                                                 \
-      Name("TwinfuseLinearRelu").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"),    \
-      LinearReluOp);                                                                       \
-  REGISTER_KERNEL_BUILDER(                                                                 \
-      Name("TwinfuseLinearRelu").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"),    \
-      LinearReluOp);                                                                       \
-  REGISTER_KERNEL_BUILDER(                                                                 \
+#define REGISTER_KERNELS(T)                                                                 \
+  REGISTER_KERNEL_BUILDER(                                                                  \
+      Name("TwinfuseLinearRelu").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"),     \
+      LinearReluOp);                                                                        \
+  REGISTER_KERNEL_BUILDER(                                                                  \
+      Name("TwinfuseLinearRelu").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"),     \
+      LinearReluOp);                                                                        \
+  REGISTER_KERNEL_BUILDER(                                                                  \
       Name("TwinfuseLinearReluGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
-      LinearReluGradOp);                                                                   \
-  REGISTER_KERNEL_BUILDER(                                                                 \
+      LinearReluGradOp);                                                                    \
+  REGISTER_KERNEL_BUILDER(                                                                  \
       Name("TwinfuseLinearReluGrad").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"), \
       LinearReluGradOp);
 REGISTER_KERNELS(float)

@@ -21,7 +21,8 @@
 //
 // Bits depend on the instruction set and the dtype alone: not on strides, alignment or threads.
 // Each sum runs in blocks of fixed length along its reduced dimension, one fused multiply-add after
-// another within a block. Denormals are kept, whatever the calling thread's mode.
+// another within a block. Denormals are kept, whatever the calling thread's mode, with one
+// exception: the bfloat16 dot instruction ("avx512_bf16") takes denormal operands and sums as zero.
 #pragma once
 
 #include "twinfuse/core.h"

@@ -95,7 +95,8 @@ class LinearReLU(torch.autograd.Function):
         if transforms_active():  # torch.autograd.grad(..., is_grads_batched=True)
             return reference_backward(grad_output, output, input, weight, *needs)
         if torch.is_grad_enabled():
-            return LinearReLUBackward.apply(grad_output, output, input, weight, *needs)
+            # The mask is constant: without `detach` the engine would come back here with zeros.
+            return LinearReLUBackward.apply(grad_output, output.detach(), input, weight, *needs)
         return backward(grad_output, output, input, weight, *needs)
 
 

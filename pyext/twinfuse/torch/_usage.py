@@ -66,14 +66,19 @@ def _is_called(node: ast.AST) -> bool:
     return isinstance(parent, ast.Call) and parent.func is node
 
 
-def _method(node: ast.AST) -> str:
-    """Name of the method that contains `node`."""
-    name = ""
+def _method(node: ast.AST) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """The method that contains `node`."""
+    method = None
     while not isinstance(node, ast.Module):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            name = node.name
+            method = node
         node = _parent(node)
-    return name
+    return method
+
+
+def _method_name(node: ast.AST) -> str:
+    method = _method(node)
+    return method.name if method else ""
 
 
 def _loads(module: nn.Module, attribute: str) -> list[ast.Attribute] | None:
@@ -91,13 +96,20 @@ def _loads(module: nn.Module, attribute: str) -> list[ast.Attribute] | None:
                 while isinstance(outer, ast.Subscript):
                     outer = _parent(outer)
                 parameter = isinstance(outer, ast.Attribute) and outer.attr in ("weight", "bias")
-                if isinstance(node.ctx, ast.Load) and _method(node) != "__init__" and not parameter:
+                if (
+                    isinstance(node.ctx, ast.Load)
+                    and _method_name(node) != "__init__"
+                    and not parameter
+                ):
                     loads.append(node)
     return loads
 
 
 def _is_own(load: ast.Attribute) -> bool:
-    return isinstance(load.value, ast.Name) and load.value.id == "self"
+    """Whether this is `self.<attribute>`."""
+    method = _method(load)
+    arguments = (*method.args.posonlyargs, *method.args.args)[:1] if method else ()
+    return isinstance(load.value, ast.Name) and any(a.arg == load.value.id for a in arguments)
 
 
 def _is_torch(load: ast.Attribute) -> bool:
@@ -137,8 +149,7 @@ def parts_used(module: nn.Module, attribute: str, in_list: bool) -> str:
     loads = _loads(module, attribute)
     if loads is None:
         return f"the source of {name} is not available"
-    own = [load for load in loads if _is_own(load)]
-    if not all(_is_called_as_a_whole(load, in_list) for load in own):
+    if not all(_is_torch(load) or _is_called_as_a_whole(load, in_list) for load in loads):
         return f"{name} may use parts of '{attribute}' by themselves"
     return ""
 
@@ -148,7 +159,7 @@ def used_outside_forward(module: nn.Module, attribute: str) -> str:
     loads = _loads(module, attribute)
     if loads is None:
         return f"the source of {type(module).__name__} is not available"
-    if any(_is_own(load) and _method(load) != "forward" for load in loads):
+    if any(_method_name(load) != "forward" and not _is_torch(load) for load in loads):
         return f"{type(module).__name__} uses '{attribute}' outside of its forward method"
     return ""
 
@@ -182,7 +193,12 @@ def _changes_or_branches(code: CodeType) -> bool:
 
 def _is_torch_or_standard(file: str) -> bool:
     standard = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
-    return standard or file.startswith((_TORCH, __file__, "<"))
+    return standard or file.startswith((_TORCH, __file__, "<frozen ", "<eval_with_key>"))
+
+
+def _is_of_torch(builtin: Any) -> bool:
+    owner = getattr(builtin, "__module__", None) or type(builtin.__self__).__module__
+    return owner.partition(".")[0] == "torch"
 
 
 def trace(module: nn.Module) -> tuple[fx.Graph | None, str]:
@@ -204,11 +220,13 @@ def trace(module: nn.Module) -> tuple[fx.Graph | None, str]:
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
         if event == "call" and frame.f_code is not code:
-            if not _is_torch_or_standard(frame.f_code.co_filename):
+            file = frame.f_code.co_filename
+            if file == "<string>" and frame.f_back is not None:  # a named tuple's constructor
+                file = frame.f_back.f_code.co_filename
+            if not _is_torch_or_standard(file):
                 raise _NotProvable(f"the forward method of {name} calls other Python functions")
-        elif event == "c_call" and frame.f_code is code:
-            if not str(getattr(argument, "__module__", None) or "torch").startswith("torch"):
-                raise _NotProvable(f"the forward method of {name} calls {argument.__name__}()")
+        elif event == "c_call" and frame.f_code is code and not _is_of_torch(argument):
+            raise _NotProvable(f"the forward method of {name} calls {argument.__name__}()")
 
     previous = sys.getprofile()
     try:

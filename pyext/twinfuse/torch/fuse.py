@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -239,8 +240,8 @@ def _reach_into_module(path: Path, group: _Group) -> str:
 
 def _groups_in_sequence(parent: nn.Module) -> Iterator[_Group]:
     children = list(parent._modules.items())
-    for (_, linear), (key, relu) in zip(children, children[1:], strict=False):
-        if _is_exactly(linear, nn.Linear) and _is_exactly(relu, nn.ReLU):
+    for (_, linear), (key, relu) in pairwise(children):
+        if linear and relu and _is_exactly(linear, nn.Linear) and _is_exactly(relu, nn.ReLU):
             yield _Group([linear], relu, parent, key)
 
 

@@ -100,7 +100,8 @@ def _dispatched(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not reason:
         return _public(input, weight, bias)
     output = _ops.reference(input, weight, bias)  # first: what native refuses is no fall-back
-    _fall_back(reason)
+    if _backend.requested != "reference":
+        _fall_back(reason)
     return output
 
 
@@ -113,6 +114,7 @@ def _refused(error: RuntimeError, input: Tensor, weight: Tensor, bias: Tensor | 
     try:
         output = _ops.reference(input, weight, bias)
     except Exception as native:
+        native.__context__ = None  # the two errors say the same
         raise type(native)(f"linear_relu: {text if text != str(error) else reason}") from native
     _fall_back(reason)
     return output
@@ -142,24 +144,27 @@ def _why_reference(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     named = [("input", input), ("weight", weight)] + ([] if bias is None else [("bias", bias)])
     for name, tensor in named:
         if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
-            return f"{name} is a {type(tensor).__name__}, not a plain tensor"
+            return f"{name}: expected a plain tensor, got a {type(tensor).__name__}"
+    device = input.device.type
+    dtype = _dtype_of_call(input, device)
+    for name, tensor in named:
         if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
-            return f"{name}: expected a dense strided tensor, got layout {tensor.layout}"
+            kind = (
+                "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+            )
+            return f"{name}: expected a dense tensor, got a {kind} one of layout {tensor.layout}"
         if tensor.device != input.device:
             return f"{name}: expected device {input.device} like input, got {tensor.device}"
+        if _dtype_of_call(tensor, device) != dtype:
+            return f"{name}: expected {dtype} like input, got {tensor.dtype}"
 
-    device = input.device.type
     requested = _backend.requested
     if requested is not None and requested != device:
         return f"backend '{requested}' was asked for, and the tensors are on device '{device}'"
     if device not in _FORWARD:
         return f"no kernel runs on device type '{device}'"
-    dtype = _dtype_of_call(input, device)
     if dtype not in _DTYPES:
-        return f"no kernel takes dtype {dtype}"
-    for name, tensor in named:
-        if _dtype_of_call(tensor, device) != dtype:
-            return f"{name}: expected {dtype} like input, got {tensor.dtype}"
+        return f"input: expected {', '.join(_core.DTYPES)} for a fused kernel, got {dtype}"
     reason = _FORWARD[device][dtype][1]
     if not reason and any(tensor.requires_grad for _, tensor in named):
         reason = _BACKWARD[device][dtype][1]

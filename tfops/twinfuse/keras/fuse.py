@@ -27,6 +27,7 @@ class _Original:
     """What `fuse` changed on a layer or a model besides its class."""
 
     attributes: dict[str, Any]
+    compile_config: Any = None
 
 
 def fuse(model: Model) -> Model:
@@ -65,10 +66,9 @@ def unfuse(model: Model) -> Model:
 
 def explain(model: keras.layers.Layer) -> Report:
     """One row for each layer of `model` that has no layers inside: fused, or native and why."""
+    _flatten(model)
     rows = []
-    for layer in _flatten(model):
-        if isinstance(layer, keras.layers.InputLayer) or any(_children(layer)):
-            continue
+    for layer in _leaves(model, set()):
         op = type(layer).__name__
         reason = _native_reason(layer)
         if reason or type(layer) in _FUSED:
@@ -85,8 +85,17 @@ def _flatten(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     return model._flatten_layers()
 
 
-def _children(layer: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
-    return layer._flatten_layers(include_self=False)
+def _leaves(layer: keras.layers.Layer, seen: set[int]) -> Iterator[keras.layers.Layer]:
+    """Layers that compute something themselves; a recurrent layer stands for its cell."""
+    if id(layer) in seen or isinstance(layer, keras.layers.InputLayer):
+        return
+    seen.add(id(layer))
+    children = list(layer._flatten_layers(recursive=False, include_self=False))
+    if not children or type(layer).__name__ in _NOT_YET:
+        yield layer
+        return
+    for child in children:
+        yield from _leaves(child, seen)
 
 
 def _native_reason(layer: keras.layers.Layer) -> str:
@@ -97,11 +106,22 @@ def _native_reason(layer: keras.layers.Layer) -> str:
     if type(layer) not in _FUSED and not isinstance(layer, Dense):
         return "a subclass of Dense may compute something else"
     if not _ops.is_relu(layer.activation):
+        if any(_is_relu_layer(node.operation) for node in layer._outbound_nodes):
+            # Its own output, before the ReLU, may be read at any time (as the output of another
+            # model, or by activity_regularizer), so it has to exist.
+            return "the ReLU after it is a layer of its own: use Dense(activation='relu')"
         name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
         return f"its activation is {name}"
     if layer.quantization_mode is not None:
         return f"it is quantized to {layer.quantization_mode}"
     return _ops.missing()
+
+
+def _is_relu_layer(operation: Any) -> bool:
+    if type(operation) is keras.layers.ReLU:
+        unbounded = operation.max_value is None
+        return unbounded and operation.negative_slope == operation.threshold == 0
+    return type(operation) is keras.layers.Activation and _ops.is_relu(operation.activation)
 
 
 def _without_type_check(quantize: Any) -> Any:
@@ -116,7 +136,7 @@ def _change(layer: keras.layers.Layer, attributes: dict[str, Any]) -> None:
     # Past Layer.__setattr__, which would track what is set as part of the layer's state.
     original = vars(layer).get("_twinfuse_original")
     if original is None:
-        original = _Original({})
+        original = _Original({}, getattr(layer, "_compile_config", None))
         object.__setattr__(layer, "_twinfuse_original", original)
     for name, value in attributes.items():
         original.attributes.setdefault(name, getattr(layer, name))
@@ -125,10 +145,13 @@ def _change(layer: keras.layers.Layer, attributes: dict[str, Any]) -> None:
 
 def _restore(layer: keras.layers.Layer) -> None:
     original = vars(layer).get("_twinfuse_original")
-    if original is not None:
+    if original is None:
+        return
+    # A model compiled again since then has its own jit_compile.
+    if getattr(layer, "_compile_config", None) is original.compile_config:
         for name, value in original.attributes.items():
             object.__setattr__(layer, name, value)
-        object.__delattr__(layer, "_twinfuse_original")
+    object.__delattr__(layer, "_twinfuse_original")
 
 
 def _retrace(layers: list[keras.layers.Layer], fused: bool = True) -> None:

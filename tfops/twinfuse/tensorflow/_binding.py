@@ -53,7 +53,7 @@ def in_xla() -> bool:
 
 
 def device_type(tensor: tf.Tensor | None = None) -> str:
-    """"cpu", "cuda" or another type: where an op on `tensor` will run, as far as is known now."""
+    """ "cpu", "cuda" or another type: where an op on `tensor` will run, as far as is known now."""
     if tensor is not None and tf.executing_eagerly():
         name = tensor.device.rsplit("device:", 1)[-1].split(":")[0].lower()
         return {"gpu": "cuda"}.get(name, name or "cpu")

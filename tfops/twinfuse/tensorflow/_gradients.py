@@ -42,9 +42,7 @@ def backward(
     """Gradients of x, kernel and bias; None where not wanted."""
     if not any(wanted):
         return [None, None, None]
-    name, _ = _binding.find_kernel(
-        "linear_relu_backward", grad.dtype, _binding.device_type(grad)
-    )
+    name, _ = _binding.find_kernel("linear_relu_backward", grad.dtype, _binding.device_type(grad))
     if name:
         assert _binding.ops is not None
         num_x, num_kernel, num_bias = map(int, wanted)
@@ -91,8 +89,6 @@ def _linear_relu_grad_grad(op: Any, *cotangents: Any) -> list[tf.Tensor | None]:
         terms += [] if w is None else [tf.broadcast_to(w, tf.shape(grad))]
         d_grad = tf.raw_ops.ReluGrad(gradients=tf.add_n(terms), features=y) if terms else None
     wanted = (v is not None and 2 not in skipped, u is not None and 3 not in skipped, False)
-    d_x, d_kernel, _ = backward(
-        grad, y, x if u is None else u, kernel if v is None else v, wanted
-    )
+    d_x, d_kernel, _ = backward(grad, y, x if u is None else u, kernel if v is None else v, wanted)
     # Zeros, not None: the native graph is connected through the mask too.
     return [d_grad, None if 1 in skipped else tf.zeros_like(y), d_x, d_kernel]

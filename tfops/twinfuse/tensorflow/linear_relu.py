@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import tensorflow as tf
+from tensorflow.python.framework.ops import EagerTensor
 
 from twinfuse import _backend
 from twinfuse.tensorflow import _binding, _gradients, _vectorize  # noqa: F401
 
-EagerTensor = type(tf.zeros(()))
-
 _ROLE = "linear_relu_forward"
+_REFUSED = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, TypeError, ValueError)
 _fused = None if _binding.ops is None else _binding.ops.twinfuse_linear_relu
 
 
@@ -36,12 +36,11 @@ def linear_relu(x: Any, kernel: Any, bias: Any = None) -> tf.Tensor:
         twinfuse.FallbackError: The call would fall back and `twinfuse.strict()` is on.
     """
     # Only what is cheap to ask stands before the op; a call that it refuses is looked at below.
-    if _backend.requested is None and isinstance(x, EagerTensor) and tf.executing_eagerly():
+    eager = isinstance(x, EagerTensor) and tf.executing_eagerly()
+    if eager and _backend.requested is None and _fused is not None:
         try:
             return _fused(x, kernel, () if bias is None else (bias,))
-        except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError):
-            pass
-        except (TypeError, ValueError):
+        except _REFUSED:
             pass
     return _checked(x, kernel, bias)
 
@@ -81,7 +80,7 @@ def _convert(x: Any, kernel: Any, bias: Any) -> tuple[tf.Tensor, tf.Tensor, tf.T
 
 
 def _choose(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None) -> tuple[str, str]:
-    """`(kernel name, "")`, or `("", why the reference path serves this call)`; raises if none can."""
+    """`(kernel name, "")`, or `("", why the reference path serves it)`; raises if none can."""
     reason = _check(x, kernel, bias)
     if reason:
         return "", reason
@@ -107,7 +106,11 @@ def _check(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None) -> str:
         return ""
     if bias.shape.rank == 1 and units is not None and bias.shape[0] == units:
         return ""
-    if bias.shape.rank == 1 and None not in (bias.shape[0], units) and 1 not in (*bias.shape, units):
+    if (
+        bias.shape.rank == 1
+        and None not in (bias.shape[0], units)
+        and 1 not in (*bias.shape, units)
+    ):
         _refuse("bias", f"[{units}] for kernel {_text(kernel)}", _text(bias))
     return f"bias is not known to be of shape [{units}], so it may have to be broadcast"
 

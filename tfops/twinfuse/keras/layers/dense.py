@@ -10,7 +10,7 @@ from twinfuse.keras import _ops
 
 
 @keras.saving.register_keras_serializable(package="twinfuse")
-class Dense(keras.layers.Dense):  # type: ignore[misc]
+class Dense(keras.layers.Dense):
     """A `keras.layers.Dense` that runs fused when its activation is relu, and natively otherwise.
 
     Constructor, weights (kernel `[K, N]`, bias `[N]`), config, LoRA and quantization are those of

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Runs the tests of the core and of the bindings under AddressSanitizer and UBSan.
+#   tests/sanitize.sh [python] [pytest arguments]
+# A second build of the package lies in build/sanitize and is put first on Python's path, so nothing
+# of the usual build or of the package knows about this.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+shift || true
+
+base=build/sanitize
+flags="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
+# vptr checks ask for type information that TensorFlow does not export; the others make GCC refuse
+# its headers (comparing a function with nullptr is then no constant), and ASan sees null anyway.
+flags+=" -fno-sanitize=vptr,null,nonnull-attribute,returns-nonnull-attribute"
+CXXFLAGS=$flags "$python" setup.py --quiet build --build-base "$base" --build-lib "$base/lib" \
+  build_ext --test-module
+
+# libasan must come first in the process, and libstdc++ before it looks for what it intercepts.
+preload=$(g++ -print-file-name=libasan.so)
+preload+=" $(g++ -print-file-name=libstdc++.so)"
+export LD_PRELOAD=$preload
+export PYTHONPATH=$PWD/$base/lib${PYTHONPATH:+:$PYTHONPATH}
+export TWINFUSE_TEST_CORE=$PWD/$base/objects
+export PYTHONMALLOC=malloc
+# The interpreter and the frameworks keep memory for ever; the core allocates none.
+export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1
+# New memory holds what the tests of unwritten outputs look for.
+ASAN_OPTIONS+=:max_malloc_fill_size=1073741824:malloc_fill_byte=127
+export UBSAN_OPTIONS=print_stacktrace=1
+
+"$python" -c "
+from twinfuse import _core
+library, reason = _core.load()
+assert library is not None, reason
+assert '/$base/' in str(_core.LIBRARY), _core.LIBRARY
+"
+if [ $# -eq 0 ]; then
+  set -- -q -m "not slow" tests/test_core*.py tests/test_isa.py tests/test_linear_relu*.py \
+    tests/test_cross_framework.py
+fi
+# A report of the sanitizer ends the process: it must not be in a file of pytest's by then.
+exec "$python" -m pytest -p no:cacheprovider --capture=sys "$@"

@@ -1,0 +1,293 @@
+"""The examples: they train, native and fused agree, and what is wrong is found."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+pytest.importorskip("rich")
+
+import twinfuse
+from examples import comparison, digits, mnist, regression, training
+from examples.networks import KERAS, RECIPES, TORCH, Recipe
+from examples.training import Curve, Data
+from tests.conftest import require
+
+ROOT = Path(__file__).resolve().parent.parent
+FRAMEWORKS = ("torch", "keras")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Threads that wait for each other make these small networks crawl on a busy machine."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if importlib.util.find_spec("torch") is None:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=FRAMEWORKS)
+def framework(request: pytest.FixtureRequest) -> str:
+    require(training.FRAMEWORKS[request.param])
+    name: str = request.param
+    return name
+
+
+def load_digits() -> Data:
+    pytest.importorskip("sklearn")
+    return digits.load()
+
+
+def test_digits_are_split_once_for_all() -> None:
+    data = load_digits()
+    assert data.inputs.shape == (1437, 64) and data.test_inputs.shape == (360, 64)
+    assert data.inputs.dtype == np.float32 and 0 <= data.inputs.min() < data.inputs.max() == 1
+    assert set(data.test_targets) == set(range(10))
+    np.testing.assert_array_equal(data.inputs, digits.load().inputs)
+    batches = data.batches(3, 32)
+    assert sorted(np.concatenate(batches)) == list(range(1437)) and len(batches[0]) == 32
+    np.testing.assert_array_equal(batches[0], data.batches(3, 32)[0])
+    assert (batches[0] != data.batches(4, 32)[0]).any()
+
+
+def test_training_learns_and_fused_follows_native(framework: str) -> None:
+    network = digits.NETWORKS[framework]
+    data, recipe = load_digits(), RECIPES[network]
+    epochs_done: list[None] = []
+    curves = training.train(framework, network, data, recipe, lambda: epochs_done.append(None))
+    native, fused, double = comparison.variants(curves, framework)
+    assert len(epochs_done) == 3 * recipe.epochs == 3 * len(native.seconds)
+    assert native.score > 0.9 and abs(native.score - fused.score) < 0.01
+    assert native.losses[0] > 1 > 0.2 > native.losses[-1]
+    assert comparison.distance(fused, native) < comparison.TOLERANCE
+    # The tolerance is not there to hide rounding: even float64 is nearer than that.
+    assert 0 < comparison.distance(native, double) < comparison.TOLERANCE
+    steps = recipe.epochs * len(data.batches(0, recipe.batch))
+    assert comparison.disagreements(curves, recipe, steps, digits.FUSIBLE) == []
+    forward = sum(n for name, n in fused.kernels.items() if "linear_relu_forward" in name)
+    assert forward == digits.FUSIBLE * (steps + 1)  # and once for the test data
+    assert fused.explanation.count("linear_relu_forward") == digits.FUSIBLE
+
+
+def test_a_fused_run_without_kernels_is_found(framework: str, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    with twinfuse.use_backend("reference"):
+        status = digits.main(
+            ["--epochs", "1", "--framework", framework, "--output", str(tmp_path / "a.png")]
+        )
+    assert status == 1
+
+
+def curves_of(fused: list[float], kernels: dict[str, int]) -> list[Curve]:
+    losses = [2.0, 1.0, 0.5]
+    return [
+        Curve("net", "torch", "native", losses),
+        Curve("net", "torch", "fused", fused, kernels=kernels),
+        Curve("net", "torch", "float64", [loss * (1 + 1e-7) for loss in losses]),
+    ]
+
+
+RAN = {"linear_relu_forward_f32": 11, "linear_relu_backward_f32": 10}
+
+
+@pytest.mark.parametrize(
+    ("fused", "kernels", "fusible", "expected"),
+    [
+        ([2.0, 1.0, 0.5], RAN, 1, None),
+        ([2.0, 1.0 + 5e-5, 0.5], RAN, 1, None),
+        ([2.0, 1.0 + 3e-4, 0.5], RAN, 1, "the fused loss is 3.0e-04 from the native one"),
+        ([2.0, 1.0, float("nan")], RAN, 1, "the fused loss is inf"),
+        ([2.0, 1.0, 0.5], RAN, 2, "11 fused forward kernels ran, expected 20"),
+        ([2.0, 1.0, 0.5], {"linear_relu_forward_f32": 11}, 1, "0 fused backward kernels ran"),
+        ([2.0, 1.0, 0.5], RAN, 0, "11 fused forward kernels ran, expected 0"),
+    ],
+)
+def test_disagreements(
+    fused: list[float], kernels: dict[str, int], fusible: int, expected: str | None
+) -> None:
+    recipe = Recipe(3, 32, "adam", 1e-3, "cross_entropy")
+    found = comparison.disagreements(curves_of(fused, kernels), recipe, 10, fusible)
+    assert bool(found) == (expected is not None)
+    assert expected is None or any(expected in text for text in found)
+
+
+def test_native_kernels_and_a_rising_loss_are_found() -> None:
+    recipe = Recipe(3, 32, "adam", 1e-3, "cross_entropy")
+    curves = curves_of([2.0, 1.0, 0.5], RAN)
+    curves[0] = dataclasses.replace(curves[0], kernels={"linear_relu_forward_f32": 1})
+    curves[2] = dataclasses.replace(curves[2], losses=[2.0, 1.0, 2.5])
+    found = "\n".join(comparison.disagreements(curves, recipe, 10, 1))
+    assert "native run launched fused kernels" in found
+    assert "torch float64: the loss did not fall" in found
+
+
+@pytest.mark.slow
+def test_demo_as_a_user_runs_it(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    present = training.available("both")
+    if not present:
+        pytest.skip("neither torch nor tensorflow is installed")
+    plot = tmp_path / "new" / "digits.png"
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.digits", "--output", str(plot)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("loss, epoch 10", "test accuracy", "ms per epoch", "follow the same curve"):
+        assert text in done.stdout
+    for name in present:
+        assert f"{name} native" in done.stdout and f"{name} fused" in done.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG") and plot.stat().st_size > 20_000
+
+
+def test_a_missing_framework_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    require("torch")
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name)
+    )
+    assert digits.main(["--epochs", "2", "--output", str(tmp_path / "a.png")]) == 0
+    output = capsys.readouterr().out
+    assert "left out: keras (tensorflow is not installed)" in output
+    assert "torch fused" in output and "keras native" not in output
+    with pytest.raises(SystemExit, match="nothing to train"):
+        digits.main(["--framework", "keras"])
+
+
+def test_linear_regression_stays_native_and_says_so(
+    framework: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = regression.main(
+        ["--network", "linear_regression", "--framework", framework, "--epochs", "20"]
+    )
+    output = capsys.readouterr().out
+    assert status == 0 and "fused kernels" in output and "none" in output
+    assert ("no ReLU follows" if framework == "torch" else "its activation is linear") in output
+
+
+def test_mlp_regression_runs_fused(capsys: pytest.CaptureFixture[str]) -> None:
+    require("torch")
+    assert regression.main(["--network", "mlp_regression", "--epochs", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "linear_relu_backward" in output and "x 400" in output and "x 401" in output
+
+
+def test_linear_regression_finds_the_line() -> None:
+    require("torch")
+    name = "linear_regression"
+    curves = training.train("torch", name, regression.load(), RECIPES[name])
+    assert all(c.score < 1e-3 and c.losses[-1] < 0.02 for c in curves)
+
+
+def test_networks_have_the_printed_sizes() -> None:
+    require("torch")
+    sizes = {name: [tuple(p.shape) for p in build().parameters()] for name, build in TORCH.items()}
+    mlp = [(128, 784), (128,), (64, 128), (64,), (10, 64), (10,)]
+    assert sizes["mlp_784"] == mlp
+    assert sizes["mlp_regression"] == [(10, 1), (10,), (1, 10), (1,)]
+    assert sizes["linear_regression"] == [(1, 1), (1,)]
+    if importlib.util.find_spec("tensorflow"):
+        weights = [w.shape for w in KERAS["mlp_784_keras"]().get_weights()]
+        assert weights == [shape[::-1] for shape in mlp]
+
+
+def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(s.to_bytes(4, "big") for s in array.shape)
+    content = header + array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.fixture
+def mnist_folder(tmp_path: Path) -> Path:
+    """Real digits, enlarged to 28x28, in files of MNIST's format; one of them gzipped."""
+    data = load_digits()
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, name in mnist.FILES.items():
+        values: Any = getattr(data, part)
+        if "inputs" in part:
+            values = np.kron(values.reshape(-1, 8, 8) * 255, np.ones((3, 3)))
+            values = np.pad(values, ((0, 0), (2, 2), (2, 2)))
+        ending = ".gz" if part == "inputs" else ""
+        write_idx(folder / f"{name}{ending}", values.astype(np.uint8))
+    return tmp_path
+
+
+def test_mnist_from_files(
+    mnist_folder: Path, framework: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    plot = mnist_folder / "mnist.png"
+    status = mnist.main(
+        [
+            *("--data", str(mnist_folder), "--framework", framework),
+            *("--epochs", "3", "--output", str(plot)),
+        ]
+    )
+    assert status == 0 and plot.exists()
+    output = capsys.readouterr().out
+    accuracy = output.split("test accuracy")[1].split("%")[0].split("│")[-1]
+    assert float(accuracy) > 85
+
+
+def test_idx_files_are_read_as_written_or_refused(mnist_folder: Path) -> None:
+    data = mnist.from_idx(mnist_folder)
+    assert data.inputs.shape == (1437, 784) and data.inputs.max() == 1
+    np.testing.assert_array_equal(data.test_targets, load_digits().test_targets)
+    raw = mnist_folder / "MNIST" / "raw"
+    labels = raw / mnist.FILES["test_targets"]
+    whole = labels.read_bytes()
+    for broken, message in (
+        (whole[:-1], r"expected \[360\] bytes of data, got 359"),
+        (b"\0\0\x0d" + whole[3:], "expected an IDX file"),
+        (b"PK\3\4", "expected an IDX file"),
+        (whole[:6], "expected a header of 8 bytes, got 6"),
+    ):
+        labels.write_bytes(broken)
+        with pytest.raises(ValueError, match=message):
+            mnist.from_idx(mnist_folder)
+    write_idx(labels, np.zeros(10, np.uint8))
+    with pytest.raises(ValueError, match="as many labels as images"):
+        mnist.from_idx(mnist_folder)
+    labels.unlink()
+    with pytest.raises(FileNotFoundError, match="no t10k-labels-idx1-ubyte"):
+        mnist.from_idx(mnist_folder)
+    with pytest.raises(SystemExit):
+        mnist.main([])
+
+
+@pytest.mark.slow
+def test_quickstart(framework: str) -> None:
+    path = ROOT / "examples" / f"quickstart_{framework}.py"
+    assert sum(1 for line in path.read_text().splitlines() if line.strip()) <= 8
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "linear_relu_forward" in done.stdout

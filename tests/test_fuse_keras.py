@@ -1,0 +1,251 @@
+"""`twinfuse.keras.fuse`, `unfuse` and `explain` on models that exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Launched, require
+
+tf = require("tensorflow")
+keras = require("keras")
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("needs KERAS_BACKEND=tensorflow", allow_module_level=True)
+
+import twinfuse  # noqa: E402
+import twinfuse.keras as tfk  # noqa: E402
+
+layers = keras.layers
+
+
+def data(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+
+
+def sequential() -> Any:
+    return keras.Sequential(
+        [keras.Input((7,)), layers.Dense(6, "relu"), layers.Dense(5, "relu"), layers.Dense(3)]
+    )
+
+
+def deferred_sequential() -> Any:
+    model = keras.Sequential([layers.Dense(6, "relu"), layers.Dense(5, "relu"), layers.Dense(3)])
+    model(data(1, 7))
+    return model
+
+
+def functional() -> Any:
+    inputs = keras.Input((7,))
+    shared = layers.Dense(7, "relu")
+    hidden = shared(shared(inputs)) + inputs
+    return keras.Model(inputs, layers.Dense(3)(hidden))
+
+
+def nested() -> Any:
+    inner = keras.Sequential([keras.Input((7,)), layers.Dense(7, "relu")])
+    wrapped = layers.TimeDistributed(layers.Dense(7, "relu"))
+    inputs = keras.Input((7,))
+    steps = wrapped(layers.Reshape((1, 7))(inner(inputs)))
+    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(steps)))
+
+
+class Subclassed(keras.Model):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = [layers.Dense(7, "relu") for _ in range(2)]
+        self.head = layers.Dense(3)
+
+    def call(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def subclassed() -> Any:
+    model = Subclassed()
+    model(data(1, 7))
+    return model
+
+
+MODELS = [sequential, deferred_sequential, functional, nested, subclassed]
+
+
+def made(build: Any) -> Any:
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(5)
+    model = build()
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+def fit(model: Any, epochs: int = 2) -> list[float]:
+    x, y = data(32, 7), data(32, 3)
+    return model.fit(x, y, batch_size=8, epochs=epochs, verbose=0, shuffle=False).history["loss"]
+
+
+def state(model: Any) -> dict[str, Any]:
+    """What `fuse` must leave alone."""
+    return {
+        "ids": [id(v) for v in model.variables],
+        "paths": [v.path for v in model.variables],
+        "names": [layer.name for layer in model._flatten_layers()],
+        "configs": [layer.get_config() for layer in model._flatten_layers() if layer.built]
+        if not isinstance(model, Subclassed)
+        else [],
+        "optimizer": [v.numpy().tolist() for v in model.optimizer.variables],
+    }
+
+
+@pytest.mark.parametrize("build", MODELS)
+def test_fuse_in_the_middle_of_training(build: Any, launched: Launched) -> None:
+    native = made(build)
+    expected = fit(native, epochs=5)
+
+    model = made(build)
+    with launched("linear_relu_", times=0):
+        losses = fit(model, epochs=2)
+    weights = model.get_weights()
+    before = state(model)
+    assert tfk.fuse(model) is model
+    after = state(model)
+    dense = [layer for layer in model._flatten_layers() if isinstance(layer, layers.Dense)]
+    assert [type(d) is tfk.layers.Dense for d in dense] == [True, True, False][-len(dense) :]
+    assert {k: v for k, v in after.items() if k != "configs"} == {
+        k: v for k, v in before.items() if k != "configs"
+    }
+    for one, other in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, other)
+    with launched("linear_relu_forward_", times=16), launched("linear_relu_backward_", times=16):
+        losses += fit(model, epochs=2)
+    with launched("linear_relu_forward_", times=2):
+        fused = model.predict(data(4, 7), verbose=0)
+
+    assert tfk.unfuse(model) is model
+    assert all(type(d) is layers.Dense and d.supports_jit for d in dense)
+    assert not any("_twinfuse_original" in vars(layer) for layer in model._flatten_layers())
+    with launched("linear_relu_", times=0):
+        np.testing.assert_allclose(model.predict(data(4, 7), verbose=0), fused, atol=1e-5)
+        losses += fit(model, epochs=1)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_unfuse_gives_back_exactly_what_was() -> None:
+    model = made(sequential)
+    first = model.layers[0]
+    first.supports_jit = False
+    quantize = first.quantize
+    before = state(model)
+    tfk.unfuse(tfk.fuse(tfk.fuse(model)))
+    assert state(model) == before
+    assert first.quantize is quantize and first.supports_jit is False
+    assert model.layers[1].supports_jit is True
+
+
+def test_unfuse_of_layers_built_fused(launched: Launched) -> None:
+    layer = tfk.layers.Dense(5, "relu")
+    x = data(4, 7)
+    expected = layer(x)
+    tfk.unfuse(layer)
+    assert type(layer) is layers.Dense and layer.supports_jit
+    with launched("linear_relu_", times=0):
+        np.testing.assert_allclose(layer(x), expected, atol=1e-6)
+    layer.quantize("int8")
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_jit_compiled_models(jit_compile: bool, launched: Launched) -> None:
+    model = made(sequential)
+    model.compile("sgd", "mse", jit_compile=jit_compile)
+    fit(model, epochs=1)
+    tfk.fuse(model)
+    assert model.jit_compile is False
+    with launched("linear_relu_forward_", times=8):
+        fit(model, epochs=1)
+    tfk.unfuse(model)
+    assert model.jit_compile is jit_compile
+    fit(model, epochs=1)
+
+
+def test_unfuse_keeps_a_later_compile() -> None:
+    model = made(sequential)
+    model.compile("sgd", "mse", jit_compile=True)
+    tfk.fuse(model)
+    model.compile("sgd", "mse", jit_compile=False)
+    tfk.unfuse(model)
+    assert model.jit_compile is False
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_quantize_after_fuse(mode: str, launched: Launched) -> None:
+    results = []
+    for change in (tfk.fuse, lambda model: model):
+        model = change(made(sequential))
+        model.quantize(mode)
+        with launched("linear_relu_", times=0):
+            results.append(model.predict(data(4, 7), verbose=0))
+    np.testing.assert_array_equal(*results)
+
+
+def test_lora_after_fuse(launched: Launched) -> None:
+    model = tfk.fuse(made(sequential))
+    model.layers[0].enable_lora(2)
+    with launched("linear_relu_forward_", times=2):
+        model(data(4, 7))
+
+
+def test_only_exact_dense_layers_are_fused() -> None:
+    class Shifted(layers.Dense):  # type: ignore[misc]
+        def call(self, inputs: Any, training: bool | None = None) -> Any:
+            return super().call(inputs, training=training) + 1
+
+    keras.utils.clear_session()
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(2, 3, activation="relu"),
+            layers.Flatten(),
+            Shifted(5, "relu"),
+            layers.Dense(6, "tanh"),
+            layers.Dense(6, "relu", name="last"),
+            layers.Reshape((3, 2)),
+            layers.LSTM(4),
+        ]
+    )
+    x = data(2, 8, 8, 1)
+    expected = model.predict(x, verbose=0)
+    before = {row.where: row for row in tfk.explain(model)}
+    assert "not fused" in before["sequential/last"].reason
+    tfk.fuse(model)
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
+    report = twinfuse.explain(model)
+    rows = {row.op: row for row in report if row.backend == "reference"}
+    assert rows["Conv2D"].reason == rows["LSTM"].reason == "not yet fused"
+    assert "subclass" in rows["Shifted"].reason and "tanh" in rows["Dense"].reason
+    (fused,) = [row for row in report if row.backend == "cpu"]
+    assert fused.where == "sequential/last" and fused.kernel.startswith("linear_relu_forward_f32_")
+    assert "sequential/last" in str(report)
+
+
+@pytest.mark.parametrize("relu", [layers.ReLU, lambda: layers.Activation("relu")])
+def test_a_relu_layer_of_its_own_is_reported(relu: Any, launched: Launched) -> None:
+    keras.utils.clear_session()
+    model = keras.Sequential([keras.Input((7,)), layers.Dense(5), relu()])
+    before = keras.Model(model.inputs, model.layers[0].output)
+    x = data(4, 7)
+    expected = before.predict(x, verbose=0)
+    assert expected.min() < 0
+    tfk.fuse(model)
+    with launched("linear_relu_", times=0):
+        np.testing.assert_array_equal(before.predict(x, verbose=0), expected)
+        np.testing.assert_array_equal(model.predict(x, verbose=0), np.maximum(expected, 0))
+    rows = tfk.explain(model)
+    assert "layer of its own" in rows[0].reason and rows[0].backend == "reference"
+    steep = keras.Sequential([keras.Input((7,)), layers.Dense(5), layers.ReLU(max_value=6)])
+    assert tfk.explain(steep)[0].reason == "its activation is linear"
+
+
+def test_fuse_takes_only_layers() -> None:
+    with pytest.raises(TypeError, match="model: expected a Keras model or layer, got int"):
+        tfk.fuse(3)  # type: ignore[type-var]

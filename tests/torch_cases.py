@@ -1,0 +1,92 @@
+"""The cases of `tests.cases` as torch tensors, and the native op they are compared with."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.cases import (
+    LinearCase,
+    Operand,
+    Problem,
+    Results,
+    assert_within_twice,
+    build,
+    reference64,
+)
+
+Op = Callable[..., Tensor]
+
+_PERTURB = -6  # glibc's M_PERTURB
+_PATTERN = 0x80  # new memory is filled with its complement: 3.4e38 in float32, NaN in float16
+
+
+def native(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.relu(F.linear(input, weight, bias))
+
+
+def tensor(operand: Operand, dtype: str) -> Tensor:
+    """A view with the operand's sizes, strides and offset, on storage of its own."""
+    base = torch.from_numpy(operand.base.copy())
+    if dtype == "bfloat16":
+        base = base.view(torch.bfloat16)
+    return base.as_strided(operand.sizes, operand.strides, operand.offset)
+
+
+def array(result: Tensor) -> np.ndarray:
+    result = result.detach()
+    return (result.view(torch.uint16) if result.dtype == torch.bfloat16 else result).numpy()
+
+
+def arguments(problem: Problem, requires_grad: bool = True) -> list[Tensor]:
+    operands = [problem.input, problem.weight] + ([problem.bias] if problem.bias else [])
+    return [tensor(o, problem.dtype).requires_grad_(requires_grad) for o in operands]
+
+
+def run(op: Op, problem: Problem) -> Results:
+    inputs = arguments(problem)
+    output = op(*inputs)
+    gradients = torch.autograd.grad(output, inputs, tensor(problem.grad_output, problem.dtype))
+    grad_bias = array(gradients[2]) if problem.bias else np.zeros(problem.case.n)
+    return Results(array(output), array(gradients[0]), array(gradients[1]), grad_bias)
+
+
+def check(op: Op, case: LinearCase, dtype: str) -> None:
+    """The op's outputs and gradients are at most twice as far off as the native ones."""
+    problem = build(case, dtype)
+    with poisoned_memory():
+        ours = run(op, problem)
+    theirs = run(native, problem)
+    expected = reference64(problem, "select", output=ours.output)
+    for name in ("output", "grad_input", "grad_weight", "grad_bias")[: 4 if case.bias else 3]:
+        values = (getattr(results, name) for results in (ours, theirs, expected))
+        assert_within_twice(*values, f"{case.id} {name}", dtype=dtype)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch allocates holds garbage, so that an element nobody wrote shows."""
+    mallopt = ctypes.CDLL(None).mallopt
+    # AddressSanitizer's malloc refuses, and has an option of its own for this.
+    asan = os.environ.get("ASAN_OPTIONS", "")
+    assert mallopt(_PERTURB, _PATTERN) == 1 or "malloc_fill_byte" in asan
+    try:
+        yield
+    finally:
+        mallopt(_PERTURB, 0)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = True) -> Tensor:
+    """Reproducible whatever ran before, but different from call to call of one test."""
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def assert_same(ours: object, theirs: object) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
