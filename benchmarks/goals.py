@@ -12,6 +12,13 @@ from benchmarks.results import MemoryUse, RunResult, SectionResult, shape_text
 
 ALL_PEERS = "*"
 
+# Whose peak memory is measured, and beside whose. Eager ones alone: tracing and compilation take
+# more memory than the pass itself.
+MEMORY_PAIRS = {
+    "torch": ("twinfuse torch", "torch eager"),
+    "tensorflow": ("twinfuse TF eager", "TF eager"),
+}
+
 # RSS is counted in pages by thread, and lags by some pages of each: what differs less is equal.
 MEMORY_RESOLUTION = 256 << 10
 
@@ -93,14 +100,11 @@ def _figures(goal: Goal, section: SectionResult, run: RunResult) -> dict[tuple[i
 
 
 def memory_ratio(own: MemoryUse, peer: MemoryUse) -> float:
-    """Larger of the resident and the allocator's ratio; 1 where they differ less than noise."""
-    ratios = [_over(own.resident, peer.resident)]
-    if own.allocator is not None and peer.allocator is not None:
-        ratios.append(_over(own.allocator, peer.allocator, resolution=0))
-    return max(ratios)
-
-
-def _over(own: int, peer: int, resolution: int = MEMORY_RESOLUTION) -> float:
-    if abs(own - peer) <= resolution:
-        return 1.0
-    return own / peer if peer else math.inf
+    """Larger of the resident and the allocator's ratio; 1 where they differ by less than noise."""
+    views = ((own.resident, peer.resident, MEMORY_RESOLUTION), (own.allocator, peer.allocator, 0))
+    ratios = [
+        1.0 if abs(mine - theirs) <= resolution else mine / max(theirs, 1)
+        for mine, theirs, resolution in views
+        if mine is not None and theirs is not None
+    ]
+    return max(ratios, default=math.nan)

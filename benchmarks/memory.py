@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from benchmarks.operands import Case, Shape, set_threads
 from benchmarks.results import MemoryUse, shape_text
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = (64, 64, 64)
 
 
 def measure(name: str, framework: str, shape: Shape, dtype: str, threads: int) -> MemoryUse:
@@ -33,13 +33,10 @@ def measure(name: str, framework: str, shape: Shape, dtype: str, threads: int) -
     return MemoryUse(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def resident_peak(run: Callable[[], Any], warm_up: Callable[[], Any]) -> int:
-    """Bytes that the resident set rises by at most while `run` works; Linux only.
-
-    `warm_up` pays one-time costs first. It must not leave memory behind that `run` could use.
-    """
-    warm_up()
+def resident_peak(run: Callable[[], Any]) -> int:
+    """Bytes that the process's resident set rises by at most while `run` works; Linux only."""
     gc.collect()
+    # What has been freed goes back to the system, or the peak would hide in it.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
@@ -56,7 +53,7 @@ def _status(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def allocator_peak(run: Callable[[], Any]) -> int:
+def torch_peak(run: Callable[[], Any]) -> int:
     """Bytes that torch's CPU allocator holds at most while `run` works, from its own events."""
     import torch
 
@@ -72,6 +69,22 @@ def allocator_peak(run: Callable[[], Any]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def tensorflow_peak(run: Callable[[], Any]) -> int | None:
+    """Bytes that TensorFlow's CPU allocator holds at most while `run` works, or None."""
+    import tensorflow as tf
+
+    memory = tf.config.experimental
+    try:
+        memory.reset_memory_stats("CPU:0")
+    except ValueError:  # an allocator that keeps no count, as in builds without oneDNN
+        return None
+    before = memory.get_memory_info("CPU:0")["current"]
+    result = run()
+    peak = memory.get_memory_info("CPU:0")["peak"]
+    del result
+    return int(peak) - int(before)
 
 
 def find(name: str, framework: str, shape: Shape, dtype: str) -> tuple[Callable[[], Any], Case]:
@@ -96,16 +109,14 @@ def main() -> None:
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 10)
     set_threads(arguments.threads, [arguments.framework])
-    # Small: the allocator of TensorFlow keeps what a pass of the same size has freed.
-    (small, _), (run, case) = (
-        find(arguments.candidate, arguments.framework, shape, arguments.dtype)
-        for shape in (SMALL, arguments.shape)
-    )
+    run, case = find(arguments.candidate, arguments.framework, arguments.shape, arguments.dtype)
     with case.context():
-        use = {"resident": resident_peak(run, small)}
+        run()  # one-time costs: threads, tables, code
         if arguments.framework == "torch":
-            use["allocator"] = allocator_peak(run)
-    print(json.dumps(use))
+            use = MemoryUse(resident_peak(run), torch_peak(run))
+        else:
+            use = MemoryUse(allocator=tensorflow_peak(run))
+    print(json.dumps(asdict(use)))
     # TensorFlow's threads may still be at work: nothing is left to save.
     sys.stdout.flush()
     os._exit(0)

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from benchmarks import report
-from benchmarks.goals import Verdict, memory_ratio
+from benchmarks.goals import Verdict
 from benchmarks.results import RunResult, SectionResult, rate, shape_text
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours always comes in black.
@@ -105,7 +105,7 @@ def limit_chart(run: RunResult, section: SectionResult) -> Figure | None:
 
 
 def memory_chart(section: SectionResult) -> Figure:
-    """Bars: peak resident bytes of each candidate, by shape."""
+    """Bars: peak bytes of each candidate in its allocator's count, by shape."""
     names = list(dict.fromkeys(n for uses in section.memory.values() for n in uses))
     figure = Figure(figsize=(10, 3))
     axes = figure.subplots()
@@ -113,7 +113,7 @@ def memory_chart(section: SectionResult) -> Figure:
     for i, name in enumerate(names):
         shown = [(x, u[name]) for x, u in enumerate(section.memory.values()) if name in u]
         places = [x + (i - (len(names) - 1) / 2) * width for x, _ in shown]
-        heights = [use.resident / 1e6 for _, use in shown]
+        heights = [(use.allocator or use.resident or 0) / 1e6 for _, use in shown]
         colour = "black" if name.startswith("twinfuse") else PALETTE[i % len(PALETTE)]
         axes.bar(places, heights, width * 0.9, label=name, color=colour)
     axes.set_xticks(range(len(section.memory)), [tick(s) for s in section.memory])
@@ -161,20 +161,6 @@ def rows(run: RunResult, section: SectionResult) -> list[dict[str, Any]]:
     return found
 
 
-def memory_rows(section: SectionResult) -> list[dict[str, Any]]:
-    return [
-        {
-            "shape": shape_text(shape),
-            "name": name,
-            "resident": f"{use.resident / 1e6:.2f}",
-            "allocator": "-" if use.allocator is None else f"{use.allocator / 1e6:.2f}",
-            "ratio": memory_ratio(use, uses["torch eager"]) if "torch eager" in uses else None,
-        }
-        for shape, uses in section.memory.items()
-        for name, use in uses.items()
-    ]
-
-
 def write_html(path: Path, run: RunResult, verdicts: Sequence[Verdict]) -> None:
     """Write the page of `run` to `path`."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -188,7 +174,7 @@ def write_html(path: Path, run: RunResult, verdicts: Sequence[Verdict]) -> None:
                 "dtype": section.section.dtype,
                 "charts": charts(run, section),
                 "rows": rows(run, section),
-                "memory": memory_rows(section),
+                "memory": report.memory_rows(section),
                 "skipped": report.skipped(section),
                 "seconds": section.seconds,
             }

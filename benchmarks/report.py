@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.goals import Verdict, memory_ratio
+from benchmarks.goals import MEMORY_PAIRS, Verdict, memory_ratio
 from benchmarks.operands import Section
-from benchmarks.results import CaseResult, MemoryUse, RunResult, SectionResult, rate, shape_text
+from benchmarks.results import CaseResult, RunResult, SectionResult, rate, shape_text
 
 SCHEMA = 1
 
@@ -136,25 +136,45 @@ def _timing_row(
 
 def _memory_table(section: SectionResult) -> Table:
     table = Table(title=section.section.title)
-    for name in ("shape", "candidate", "resident MB", "allocator MB", "x torch eager"):
-        table.add_column(name, justify="right" if name.endswith("MB") else "left")
-    for shape, uses in section.memory.items():
-        for name, use in uses.items():
-            table.add_row(shape_text(shape), name, *_memory_cells(use), _against(uses, name))
-        table.add_section()
+    for name in ("shape", "candidate", "process MB", "allocator MB", "x eager"):
+        table.add_column(name, justify="left" if name in ("shape", "candidate") else "right")
+    for row in memory_rows(section):
+        against = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
+        colour = "green" if row["ratio"] is None or row["ratio"] <= 1 else "red"
+        table.add_row(
+            row["shape"],
+            row["name"],
+            row["resident"],
+            row["allocator"],
+            f"[{colour}]{against}[/{colour}]",
+        )
     return table
 
 
-def _memory_cells(use: MemoryUse) -> list[str]:
-    allocator = "-" if use.allocator is None else f"{use.allocator / 1e6:.2f}"
-    return [f"{use.resident / 1e6:.2f}", allocator]
+def memory_rows(section: SectionResult) -> list[dict[str, Any]]:
+    """One row for each shape and candidate; ours with the ratio to the peer, 1 or less is good."""
+    return [
+        {
+            "shape": shape_text(shape),
+            "name": name,
+            "resident": _megabytes(use.resident),
+            "allocator": _megabytes(use.allocator),
+            "ratio": next(
+                (
+                    memory_ratio(use, uses[peer])
+                    for own, peer in MEMORY_PAIRS.values()
+                    if own == name and peer in uses
+                ),
+                None,
+            ),
+        }
+        for shape, uses in section.memory.items()
+        for name, use in uses.items()
+    ]
 
 
-def _against(uses: dict[str, MemoryUse], name: str) -> str:
-    if "torch eager" not in uses or name == "torch eager":
-        return ""
-    value = memory_ratio(uses[name], uses["torch eager"])
-    return f"[{'green' if value <= 1 else 'red'}]{value:.2f}x"
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.2f}"
 
 
 def _goal_table(verdicts: Sequence[Verdict]) -> Table:

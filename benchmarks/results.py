@@ -49,9 +49,11 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Peak bytes of one pass above what was held before; `allocator` is torch's own count."""
+    """Peak bytes of one pass above what was held before: of the process, and as the framework's
+    allocator counts. TensorFlow's keeps what it has once taken, so the first is not known there.
+    """
 
-    resident: int
+    resident: int | None = None
     allocator: int | None = None
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from rich.progress import Progress
 
 from benchmarks import memory
+from benchmarks.goals import MEMORY_PAIRS
 from benchmarks.harness import Candidate, Settings, interleave
 from benchmarks.limits import Limits, cpu_flags, cpu_model
 from benchmarks.operands import TOLERANCE, Case, Kind, Section, Shape, error
@@ -28,11 +29,6 @@ from benchmarks.results import CaseResult, RunResult, SectionResult, shape_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("twinfuse", "torch", "tensorflow", "tensorflow-cpu", "keras", "numpy")
-# Eager ones alone: tracing and compilation take more memory than the pass itself.
-MEMORY_CANDIDATES = {
-    "torch": ("twinfuse torch", "torch eager"),
-    "tensorflow": ("twinfuse TF eager", "TF eager"),
-}
 
 
 class Op(Protocol):
@@ -115,7 +111,7 @@ class Runner:
     def _memory(self, done: SectionResult, shape: Shape) -> None:
         uses = done.memory.setdefault(shape, {})
         for framework in self.frameworks:
-            for name in MEMORY_CANDIDATES[framework]:
+            for name in MEMORY_PAIRS[framework]:
                 try:
                     uses[name] = memory.measure(
                         name, framework, shape, done.section.dtype, self.threads

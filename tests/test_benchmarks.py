@@ -216,7 +216,7 @@ def test_resident_peak_sees_what_is_held_for_a_moment() -> None:
         held = np.ones(16 << 20, np.float32)
         del held
 
-    peak = memory.resident_peak(run, warm_up=list)
+    peak = memory.resident_peak(run)
     assert 60 << 20 < peak < 72 << 20
 
 
@@ -302,7 +302,8 @@ def test_peak_memory_of_torch_holds_at_least_the_results() -> None:
     use = memory.measure("torch eager", "torch", shape, "float32", threads=1)
     results = 4 * (m * n + m * k + n * k + n)
     assert use.allocator is not None and results <= use.allocator <= 4 * results
-    assert results - MEMORY_RESOLUTION <= use.resident <= 6 * results
+    assert use.resident is not None and use.resident <= 6 * results
+    assert use.resident >= results - MEMORY_RESOLUTION
     with pytest.raises(RuntimeError, match="no candidate 'nobody'"):
         memory.measure("nobody", "torch", shape, "float32", threads=1)
 

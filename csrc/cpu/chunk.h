@@ -70,6 +70,7 @@ void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t st
 template <class T, class Epilogue>
 class Chunk {
   using E = Engine<T>;
+  using Arithmetic = typename E::Arithmetic;
   using Acc = typename E::Acc;
   using Unit = typename E::Unit;
   using Packed = typename E::Packed;
@@ -145,8 +146,8 @@ class Chunk {
     to_.partial_row = Scratch<T>::partial_stride(cols_);
     // Heights differ by one at most: a short last tile would leave the pipelines idle.
     const int low = static_cast<int>(rows_ / tiles_), taller = static_cast<int>(rows_ % tiles_);
-    const Microkernel<E> kernels[2] = {microkernel_for<E>(low, vectors),
-                                       taller ? microkernel_for<E>(low + 1, vectors) : nullptr};
+    const Microkernel<Arithmetic> kernels[2] = {microkernel_for<Arithmetic>(low, vectors),
+                                       taller ? microkernel_for<Arithmetic>(low + 1, vectors) : nullptr};
     for (int64_t t = 0, i = 0; t < tiles_; t++, i += to_.rows) {
       to_.rows = low + (t < taller);
       to_.out = g_.out + (i_ + i) * g_.out_row + j_ + j;
@@ -161,39 +162,26 @@ class Chunk {
     }
   }
 
-  // One tile of one vector with `b` where it lies; the last steps, too few for a transposition in
-  // place, go through a packed panel.
+  // One tile of one vector with `b` where it lies; the last, incomplete run goes through a packed
+  // panel.
   void multiply_streaming(int64_t j, Acc* sums) {
+    const int64_t done = depth_ / (E::kRun * E::kGroup) * E::kRun, r = done * E::kGroup;
     const T* b = g_.b.data + (j_ + j) * g_.b.outer + r_;
-    const int64_t b_row = g_.b.outer * static_cast<int64_t>(sizeof(T));
-    const auto kernel = streaming_microkernel_for<E>(to_.rows);
-    alignas(64) Acc run[kStreamingRows * kWidth];
     Operands in = in_;
-    for (int64_t step = 0; step == 0 || step < in_.steps; step += E::kRun) {
-      const int64_t all = min64(in_.steps - step, E::kRun), whole = min64(all, depth_ / E::kGroup - step);
-      in.steps = whole / kStreamingSteps<E> * kStreamingSteps<E>;
-      in.a = in_.a + step * in_.a_step;
-      in.b = reinterpret_cast<const char*>(b + step * E::kGroup);
-      memset(run, 0, sizeof(run));
-      kernel(in, b_row, run);
-      if (in.steps < all) finish_run(j, step + in.steps, all - in.steps, run);
-      for (int i = 0; i < to_.rows * kWidth; i += kWidth)
-        E::S::store(sums + i, step ? E::S::add(E::S::load(sums + i), E::S::load(run + i))
-                                   : E::S::load(run + i));
-    }
-  }
-
-  void finish_run(int64_t j, int64_t step, int64_t steps, Acc* run) {
-    const int64_t r = step * E::kGroup, depth = min64(depth_ - r, steps * E::kGroup);
-    pack_transposed(g_.b, r_ + r, depth, j_ + j, kWidth, kWidth, columns_, kWidth, transpose_);
-    for (int i = 0; i < to_.rows; i++) {
-      const char* a = in_.a + i * in_.a_row + step * in_.a_step;
-      auto sum = E::S::load(run + i * kWidth);
-      for (int64_t k = 0; k < steps; k++)
-        sum = E::multiply_add(E::broadcast(a + k * in_.a_step),
-                              E::load(reinterpret_cast<const char*>(columns_ + k * kWidth)), sum);
-      E::S::store(run + i * kWidth, sum);
-    }
+    in.b = reinterpret_cast<const char*>(b);
+    in.steps = done;
+    const int64_t b_row = g_.b.outer * static_cast<int64_t>(sizeof(T));
+    if (done) streaming_microkernel_for<Arithmetic>(to_.rows)(in, b_row, sums);
+    if (done && r == depth_) return;
+    pack_transposed(g_.b, r_ + r, depth_ - r, j_ + j, kWidth, kWidth, columns_, kWidth, transpose_);
+    alignas(64) Acc run[kStreamingRows * kWidth];
+    in.a += done * in.a_step;
+    in.b = reinterpret_cast<const char*>(columns_);
+    in.b_step = kWidth * sizeof(Unit);
+    in.steps = in_.steps - done;
+    microkernel_for<Arithmetic>(to_.rows, 1)(in, done ? run : sums);
+    for (int i = 0; done && i < to_.rows * kWidth; i += kWidth)
+      E::S::store(sums + i, E::S::add(E::S::load(sums + i), E::S::load(run + i)));
   }
 
   // Points `a_` at this block's rows: where they lie if they can be read as they are and packing

@@ -66,31 +66,36 @@ void microkernel(const Operands& in, typename E::Acc* sums) {
 
 // The same sums with `b` as rows of packed elements, `b_row` bytes apart, transposed in registers:
 // where there are few rows, each weight is used so rarely that storing it packed would cost more
-// than using it. One vector of columns; `steps` is a multiple of kStreamingSteps within one run, to
-// whose sums it adds.
-template <class E>
-constexpr int kStreamingSteps = kPieces * kPieceColumns<typename E::Acc>;
-
+// than using it. One vector of columns; `steps` must be whole runs, one at least.
 template <class E, int kRows>
 void streaming_microkernel(const Operands& in, int64_t b_row, typename E::Acc* sums) {
   using S = typename E::S;
   using V = typename E::V;
-  V sum[kRows];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++) sum[i] = S::load(sums + i * S::kWidth);
+  constexpr int kSteps = kPieces * kPieceColumns<typename E::Acc>;
+  static_assert(E::kRun % kSteps == 0, "a run must consist of whole transpositions");
   const char *a = in.a, *b = in.b;
-  for (int64_t k = 0; k < in.steps; k += kStreamingSteps<E>) {
-    V right[kStreamingSteps<E>];
-    transpose<typename E::Acc, kPieces>(b, b_row, right);
+  bool first = true;
+  for (int64_t left = in.steps; left > 0; left -= E::kRun) {
+    V sum[kRows];
 #pragma GCC unroll 16
-    for (int c = 0; c < kStreamingSteps<E>; c++, a += in.a_step)
+    for (int i = 0; i < kRows; i++) sum[i] = S::zero();
+    for (int64_t k = 0; k < E::kRun; k += kSteps) {
+      V right[kSteps];
+      transpose<typename E::Acc, kPieces>(b, b_row, right);
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; i++)
-        sum[i] = E::multiply_add(E::broadcast(a + i * in.a_row), right[c], sum[i]);
-    b += sizeof(right) / S::kWidth;
+      for (int c = 0; c < kSteps; c++, a += in.a_step)
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; i++)
+          sum[i] = E::multiply_add(E::broadcast(a + i * in.a_row), right[c], sum[i]);
+      b += kSteps * sizeof(typename E::Acc);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++) {
+      typename E::Acc* out = sums + i * S::kWidth;
+      S::store(out, first ? sum[i] : S::add(S::load(out), sum[i]));
+    }
+    first = false;
   }
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; i++) S::store(sums + i * S::kWidth, sum[i]);
 }
 
 template <class E>
