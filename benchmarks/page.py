@@ -198,6 +198,7 @@ def write_html(path: Path, run: RunResult, verdicts: Sequence[Verdict]) -> None:
             op=run.op,
             environment=report.environment_text(run),
             limits=report.limits_text(run),
+            busy=report.busy_text(run),
             sections=sections,
             goals=goals,
             problems=run.problems(),

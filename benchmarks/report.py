@@ -61,6 +61,8 @@ def print_run(console: Console, run: RunResult, verdicts: Sequence[Verdict]) -> 
     """Limits, one table for each section and framework, and the goals at the end."""
     console.print(environment_text(run), highlight=False)
     console.print(limits_text(run), highlight=False)
+    if busy := busy_text(run):
+        console.print(busy, style="yellow", highlight=False)
     for section in run.sections:
         for framework in section.frameworks():
             console.print(_timing_table(run, section, framework))
@@ -81,6 +83,16 @@ def environment_text(run: RunResult) -> str:
         f"{e['cpu']}, {e['threads']} threads of {e['cores']}, kernels for {e['isa']}\n"
         f"{versions}; commit {e['commit']}, {e['date']}"
     )
+
+
+def busy_text(run: RunResult) -> str:
+    """A warning when other programs were at work as the run began; empty otherwise."""
+    e = run.environment
+    load = e["load_average"][0]
+    # The average of the last minute: what has just ended still counts for something.
+    if load <= e["cores"] / 2:
+        return ""
+    return f"busy machine (load {load:.1f} on {e['cores']} cores): do not trust these figures"
 
 
 def limits_text(run: RunResult) -> str:

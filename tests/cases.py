@@ -21,6 +21,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
 from twinfuse import _core
 
 Array = npt.NDArray[np.generic]
@@ -264,6 +265,11 @@ def _pre_activation(
         return z if b is None else z + b.values.astype(kind)
 
 
+def flushed(dtype: str) -> float:
+    """Below this, the bfloat16 dot instruction takes numbers for zero."""
+    return 2.0**-126 if dtype == "bfloat16" and _core.isa() == "avx512_bf16" else 0.0
+
+
 def _ambiguous(x: Operand, w: Operand, b: Operand | None, dtype: str) -> npt.NDArray[np.bool_]:
     """Where the sign of the rounded pre-activation depends on the order of summation."""
     with np.errstate(all="ignore"):
@@ -273,6 +279,7 @@ def _ambiguous(x: Operand, w: Operand, b: Operand | None, dtype: str) -> npt.NDA
     sums = "float64" if dtype == "float64" else "float32"
     terms = w.sizes[1] + 2
     bound = terms * (ROUNDOFF[sums] * magnitude + SMALLEST[sums]) + SMALLEST[dtype]
+    bound += terms * flushed(dtype)
     return np.isfinite(z) & np.isfinite(bound) & (z <= bound)
 
 
@@ -345,9 +352,7 @@ def assert_within_twice(
             reference,
         )
     )
-    # The bfloat16 dot instruction takes what is below the smallest normal number for zero.
-    flushed = 2.0**-126 if dtype == "bfloat16" and _core.isa() == "avx512_bf16" else 0.0
-    tiny = 2 * ROUNDOFF[dtype] * scale.max() + SMALLEST[dtype] + flushed
+    tiny = 2 * ROUNDOFF[dtype] * scale.max() + SMALLEST[dtype] + flushed(dtype)
     limit = 2 * native_error.max() + tiny
     if our_error.max() <= limit:
         return

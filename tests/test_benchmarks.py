@@ -30,6 +30,7 @@ from benchmarks.harness import (
 )
 from benchmarks.limits import Limits, LimitsError, load
 from benchmarks.operands import Case
+from benchmarks.report import busy_text
 from benchmarks.results import rate
 from benchmarks.runner import check
 from tests.test_benchmark_goals import OWN, TIMES, machine_limits, synthetic_run
@@ -306,6 +307,14 @@ def test_peak_memory_of_torch_holds_at_least_the_results() -> None:
     assert use.resident >= results - MEMORY_RESOLUTION
     with pytest.raises(RuntimeError, match="no candidate 'nobody'"):
         memory.measure("nobody", "torch", shape, "float32", threads=1)
+
+
+def test_a_busy_machine_is_named() -> None:
+    run = synthetic_run(TIMES)
+    run.environment = {"cores": 4, "load_average": [3.2, 1.0, 1.0]}
+    assert "load 3.2 on 4 cores" in busy_text(run)
+    run.environment["load_average"][0] = 1.5
+    assert busy_text(run) == ""
 
 
 def test_command_line_refuses_what_it_does_not_know() -> None:

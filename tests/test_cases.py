@@ -19,6 +19,7 @@ from tests.cases import (
     build,
     decode,
     encode,
+    flushed,
     lay_out,
     reference64,
 )
@@ -137,7 +138,7 @@ def test_case_names_are_unique_and_arrays_reproducible() -> None:
 def test_cases_say_something(case: LinearCase, dtype: str) -> None:
     problem = build(case, dtype)
     output = reference64(problem, "select").output
-    if output.size == 0 or case.k == 0:
+    if output.size == 0 or case.k == 0 or (case.values == "denormal" and flushed(dtype)):
         return
     gradient = problem.grad_output.values
     assert (gradient != 0).mean() > 0.9, "too much of the gradient was zeroed at the kink"

@@ -143,12 +143,14 @@ cpu::Matrix Matrices::stage(const TwinfuseTensor& t, bool copy_in) {
   size_t bytes = kElementSize[t.dtype];
   const bool too_large = __builtin_mul_overflow(bytes, static_cast<size_t>(rows), &bytes) ||
                          __builtin_mul_overflow(bytes, static_cast<size_t>(cols), &bytes);
+  // What is lent may start anywhere, and elements are read whole.
   char* dense =
-      too_large ? nullptr : static_cast<char*>(context_.allocate(context_.opaque, bytes));
+      too_large ? nullptr : static_cast<char*>(context_.allocate(context_.opaque, bytes + 63));
   if (!dense) {
     out_of_memory_ = true;
     return m;
   }
+  dense += -reinterpret_cast<uintptr_t>(dense) & 63;
   if (copy_in)
     copy<true>(t, dense);
   else

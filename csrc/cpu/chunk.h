@@ -184,16 +184,15 @@ class Chunk {
       E::S::store(sums + i, E::S::add(E::S::load(sums + i), E::S::load(run + i)));
   }
 
-  // Points `a_` at this block's rows: where they lie if they can be read as they are and packing
-  // would not pay, else packed.
+  // Points `a_` at this block's rows: where they lie if they can be read as they are, else packed.
   void prepare_rows() {
     const Source<T>& a = g_.a;
     if (g_.a_rows_outer) {
       const bool as_is = sizeof(Packed) == sizeof(T) && !a.mask && a.inner == 1 &&
                          depth_ % E::kGroup == 0;
-      const bool few_uses = cols_ <= 4 * kWidth || rows_ <= max_rows(4);
-      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 512 == 0;
-      if (as_is && few_uses && (!shares_sets || rows_ <= max_rows(4))) {
+      // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
+      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
+      if (as_is && (!shares_sets || rows_ <= max_rows(4))) {
         a_ = reinterpret_cast<const char*>(a.data + i_ * a.outer + r_);
         in_.a_row = a.outer * static_cast<int64_t>(sizeof(T));
       } else {

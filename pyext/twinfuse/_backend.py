@@ -18,6 +18,9 @@ class FallbackWarning(UserWarning):
 class FallbackError(RuntimeError):
     """As `FallbackWarning`, in strict mode."""
 
+    # TensorFlow's AutoGraph turns exceptions it does not know into its own, unless they say this.
+    ag_pass_through = True
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -7,14 +7,15 @@ rules. The private ones, `_linear_relu` and `_linear_relu_backward`, know no aut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from twinfuse.torch import _binding
 
@@ -286,8 +287,26 @@ def _flops_backward(
     return (needs_input + needs_weight) * _flops(grad_output, (grad_output[-1], k))
 
 
+def _flop_registration() -> Callable[..., Any]:
+    # The flop counter imports Triton if it can, and Triton crashes the process when it is loaded
+    # after TensorFlow 2.21. Without it the counter only loses its view of Triton kernels.
+    hide = "tensorflow" in sys.modules and "triton" not in sys.modules
+    log = logging.getLogger("torch.utils.flop_counter")
+    try:
+        if hide:
+            log.disabled = True
+            sys.modules["triton"] = None  # type: ignore[assignment]
+        from torch.utils.flop_counter import register_flop_formula
+    finally:
+        if hide:
+            log.disabled = False
+            del sys.modules["triton"]
+    return register_flop_formula
+
+
 def _register() -> None:
     ops = torch.ops.twinfuse
+    register_flop_formula = _flop_registration()
     register_flop_formula([ops.linear_relu, ops._linear_relu])(_flops)
     register_flop_formula(ops._linear_relu_backward)(_flops_backward)
     if missing:

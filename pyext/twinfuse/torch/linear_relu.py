@@ -120,15 +120,18 @@ def _refused(error: RuntimeError, input: Tensor, weight: Tensor, bias: Tensor | 
     return output
 
 
-@torch.compiler.assume_constant_result
 def _fall_back(reason: str) -> None:
     _backend.fall_back("linear_relu", reason)
 
 
-# Otherwise Dynamo would leave a call of this private function in the graph.
-@torch.compiler.assume_constant_result
 def _inside_transform() -> bool:
     return _transforms_active()
+
+
+# Dynamo calls these while it traces and keeps the result. This is all that
+# torch.compiler.assume_constant_result does, besides importing the whole compiler.
+_fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _why_reference(input: Tensor, weight: Tensor, bias: Tensor | None) -> str:

@@ -36,10 +36,6 @@ def _load() -> tuple[ModuleType | None, str]:
 ops, missing = _load()
 
 
-# AutoGraph turns exceptions it does not know into its own StagingError, unless they say this.
-_backend.FallbackError.ag_pass_through = True  # type: ignore[attr-defined]
-
-
 def do_not_convert(function: Callable[..., Any]) -> None:
     """Keep AutoGraph from rewriting `function`; the public decorator costs a microsecond a call."""
     autograph_artifact(function)
