@@ -238,17 +238,26 @@ class BuildExt(build_ext):
             places = {"twinfuse/_lib": ROOT / "pyext/twinfuse/_lib"}
             places |= {f"twinfuse/{name}": build.package_folder(name) for name in build.SOURCES}
             if hasattr(self, "native"):
-                shutil.copy2(self.native, ROOT / "tests/_core")
+                self._replace(self.native, ROOT / "tests/_core")
         else:
             names = ["twinfuse/_lib", *(f"twinfuse/{name}" for name in build.SOURCES)]
             places = {name: Path(self.build_lib, name) for name in names}
         for name, folder in places.items():
             folder.mkdir(parents=True, exist_ok=True)
+            kept = {os.path.basename(product) for product in self.products}
             for stale in folder.glob("*.so"):
-                stale.unlink()
+                if stale.name not in kept:
+                    stale.unlink()
             for product, file in self.products.items():
                 if os.path.dirname(product) == name:
-                    shutil.copy2(file, folder)
+                    self._replace(file, folder)
+
+    @staticmethod
+    def _replace(file: Path, folder: Path) -> None:
+        """Copy by renaming: a process that runs the old library keeps it."""
+        new = folder / f"{file.name}.new"
+        shutil.copy2(file, new)
+        new.replace(folder / file.name)
 
     def get_outputs(self) -> list[str]:
         return [os.path.join(self.build_lib, product) for product in self.products]

@@ -11,7 +11,8 @@ import numpy as np
 from rich.console import Console
 
 from examples.comparison import compare, finish
-from examples.training import FRAMEWORKS, SEED, Data
+from examples.models import SEED
+from examples.training import FRAMEWORKS, Data
 
 NETWORKS = {"torch": "mlp_784", "keras": "mlp_784_keras"}
 FUSIBLE = 2  # layers with a ReLU

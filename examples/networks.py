@@ -43,17 +43,17 @@ def mlp_784(features: int = 784) -> torch.nn.Module:
     return model
 
 
-def mlp_784_keras(features: int = 784, dtype: str = "float32") -> keras.Model:
+def mlp_784_keras(features: int = 784) -> keras.Model:
     """Probabilities [M, 10] of inputs [M, features]."""
     import keras
     from keras import layers
 
     return keras.Sequential(
         [
-            keras.Input((features,), dtype=dtype),
-            layers.Dense(128, activation="relu", dtype=dtype),
-            layers.Dense(64, activation="relu", dtype=dtype),
-            layers.Dense(10, activation="softmax", dtype=dtype),
+            keras.Input((features,)),
+            layers.Dense(128, activation="relu"),
+            layers.Dense(64, activation="relu"),
+            layers.Dense(10, activation="softmax"),
         ],
         name="mlp_784_keras",
     )
@@ -73,13 +73,13 @@ def linear_regression(features: int = 1) -> torch.nn.Module:
     return nn.Sequential(nn.Linear(features, 1))
 
 
-def linear_regression_keras(features: int = 1, dtype: str = "float32") -> keras.Model:
+def linear_regression_keras(features: int = 1) -> keras.Model:
     """As `linear_regression`, in Keras."""
     import keras
     from keras import layers
 
     return keras.Sequential(
-        [keras.Input((features,), dtype=dtype), layers.Dense(1, dtype=dtype)],
+        [keras.Input((features,)), layers.Dense(1)],
         name="linear_regression",
     )
 

@@ -10,7 +10,8 @@ import numpy as np
 from rich.console import Console
 
 from examples.comparison import compare, finish
-from examples.training import FRAMEWORKS, SEED, Data
+from examples.models import SEED
+from examples.training import FRAMEWORKS, Data
 
 NETWORKS = {
     "mlp_regression": {"torch": "mlp_regression"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.networks import KERAS, TORCH, Recipe
+from examples.models import SEED, build
+from examples.networks import Recipe
 
 FRAMEWORKS = {"torch": "torch", "keras": "tensorflow"}
-VARIANTS = ("native", "fused", "float64")
-SEED = 0
+CHECKPOINTS = 10
 
 
 @dataclass(frozen=True)
@@ -40,20 +39,30 @@ class Curve:
     """One training run: mean loss and duration of each epoch, and what ran.
 
     `score` is the share of right answers on the test data, or its mean squared error.
+    `checkpoints` holds the weights before the first epoch and after up to ten others.
     """
 
-    network: str
-    framework: str
-    variant: str
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     score: float = float("nan")
     kernels: dict[str, int] = field(default_factory=dict)
     explanation: str = ""
+    checkpoints: dict[int, list[NDArray[Any]]] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        return f"{self.framework} {self.variant}"
+
+@dataclass
+class Pair:
+    """The native and the fused run of one network.
+
+    `gradient_distance`: at each checkpoint of the fused run both compute the gradients of one batch
+    from the same weights; this is the median over the checkpoints of the largest relative distance.
+    """
+
+    network: str
+    framework: str
+    native: Curve
+    fused: Curve
+    gradient_distance: float
 
 
 def available(framework: str) -> list[str]:
@@ -80,102 +89,60 @@ def train(
     data: Data,
     recipe: Recipe,
     on_epoch: Callable[[], object] = lambda: None,
-) -> list[Curve]:
-    """Train `network` in each of `VARIANTS`, all from the same weights.
-
-    The float64 run is native; it shows how far rounding alone moves the loss.
-    """
-    run = _train_torch if framework == "torch" else _train_keras
-    return [run(network, variant, data, recipe, on_epoch) for variant in VARIANTS]
-
-
-def _train_torch(
-    network: str, variant: str, data: Data, recipe: Recipe, on_epoch: Callable[[], object]
-) -> Curve:
-    import torch
-    from torch.nn import functional as F
-
-    torch.manual_seed(SEED)
-    model = TORCH[network](data.inputs.shape[1])
-    curve = Curve(network, "torch", variant)
-    dtype = torch.float32
-    if variant == "fused":
-        import twinfuse.torch as tft
-
-        model = tft.fuse(model)
-        curve.explanation = str(tft.explain(model))
-    elif variant == "float64":
-        dtype = torch.float64
-        model = model.double()
-    optimizer = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[recipe.optimizer](
-        model.parameters(), lr=recipe.learning_rate
+) -> Pair:
+    """Train `network` natively and fused; `on_epoch` is called after each epoch of both."""
+    native, fused = (
+        _run(framework, network, variant, data, recipe, on_epoch) for variant in (False, True)
     )
-    criterion = F.cross_entropy if recipe.loss == "cross_entropy" else F.mse_loss
-    inputs, test_inputs = (torch.tensor(a, dtype=dtype) for a in (data.inputs, data.test_inputs))
-    targets = torch.tensor(data.targets)
-    if recipe.loss == "mse":
-        targets = targets.to(dtype)
-
-    with launches(curve.kernels):
-        for epoch in range(recipe.epochs):
-            start = time.perf_counter()
-            total = 0.0
-            for batch in map(torch.from_numpy, data.batches(epoch, recipe.batch)):
-                loss = criterion(model(inputs[batch]), targets[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += loss.item() * len(batch)
-            curve.seconds.append(time.perf_counter() - start)
-            curve.losses.append(total / len(inputs))
-            on_epoch()
-        with torch.no_grad():
-            outputs = model(test_inputs).double().numpy()
-    curve.score = _score(outputs, data, recipe)
-    return curve
+    apart = _gradient_distance(framework, network, data, recipe, fused)
+    return Pair(network, framework, native, fused, apart)
 
 
-def _train_keras(
-    network: str, variant: str, data: Data, recipe: Recipe, on_epoch: Callable[[], object]
+def _run(
+    framework: str,
+    network: str,
+    fused: bool,
+    data: Data,
+    recipe: Recipe,
+    on_epoch: Callable[[], object],
 ) -> Curve:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import keras
-
-    keras.utils.set_random_seed(SEED)
-    model = KERAS[network](data.inputs.shape[1])
-    curve = Curve(network, "keras", variant)
-    if variant == "fused":
-        import twinfuse.keras as tfk
-
-        model = tfk.fuse(model)
-        curve.explanation = str(tfk.explain(model))
-    elif variant == "float64":
-        weights = model.get_weights()
-        model = KERAS[network](data.inputs.shape[1], dtype="float64")
-        model.set_weights(weights)
-    optimizers = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}
-    losses = {"cross_entropy": "sparse_categorical_crossentropy", "mse": "mean_squared_error"}
-    model.compile(
-        optimizer=optimizers[recipe.optimizer](recipe.learning_rate), loss=losses[recipe.loss]
-    )
-    # Batch by batch, so that both frameworks see the same ones in the same order.
+    model = build(framework, network, data.inputs.shape[1], recipe, fused)
+    curve = Curve(explanation=model.explanation, checkpoints={0: model.weights()})
+    every = max(1, recipe.epochs // CHECKPOINTS)
     with launches(curve.kernels):
         for epoch in range(recipe.epochs):
             start = time.perf_counter()
             total = 0.0
             for batch in data.batches(epoch, recipe.batch):
-                model.reset_metrics()
-                loss = model.train_on_batch(data.inputs[batch], data.targets[batch])
-                total += float(loss) * len(batch)
+                total += model.step(data.inputs[batch], data.targets[batch]) * len(batch)
             curve.seconds.append(time.perf_counter() - start)
             curve.losses.append(total / len(data.inputs))
+            if (epoch + 1) % every == 0:
+                curve.checkpoints[epoch + 1] = model.weights()
             on_epoch()
-        outputs = np.asarray(model(data.test_inputs), dtype=np.float64)
-    curve.score = _score(outputs, data, recipe)
+        outputs = model.predict(data.test_inputs)
+    if recipe.loss == "cross_entropy":
+        curve.score = float((outputs.argmax(1) == data.test_targets).mean())
+    else:
+        curve.score = float(np.mean((outputs - data.test_targets) ** 2))
     return curve
 
 
-def _score(outputs: NDArray[np.float64], data: Data, recipe: Recipe) -> float:
-    if recipe.loss == "cross_entropy":
-        return float((outputs.argmax(1) == data.test_targets).mean())
-    return float(np.mean((outputs - data.test_targets) ** 2))
+def _gradient_distance(
+    framework: str, network: str, data: Data, recipe: Recipe, curve: Curve
+) -> float:
+    features = data.inputs.shape[1]
+    models = [build(framework, network, features, recipe, fused) for fused in (False, True)]
+    worst = []
+    for epoch, weights in curve.checkpoints.items():
+        batch = data.batches(epoch, recipe.batch)[0]
+        for model in models:
+            model.load(weights)
+        native, fused = (m.gradients(data.inputs[batch], data.targets[batch]) for m in models)
+        distances = [
+            float(np.linalg.norm(f - n)) / max(float(np.linalg.norm(n)), 1e-30)
+            for n, f in zip(native, fused, strict=True)
+        ]
+        worst.append(max(distances))
+    # The median: a ReLU that rounding has switched counts at one checkpoint, an error at all.
+    return float(np.median(worst))

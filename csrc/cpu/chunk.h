@@ -8,31 +8,50 @@
 #include "cpu/epilogue.h"
 #include "cpu/microkernel.h"
 #include "cpu/pack.h"
-#include "cpu/prefetch.h"
 #include "cpu/problem.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-constexpr int64_t kRowBlock = 384;
-constexpr int64_t kColumnBlock = 1024;
+constexpr int64_t kRowBlockBytes = 384 << 10;
+constexpr int64_t kTallestRowBlock = 384;
+constexpr int64_t kSharedRows = 1152;  // of the row blocks that share packed columns
+constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
+
+// Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
+// blocks spare that where their scratch is still smaller than a masked copy would be.
+template <class T>
+int64_t column_block(const Gemm<T>& g, const Grid& grid) {
+  if (!g.a.mask && !g.b.mask) return kColumnBlock;
+  const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
+  const int64_t columns = masked / (grid.count() * min64(max64(g.depth, 1), Engine<T>::kBlock));
+  return min64(kWidestColumnBlock, max64(kColumnBlock, columns / 64 * 64));
+}
 
 // Scratch of one chunk, in bytes; every part starts on a cache line.
 template <class T>
 struct Scratch {
   using E = Engine<T>;
+  // Sums of the blocks so far wait in the output if it is of their type.
+  static constexpr bool kSumsInOutput = sizeof(T) == sizeof(typename E::Acc);
   int64_t rows = 0, columns, transpose, partial, total;
+  int64_t row_block, column_block;
 
-  Scratch(const Gemm<T>& g, const Grid& grid) {
+  Scratch(const Gemm<T>& g, const Grid& grid)
+      : column_block(twinfuse::cpu::TWINFUSE_ISA::column_block(g, grid)) {
     constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
     const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), E::kBlock);
-    const int64_t height = min64(ceil_div(g.rows, grid.row_chunks), kRowBlock);
-    const int64_t width = partial_stride(min64(g.cols, kColumnBlock));
+    row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
+    const int64_t all_rows = ceil_div(g.rows, grid.row_chunks);
+    const int64_t height = min64(all_rows, row_block);
+    const int64_t width = partial_stride(min64(g.cols, column_block));
     columns = rows + aligned(max64(height * row_stride(depth) * kPacked,
                                    steps_of<T>(depth) * step_stride(height) * kUnit));
     // Transposing writes up to three steps past the last.
     transpose = columns + aligned((steps_of<T>(depth) + 3) * width * kUnit);
     partial = transpose + aligned(g.b_cols_outer ? transpose_scratch<T>() * kPacked : 0);
-    total = partial + aligned(g.depth > E::kBlock ? height * width * sizeof(typename E::Acc) : 0);
+    const bool spills = g.depth > E::kBlock && !kSumsInOutput;
+    const int64_t partial_rows = spills ? min64(all_rows, kSharedRows + row_block) : 0;
+    total = partial + aligned(partial_rows * width * sizeof(typename E::Acc));
   }
 
   static int64_t aligned(int64_t n) { return round_up(n, 64); }
@@ -79,6 +98,8 @@ class Chunk {
  public:
   Chunk(const Gemm<T>& g, const Scratch<T>& layout, char* scratch)
       : g_(g),
+        row_block_(layout.row_block),
+        column_block_(layout.column_block),
         row_space_(scratch + layout.rows),
         columns_(reinterpret_cast<Unit*>(scratch + layout.columns)),
         transpose_(reinterpret_cast<Packed*>(scratch + layout.transpose)),
@@ -86,20 +107,25 @@ class Chunk {
 
   // Rows [i0, i1) and columns [j0, j1). `sum_a` and `sum_b`: this chunk makes the operand's sums.
   void run(int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool sum_a, bool sum_b) {
-    const int64_t blocks = ceil_div(i1 - i0, kRowBlock);
-    for (j_ = j0; j_ < j1; j_ += kColumnBlock) {
-      cols_ = min64(j1 - j_, kColumnBlock);
-      for (int64_t block = 0; block < blocks; block++) {
-        i_ = i0 + (i1 - i0) * block / blocks;
-        rows_ = i0 + (i1 - i0) * (block + 1) / blocks - i_;
-        sum_a_ = sum_a && j_ == j0;
-        sum_b_ = sum_b && block == 0;
-        r_ = 0;
-        do {
+    const int64_t blocks = ceil_div(i1 - i0, row_block_);
+    const int64_t sharing = ceil_div(kSharedRows, row_block_);
+    auto start = [&](int64_t block) { return i0 + (i1 - i0) * block / blocks; };
+    for (j_ = j0; j_ < j1; j_ += column_block_) {
+      cols_ = min64(j1 - j_, column_block_);
+      for (int64_t first = 0; first < blocks; first += sharing) {
+        const int64_t last = min64(first + sharing, blocks);
+        first_row_ = start(first);
+        keep_columns_ = last - first > 1;
+        for (r_ = 0; r_ == 0 || r_ < g_.depth; r_ += E::kBlock) {
           depth_ = min64(g_.depth - r_, E::kBlock);
-          multiply_block();
-          r_ += E::kBlock;
-        } while (r_ < g_.depth);
+          for (int64_t block = first; block < last; block++) {
+            i_ = start(block);
+            rows_ = start(block + 1) - i_;
+            sum_a_ = sum_a && j_ == j0;
+            sum_b_ = sum_b && block == 0;
+            multiply_block();
+          }
+        }
       }
     }
   }
@@ -110,14 +136,14 @@ class Chunk {
     to_.first = r_ == 0;
     to_.last = r_ + depth_ >= g_.depth;
     const bool plain_b = sizeof(Packed) == sizeof(T) && g_.b.inner == 1 && !g_.b.mask;
-    const bool streaming = plain_b && g_.b_cols_outer && rows_ <= kStreamingRows;
+    const bool streaming = plain_b && g_.b_cols_outer && rows_ <= kStreamingRows && !keep_columns_;
     vectors_ = streaming ? 1 : rows_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
     tiles_ = ceil_div(rows_, max_rows(vectors_));
     // Read in place where a column is used once and panels are whole.
-    const bool direct = E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ == 1;
+    const bool direct =
+        E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ == 1 && !keep_columns_;
     prepare_rows();
-    if (!g_.b_cols_outer && !direct) pack_panels();
-    read_ahead_of_block();
+    if (!g_.b_cols_outer && !direct && i_ == first_row_) pack_panels();
     for (int64_t j = 0; j < cols_;) {
       const int vectors = panel_vectors(cols_ - j);
       const int64_t cols = min64(cols_ - j, vectors * kWidth);
@@ -143,7 +169,6 @@ class Chunk {
     to_.bias = bias;
     to_.cols = static_cast<int>(cols);
     to_.out_row = g_.out_row;
-    to_.partial_row = Scratch<T>::partial_stride(cols_);
     // Heights differ by one at most: a short last tile would leave the pipelines idle.
     const int low = static_cast<int>(rows_ / tiles_), taller = static_cast<int>(rows_ % tiles_);
     const Microkernel<Arithmetic> kernels[2] = {microkernel_for<Arithmetic>(low, vectors),
@@ -151,8 +176,14 @@ class Chunk {
     for (int64_t t = 0, i = 0; t < tiles_; t++, i += to_.rows) {
       to_.rows = low + (t < taller);
       to_.out = g_.out + (i_ + i) * g_.out_row + j_ + j;
-      to_.partial = partial_ + i * to_.partial_row + j;
-      read_ahead_of_tile();
+      if constexpr (Scratch<T>::kSumsInOutput) {
+        to_.partial = to_.out;
+        to_.partial_row = to_.out_row;
+      } else {
+        to_.partial_row = Scratch<T>::partial_stride(cols_);
+        to_.partial = partial_ + (i_ - first_row_ + i) * to_.partial_row + j;
+      }
+      fetch_destination();
       in_.a = a_ + i * in_.a_row;
       if (streaming)
         multiply_streaming(j, sums);
@@ -216,7 +247,7 @@ class Chunk {
   // All panels of the block at once, row by row: panel by panel would touch every page of `b` again
   // for each of them.
   void pack_panels() {
-    alignas(64) Unit row[kColumnBlock + kMaxVectors * kWidth];
+    alignas(64) Unit row[kWidestColumnBlock + kMaxVectors * kWidth];
     const int64_t padded = round_up(cols_, kMaxVectors * kWidth);
     for (int64_t step = 0; step < in_.steps; step++) {
       const int64_t r = step * E::kGroup;
@@ -235,61 +266,39 @@ class Chunk {
       in_.b_step = g_.b.outer * static_cast<int64_t>(sizeof(T));
       return;
     }
-    Unit* panel = columns_;
-    if (g_.b_cols_outer)
-      pack_transposed(g_.b, r_, depth_, j_ + j, cols, width, panel, width, transpose_);
-    else if (direct)
+    // A panel that no other rows will use may as well stay where the one before it was.
+    const bool own_place = keep_columns_ || (!g_.b_cols_outer && !direct);
+    Unit* panel = columns_ + (own_place ? j * in_.steps : 0);
+    if (direct)
       pack_steps(g_.b, r_, depth_, j_ + j, cols, width, panel, width);
-    else
-      panel += j * in_.steps;
+    else if (g_.b_cols_outer && i_ == first_row_)
+      pack_transposed(g_.b, r_, depth_, j_ + j, cols, width, panel, width, transpose_);
     if (sum_b_) add_sums<T>(panel, width, in_.steps, cols, to_.first, g_.b_sums + j_ + j);
     in_.b = reinterpret_cast<const char*>(panel);
     in_.b_step = width * sizeof(Unit);
-    read_ahead(next_panel_, g_.b, g_.b_cols_outer, j_ + j + cols,
-               g_.b_cols_outer ? min64(cols_ - j - cols, cols) : 0, r_, depth_, tiles_);
   }
 
-  // `i` counts along the output, `r` along the reduced dimension.
-  static void read_ahead(ReadAhead& ahead, const Source<T>& s, bool i_outer, int64_t i, int64_t n,
-                         int64_t r, int64_t depth, int64_t calls) {
-    if (calls < 4) return;
-    if (i_outer)
-      ahead.start(s, i, n, r, depth, calls);
-    else
-      ahead.start(s, r, depth, i, n, calls);
-  }
-
-  // What the next block packs: the same rows and columns further along the reduced dimension, or
-  // the next rows from its start.
-  void read_ahead_of_block() {
-    const int64_t tiles = tiles_ * ceil_div(cols_, vectors_ * kWidth);
-    const int64_t r = to_.last ? 0 : r_ + depth_, depth = min64(g_.depth - r, E::kBlock);
-    const int64_t i = to_.last ? i_ + rows_ : i_;
-    read_ahead(next_rows_, g_.a, g_.a_rows_outer, i, min64(g_.rows - i, rows_), r, depth, tiles);
-    if (!g_.b_cols_outer)
-      read_ahead(next_columns_, g_.b, false, j_, cols_, r, depth, tiles);
-  }
-
-  void read_ahead_of_tile() {
+  // Asks for the lines that finish_tile will touch, a whole microkernel ahead of it.
+  void fetch_destination() {
     for (int row = 0; row < to_.rows; row++)
       for (int64_t c = 0; c < to_.cols; c += 64 / sizeof(Acc)) {
-        if (to_.last) __builtin_prefetch(to_.out + row * to_.out_row + c, 1);
-        if (!to_.first) __builtin_prefetch(to_.partial + row * to_.partial_row + c, 1);
+        __builtin_prefetch(to_.partial + row * to_.partial_row + c, 1);
+        if (!Scratch<T>::kSumsInOutput && to_.last)
+          __builtin_prefetch(to_.out + row * to_.out_row + c, 1);
       }
-    next_rows_.advance();
-    next_panel_.advance();
-    next_columns_.advance();
   }
 
   const Gemm<T>& g_;
+  const int64_t row_block_, column_block_;
   // The block at hand, in the problem's coordinates.
   int64_t i_ = 0, rows_ = 0, j_ = 0, cols_ = 0, r_ = 0, depth_ = 0;
+  int64_t first_row_ = 0;      // of the row blocks that share packed columns
+  bool keep_columns_ = false;  // there are several of those
   int64_t tiles_ = 0;
   int vectors_ = 0;  // of a whole panel
   bool sum_a_ = false, sum_b_ = false;
   Operands in_{};
   Destination<T> to_{};
-  ReadAhead next_rows_, next_panel_, next_columns_;
   const char* a_ = nullptr;
   char* row_space_;
   Unit* columns_;

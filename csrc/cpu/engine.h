@@ -18,7 +18,7 @@ struct MultiplyAdd {
   using S = Simd<A>;
   using V = typename S::V;
   static constexpr int kGroup = 1;
-  static constexpr int64_t kBlock = 256;
+  static constexpr int64_t kBlock = 4096 / sizeof(A);
   static constexpr int64_t kRun = 32;
   static V broadcast(const char* p) { return S::set(*reinterpret_cast<const Unit*>(p)); }
   static V load(const char* p) { return S::load(reinterpret_cast<const Unit*>(p)); }
@@ -42,7 +42,7 @@ struct DotBf16 {
   using S = Simd<float>;
   using V = __m512;
   static constexpr int kGroup = 2;
-  static constexpr int64_t kBlock = 512;
+  static constexpr int64_t kBlock = 2048;
   static constexpr int64_t kRun = 64;
   static V broadcast(const char* p) {
     uint32_t pair;

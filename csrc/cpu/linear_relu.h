@@ -37,11 +37,13 @@ TwinfuseStatus linear_relu_forward(const LinearReluForward& op, const TwinfuseCo
   g.out_row = op.output.row_stride;
   g.bias = static_cast<const T*>(op.bias);
   g.bias_stride = op.bias_stride;
-  return run_gemm<T, BiasRelu>(g, context);
+  const Plan<T> plan(g, context);
+  return with_scratch(context, plan.bytes(),
+                      [&](char* space) { run<T, BiasRelu>(plan, context, space); });
 }
 
 template <class T>
-TwinfuseStatus grad_input(const LinearReluBackward& op, const TwinfuseContext& context) {
+Gemm<T> grad_input(const LinearReluBackward& op) {
   const Matrix& grad = op.grad_output;
   Gemm<T> g{};
   g.rows = op.grad_input.rows, g.cols = op.grad_input.cols, g.depth = grad.cols;
@@ -51,14 +53,13 @@ TwinfuseStatus grad_input(const LinearReluBackward& op, const TwinfuseContext& c
   g.b = source_of<T>(op.weight, g.b_cols_outer);
   g.out = static_cast<T*>(op.grad_input.data);
   g.out_row = op.grad_input.row_stride;
-  return run_gemm<T, Identity>(g, context);
+  return g;
 }
 
 // The reduced dimension is that of the rows. Whichever of N and K lies densely in grad_weight
 // becomes j. `bias_sums`, if given, receives grad_bias [N].
 template <class T>
-TwinfuseStatus grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias_sums,
-                           const TwinfuseContext& context) {
+Gemm<T> grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias_sums) {
   const Matrix &w = op.grad_weight, &grad = op.grad_output, &input = op.input;
   bool weight_is_nk = w.col_stride == 1;
   Gemm<T> g{};
@@ -79,61 +80,66 @@ TwinfuseStatus grad_weight(const LinearReluBackward& op, typename Convert<T>::Ac
     g.b = source_of<T>(grad, g.b_cols_outer, &op.output, op.relu_grad);
     g.b_sums = bias_sums;
   }
-  return run_gemm<T, Identity>(g, context);
+  return g;
 }
 
 // grad_bias alone, in the order that grad_weight would have summed it.
 template <class T>
-TwinfuseStatus grad_bias(const LinearReluBackward& op, typename Convert<T>::Acc* sums,
-                         const TwinfuseContext& context) {
+struct GradBias {
   using E = Engine<T>;
-  constexpr int64_t kColumns = 64;
-  const int64_t rows = op.grad_output.rows, cols = op.grad_output.cols;
-  Source<T> grad = source_of<T>(op.grad_output, false, &op.output, op.relu_grad);
-  int64_t pieces = ceil_div(cols, kColumns);
-  int64_t size = kColumns * steps_of<T>(E::kBlock) * sizeof(typename E::Unit);
-  char* space =
-      static_cast<char*>(context.allocate(context.opaque, static_cast<size_t>(size * pieces + 64)));
-  if (!space) return TWINFUSE_OUT_OF_MEMORY;
-  space += -reinterpret_cast<uintptr_t>(space) & 63;
-  parallel_for(context, pieces, [&](int64_t piece) {
-    auto* packed = reinterpret_cast<typename E::Unit*>(space + piece * size);
-    int64_t j = piece * kColumns, n = min64(kColumns, cols - j);
-    for (int64_t r = 0; r == 0 || r < rows; r += E::kBlock) {
-      int64_t depth = min64(rows - r, E::kBlock);
-      pack_steps(grad, r, depth, j, n, kColumns, packed, kColumns);
-      add_sums<T>(packed, kColumns, steps_of<T>(depth), n, r == 0, sums + j);
-    }
-  });
-  return TWINFUSE_OK;
-}
+  static constexpr int64_t kColumns = 64;
+  const LinearReluBackward& op;
+
+  int64_t pieces() const { return ceil_div(op.grad_output.cols, kColumns); }
+  int64_t piece_bytes() const {
+    const int64_t depth = min64(max64(op.grad_output.rows, 1), E::kBlock);
+    return kColumns * steps_of<T>(depth) * sizeof(typename E::Unit);
+  }
+
+  void run(const TwinfuseContext& context, char* space, typename E::Acc* sums) const {
+    const int64_t rows = op.grad_output.rows, cols = op.grad_output.cols;
+    const Source<T> grad = source_of<T>(op.grad_output, false, &op.output, op.relu_grad);
+    parallel_for(context, pieces(), [&](int64_t piece) {
+      auto* packed = reinterpret_cast<typename E::Unit*>(space + piece * piece_bytes());
+      const int64_t j = piece * kColumns, n = min64(kColumns, cols - j);
+      for (int64_t r = 0; r == 0 || r < rows; r += E::kBlock) {
+        const int64_t depth = min64(rows - r, E::kBlock);
+        pack_steps(grad, r, depth, j, n, kColumns, packed, kColumns);
+        add_sums<T>(packed, kColumns, steps_of<T>(depth), n, r == 0, sums + j);
+      }
+    });
+  }
+};
 
 template <class T>
 TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const TwinfuseContext& context) {
   using Acc = typename Convert<T>::Acc;
-  TwinfuseStatus status = TWINFUSE_OK;
-  if (op.grad_input.data) status = grad_input<T>(op, context);
-  if (status != TWINFUSE_OK) return status;
-
   const int64_t n = op.grad_output.cols;
-  constexpr int64_t kOnStack = 1024;
-  alignas(64) Acc stack[kOnStack];
-  Acc* sums = op.grad_bias ? stack : nullptr;
-  if (op.grad_bias && n > kOnStack) {
-    sums = static_cast<Acc*>(
-        context.allocate(context.opaque, static_cast<size_t>(n) * sizeof(Acc) + 64));
-    if (!sums) return TWINFUSE_OUT_OF_MEMORY;
-  }
-  if (op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols)
-    status = grad_weight<T>(op, sums, context);
-  else if (op.grad_bias)
-    status = grad_bias<T>(op, sums, context);
-  if (status != TWINFUSE_OK || !op.grad_bias) return status;
-  DefaultFloatMode mode;
-  T* out = static_cast<T*>(op.grad_bias);
-  for (int64_t j = 0; j < n; j++)
-    Convert<T>::store(out + j * op.grad_bias_stride, Simd<Acc>::load(sums + j, 1), 1);
-  return TWINFUSE_OK;
+  const int64_t sum_bytes = op.grad_bias ? round_up(n * sizeof(Acc), 64) : 0;
+  const bool has_weight = op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols;
+  const GradBias<T> bias{op};
+  const bool bias_alone = op.grad_bias && !has_weight;
+  Gemm<T> for_input{}, for_weight{};
+  if (op.grad_input.data) for_input = grad_input<T>(op);
+  if (has_weight) for_weight = grad_weight<T>(op, nullptr);
+  const Plan<T> input_plan(for_input, context);
+  Plan<T> weight_plan(for_weight, context);
+  // One after the other in the same scratch.
+  int64_t bytes = max64(input_plan.bytes(), weight_plan.bytes());
+  if (bias_alone) bytes = max64(bytes, bias.pieces() * bias.piece_bytes());
+  return with_scratch(context, sum_bytes + bytes, [&](char* space) {
+    Acc* sums = op.grad_bias ? reinterpret_cast<Acc*>(space) : nullptr;
+    space += sum_bytes;
+    run<T, Identity>(input_plan, context, space);
+    if (has_weight) weight_plan.g = grad_weight<T>(op, sums);
+    run<T, Identity>(weight_plan, context, space);
+    if (bias_alone) bias.run(context, space, sums);
+    if (!op.grad_bias) return;
+    DefaultFloatMode mode;
+    T* out = static_cast<T*>(op.grad_bias);
+    for (int64_t j = 0; j < n; j++)
+      Convert<T>::store(out + j * op.grad_bias_stride, Simd<Acc>::load(sums + j, 1), 1);
+  });
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA
