@@ -18,13 +18,13 @@ constexpr int64_t kSharedRows = 1152;  // of the row blocks that share packed co
 constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
 
 // Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
-// blocks spare that where their scratch is still smaller than a masked copy would be.
+// blocks spare that, where all scratch together is no more than a masked copy would take.
 template <class T>
-int64_t column_block(const Gemm<T>& g, const Grid& grid) {
+int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
   if (!g.a.mask && !g.b.mask) return kColumnBlock;
   const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
-  const int64_t columns = masked / (grid.count() * min64(max64(g.depth, 1), Engine<T>::kBlock));
-  return min64(kWidestColumnBlock, max64(kColumnBlock, columns / 64 * 64));
+  const int64_t columns = masked / (grid.count() * depth) - row_block;
+  return min64(kWidestColumnBlock, max64(kColumnBlock / 2, columns / 64 * 64));
 }
 
 // Scratch of one chunk, in bytes; every part starts on a cache line.
@@ -36,14 +36,14 @@ struct Scratch {
   int64_t rows = 0, columns, transpose, partial, total;
   int64_t row_block, column_block;
 
-  Scratch(const Gemm<T>& g, const Grid& grid)
-      : column_block(twinfuse::cpu::TWINFUSE_ISA::column_block(g, grid)) {
+  Scratch(const Gemm<T>& g, const Grid& grid) {
     constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
     const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), E::kBlock);
     row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
+    column_block = twinfuse::cpu::TWINFUSE_ISA::column_block(g, grid, depth, row_block);
     const int64_t all_rows = ceil_div(g.rows, grid.row_chunks);
     const int64_t height = min64(all_rows, row_block);
-    const int64_t width = partial_stride(min64(g.cols, column_block));
+    const int64_t width = round_up(min64(g.cols, column_block), kMaxVectors * E::S::kWidth);
     columns = rows + aligned(max64(height * row_stride(depth) * kPacked,
                                    steps_of<T>(depth) * step_stride(height) * kUnit));
     // Transposing writes up to three steps past the last.
@@ -51,7 +51,7 @@ struct Scratch {
     partial = transpose + aligned(g.b_cols_outer ? transpose_scratch<T>() * kPacked : 0);
     const bool spills = g.depth > E::kBlock && !kSumsInOutput;
     const int64_t partial_rows = spills ? min64(all_rows, kSharedRows + row_block) : 0;
-    total = partial + aligned(partial_rows * width * sizeof(typename E::Acc));
+    total = partial + aligned(partial_rows * partial_stride(width) * sizeof(typename E::Acc));
   }
 
   static int64_t aligned(int64_t n) { return round_up(n, 64); }
