@@ -15,7 +15,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.cases import CASES, DTYPES, Array, Operand, Problem, bits, build
+from tests.cases import (
+    CASES,
+    DTYPES,
+    Array,
+    Operand,
+    Problem,
+    build,
+)
+from tests.rule import bits
 
 Arrays = dict[str, Array]
 

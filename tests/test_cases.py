@@ -14,8 +14,6 @@ from tests.cases import (
     DTYPES,
     ROUNDOFF,
     LinearCase,
-    assert_same_bits,
-    assert_within_twice,
     build,
     decode,
     encode,
@@ -23,6 +21,7 @@ from tests.cases import (
     lay_out,
     reference64,
 )
+from tests.rule import assert_same_bits, assert_within_twice
 
 NUMBERS = np.array([[1.0, -2.0, 3.5], [0.25, 8.0, -0.125]])
 

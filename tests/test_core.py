@@ -15,8 +15,6 @@ from tests.cases import (
     Operand,
     Problem,
     Results,
-    assert_same_bits,
-    assert_within_twice,
     build,
     decode,
     encode,
@@ -25,6 +23,7 @@ from tests.cases import (
 )
 from tests.core_api import GRADIENTS, Lender, backward, forward, kernel
 from tests.mxcsr import FLUSH, ROUND_UP, mxcsr
+from tests.rule import assert_same_bits, assert_within_twice
 from twinfuse import _core
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

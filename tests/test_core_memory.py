@@ -18,7 +18,6 @@ from tests.cases import (
     LinearCase,
     Operand,
     Problem,
-    assert_same_bits,
     build,
     encode,
 )
@@ -38,6 +37,7 @@ from tests.core_api import (
     operand_tensor,
     tensor,
 )
+from tests.rule import assert_same_bits
 from twinfuse import _core
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

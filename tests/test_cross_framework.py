@@ -15,9 +15,16 @@ import pytest
 
 import twinfuse
 from tests.both import THROUGH, comparable, through_tensorflow, through_torch
-from tests.cases import CASES, DTYPES, LinearCase, assert_same_bits, build, decode
+from tests.cases import (
+    CASES,
+    DTYPES,
+    LinearCase,
+    build,
+    decode,
+)
 from tests.conftest import Launched, require
 from tests.core_api import kernel, load
+from tests.rule import assert_same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_ID = {case.id: case for case in CASES}

@@ -220,7 +220,7 @@ def test_only_exact_dense_layers_are_fused() -> None:
     tfk.fuse(model)
     np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
     report = twinfuse.explain(model)
-    rows = {row.op: row for row in report if row.backend == "reference"}
+    rows = {row.op: row for row in report if row.backend == "native"}
     assert rows["Conv2D"].reason == rows["LSTM"].reason == "not yet fused"
     assert "subclass" in rows["Shifted"].reason and "tanh" in rows["Dense"].reason
     (fused,) = [row for row in report if row.backend == "cpu"]
@@ -241,7 +241,7 @@ def test_a_relu_layer_of_its_own_is_reported(relu: Any, launched: Launched) -> N
         np.testing.assert_array_equal(before.predict(x, verbose=0), expected)
         np.testing.assert_array_equal(model.predict(x, verbose=0), np.maximum(expected, 0))
     rows = tfk.explain(model)
-    assert "layer of its own" in rows[0].reason and rows[0].backend == "reference"
+    assert "layer of its own" in rows[0].reason and rows[0].backend == "native"
     steep = keras.Sequential([keras.Input((7,)), layers.Dense(5), layers.ReLU(max_value=6)])
     assert tfk.explain(steep)[0].reason == "its activation is linear"
 

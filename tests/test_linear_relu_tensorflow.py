@@ -13,12 +13,11 @@ from tests.cases import (
     LinearCase,
     Problem,
     Results,
-    assert_same_bits,
-    assert_within_twice,
     build,
     reference64,
 )
 from tests.conftest import Launched, require
+from tests.rule import assert_same_bits, assert_within_twice
 
 tf = require("tensorflow")
 

@@ -8,8 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.cases import CASES, DTYPES, LinearCase, assert_same_bits, build
+from tests.cases import (
+    CASES,
+    DTYPES,
+    LinearCase,
+    build,
+)
 from tests.conftest import Launched, require
+from tests.rule import assert_same_bits
 
 torch = require("torch")
 

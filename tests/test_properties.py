@@ -15,13 +15,13 @@ from tests.cases import (
     SMALLEST,
     LinearCase,
     Problem,
-    assert_same_bits,
     build,
     decode,
     lay_out,
     reference64,
 )
 from tests.core_api import GRADIENTS, Lender, backward, forward
+from tests.rule import assert_same_bits
 
 EXAMPLES = settings(
     max_examples=150,

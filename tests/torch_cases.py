@@ -17,10 +17,10 @@ from tests.cases import (
     Operand,
     Problem,
     Results,
-    assert_within_twice,
     build,
     reference64,
 )
+from tests.rule import assert_within_twice
 
 Op = Callable[..., Tensor]
 

@@ -109,7 +109,10 @@ class Chunk {
   void run(int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool sum_a, bool sum_b) {
     const int64_t blocks = ceil_div(i1 - i0, row_block_);
     const int64_t sharing = ceil_div(kSharedRows, row_block_);
-    auto start = [&](int64_t block) { return i0 + (i1 - i0) * block / blocks; };
+    // Blocks of equal height, but for one row.
+    auto start = [&](int64_t block) {
+      return i0 + (i1 - i0) / blocks * block + min64((i1 - i0) % blocks, block);
+    };
     for (j_ = j0; j_ < j1; j_ += column_block_) {
       cols_ = min64(j1 - j_, column_block_);
       for (int64_t first = 0; first < blocks; first += sharing) {

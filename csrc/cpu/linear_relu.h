@@ -89,23 +89,28 @@ struct GradBias {
   using E = Engine<T>;
   static constexpr int64_t kColumns = 64;
   const LinearReluBackward& op;
+  const int64_t rows = op.grad_output.rows, cols = op.grad_output.cols;
+  const int64_t pieces = ceil_div(cols, kColumns);
+  const int64_t workers;
+  const int64_t worker_bytes =
+      kColumns * steps_of<T>(min64(max64(rows, 1), E::kBlock)) * sizeof(typename E::Unit);
 
-  int64_t pieces() const { return ceil_div(op.grad_output.cols, kColumns); }
-  int64_t piece_bytes() const {
-    const int64_t depth = min64(max64(op.grad_output.rows, 1), E::kBlock);
-    return kColumns * steps_of<T>(depth) * sizeof(typename E::Unit);
-  }
+  GradBias(const LinearReluBackward& op, const TwinfuseContext& context)
+      : op(op), workers(min64(max64(context.num_threads, 1), pieces)) {}
+
+  int64_t bytes() const { return workers * worker_bytes; }
 
   void run(const TwinfuseContext& context, char* space, typename E::Acc* sums) const {
-    const int64_t rows = op.grad_output.rows, cols = op.grad_output.cols;
     const Source<T> grad = source_of<T>(op.grad_output, false, &op.output, op.relu_grad);
-    parallel_for(context, pieces(), [&](int64_t piece) {
-      auto* packed = reinterpret_cast<typename E::Unit*>(space + piece * piece_bytes());
-      const int64_t j = piece * kColumns, n = min64(kColumns, cols - j);
-      for (int64_t r = 0; r == 0 || r < rows; r += E::kBlock) {
-        const int64_t depth = min64(rows - r, E::kBlock);
-        pack_steps(grad, r, depth, j, n, kColumns, packed, kColumns);
-        add_sums<T>(packed, kColumns, steps_of<T>(depth), n, r == 0, sums + j);
+    parallel_for(context, workers, [&](int64_t worker) {
+      auto* packed = reinterpret_cast<typename E::Unit*>(space + worker * worker_bytes);
+      for (int64_t j = worker * kColumns; j < cols; j += workers * kColumns) {
+        const int64_t n = min64(kColumns, cols - j);
+        for (int64_t r = 0; r == 0 || r < rows; r += E::kBlock) {
+          const int64_t depth = min64(rows - r, E::kBlock);
+          pack_steps(grad, r, depth, j, n, kColumns, packed, kColumns);
+          add_sums<T>(packed, kColumns, steps_of<T>(depth), n, r == 0, sums + j);
+        }
       }
     });
   }
@@ -117,7 +122,7 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const Twinfuse
   const int64_t n = op.grad_output.cols;
   const int64_t sum_bytes = op.grad_bias ? round_up(n * sizeof(Acc), 64) : 0;
   const bool has_weight = op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols;
-  const GradBias<T> bias{op};
+  const GradBias<T> bias(op, context);
   const bool bias_alone = op.grad_bias && !has_weight;
   Gemm<T> for_input{}, for_weight{};
   if (op.grad_input.data) for_input = grad_input<T>(op);
@@ -126,7 +131,7 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const Twinfuse
   Plan<T> weight_plan(for_weight, context);
   // One after the other in the same scratch.
   int64_t bytes = max64(input_plan.bytes(), weight_plan.bytes());
-  if (bias_alone) bytes = max64(bytes, bias.pieces() * bias.piece_bytes());
+  if (bias_alone) bytes = max64(bytes, bias.bytes());
   return with_scratch(context, sum_bytes + bytes, [&](char* space) {
     Acc* sums = op.grad_bias ? reinterpret_cast<Acc*>(space) : nullptr;
     space += sum_bytes;

@@ -9,11 +9,6 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-template <int kValue>
-struct Constant {
-  constexpr operator int() const { return kValue; }
-};
-
 template <class T>
 constexpr int64_t steps_of(int64_t depth) {
   return (depth + Engine<T>::kGroup - 1) / Engine<T>::kGroup;
@@ -63,22 +58,33 @@ void pack_rows(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64
   }
 }
 
+template <class Lane, int kCount>
+__attribute__((always_inline)) inline void transpose_pieces(const char* rows, int64_t row_bytes,
+                                                            Lane* out, int64_t stride) {
+  using S = Simd<Lane>;
+  constexpr int kColumns = kCount * kPieceColumns<Lane>;
+  constexpr int64_t kAhead = 512;
+  // Too many rows at once for the processor's own prefetcher to follow.
+#pragma GCC unroll 16
+  for (int i = 0; i < S::kWidth; i++) __builtin_prefetch(rows + i * row_bytes + kAhead);
+  typename S::V columns[kColumns];
+  transpose<Lane, kCount>(rows, row_bytes, columns);
+#pragma GCC unroll 16
+  for (int c = 0; c < kColumns; c++) S::store(out + c * stride, columns[c]);
+}
+
 // out[step][row] from kWidth rows of packed elements at `rows`, `row_bytes` apart; whole pieces only.
 template <class T>
 void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
                     typename Engine<T>::Unit* out, int64_t stride) {
   using Lane = typename Engine<T>::Acc;
-  using S = Simd<Lane>;
-  auto pieces = [&](auto count, int64_t k) {
-    typename S::V columns[count * kPieceColumns<Lane>];
-    transpose<Lane, count>(rows + k * sizeof(Lane), row_bytes, columns);
-    for (int c = 0; c < count * kPieceColumns<Lane>; c++)
-      S::store(reinterpret_cast<Lane*>(out + (k + c) * stride), columns[c]);
-  };
-  constexpr int64_t kLine = kPieces * kPieceColumns<Lane>;
+  constexpr int64_t kPiece = kPieceColumns<Lane>, kLine = kPieces * kPiece;
+  Lane* to = reinterpret_cast<Lane*>(out);
   int64_t k = 0;
-  for (; k + kLine <= steps; k += kLine) pieces(Constant<kPieces>(), k);
-  for (; k < steps; k += kPieceColumns<Lane>) pieces(Constant<1>(), k);
+  for (; k + kLine <= steps; k += kLine)
+    transpose_pieces<Lane, kPieces>(rows + k * sizeof(Lane), row_bytes, to + k * stride, stride);
+  for (; k < steps; k += kPiece)
+    transpose_pieces<Lane, 1>(rows + k * sizeof(Lane), row_bytes, to + k * stride, stride);
 }
 
 // out[step][j] for `n` rows and zeros up to `width` (a multiple of the vector width), where the

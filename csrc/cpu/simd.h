@@ -230,7 +230,8 @@ constexpr int kPieces = kRegisters == 32 ? 4 : sizeof(Simd<float>::V) / 16;
 
 // `kWidth` rows, `row` bytes apart: out[c] holds column c, for the columns of `kCount` pieces.
 template <class T, int kCount>
-void transpose(const char* p, int64_t row, typename Simd<T>::V* out) {
+__attribute__((always_inline)) inline void transpose(const char* p, int64_t row,
+                                                     typename Simd<T>::V* out) {
   using S = Simd<T>;
   constexpr int kColumns = kPieceColumns<T>;
   typename S::V r[kCount][kColumns];

@@ -24,7 +24,11 @@ class FallbackError(RuntimeError):
 
 @dataclass(frozen=True)
 class Choice:
-    """What one op call takes: a row of `twinfuse.explain`."""
+    """What one op call takes: a row of `twinfuse.explain`.
+
+    `backend` is one of `BACKENDS`; in the report of a model also "native" for a layer that is not
+    one of ours, and "fused" for one whose work the layer before it does.
+    """
 
     op: str
     backend: str

@@ -72,7 +72,7 @@ def explain(model: keras.layers.Layer) -> Report:
         op = type(layer).__name__
         reason = _native_reason(layer)
         if reason or type(layer) in _FUSED:
-            choice = ("reference", "", reason or "not fused: call twinfuse.keras.fuse(model)")
+            choice = ("native", "", reason or "not fused: call twinfuse.keras.fuse(model)")
         else:
             choice = _ops.find_kernel("linear_relu_forward", layer)
         rows.append(Choice(op, *choice, where=layer.path or layer.name))
