@@ -116,8 +116,7 @@ extern "C" TwinfuseStatus twinfuse_linear_relu_forward(const TwinfuseTensor* out
                                                        const TwinfuseTensor* weight,
                                                        const TwinfuseTensor* bias,
                                                        const TwinfuseContext* context) {
-  return twinfuse::guarded(
-      [&] { return twinfuse::forward(output, input, weight, bias, context); });
+  return twinfuse::guarded([&] { return twinfuse::forward(output, input, weight, bias, context); });
 }
 
 extern "C" TwinfuseStatus twinfuse_linear_relu_backward(

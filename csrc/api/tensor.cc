@@ -176,8 +176,7 @@ cpu::Matrix Matrices::output(const TwinfuseTensor* t, bool unit_rows_allowed) {
   if (rows == 0 || cols == 0) return {&nothing, rows, cols, cols, 1};
   int64_t row_stride = 0;
   const int64_t col_stride = cols == 1 ? 1 : t->strides[t->ndim - 1];
-  if (!collapse(*t, &row_stride) ||
-      (col_stride != 1 && !(unit_rows_allowed && row_stride == 1)))
+  if (!collapse(*t, &row_stride) || (col_stride != 1 && !(unit_rows_allowed && row_stride == 1)))
     return stage(*t, false);
   return {t->data, rows, cols, row_stride, col_stride};
 }

@@ -23,7 +23,8 @@ template <class T>
 int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
   if (!g.a.mask && !g.b.mask) return kColumnBlock;
   const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
-  const int64_t columns = masked / (grid.count() * depth) - row_block;
+  constexpr int64_t kPadding = 32;
+  const int64_t columns = masked / (grid.count() * depth) - row_block - kPadding;
   return min64(kWidestColumnBlock, max64(kColumnBlock / 2, columns / 64 * 64));
 }
 
@@ -60,9 +61,7 @@ struct Scratch {
     constexpr int64_t kLine = 64 / sizeof(typename E::Packed);
     return (ceil_div(depth, kLine) | 1) * kLine;
   }
-  static int64_t step_stride(int64_t rows) {
-    return round_up(rows, 64 / sizeof(typename E::Unit));
-  }
+  static int64_t step_stride(int64_t rows) { return round_up(rows, 64 / sizeof(typename E::Unit)); }
   static int64_t partial_stride(int64_t cols) {
     return round_up(cols, kMaxVectors * E::S::kWidth) + 64 / sizeof(typename E::Acc);
   }
@@ -174,8 +173,9 @@ class Chunk {
     to_.out_row = g_.out_row;
     // Heights differ by one at most: a short last tile would leave the pipelines idle.
     const int low = static_cast<int>(rows_ / tiles_), taller = static_cast<int>(rows_ % tiles_);
-    const Microkernel<Arithmetic> kernels[2] = {microkernel_for<Arithmetic>(low, vectors),
-                                       taller ? microkernel_for<Arithmetic>(low + 1, vectors) : nullptr};
+    const Microkernel<Arithmetic> kernels[2] = {
+        microkernel_for<Arithmetic>(low, vectors),
+        taller ? microkernel_for<Arithmetic>(low + 1, vectors) : nullptr};
     for (int64_t t = 0, i = 0; t < tiles_; t++, i += to_.rows) {
       to_.rows = low + (t < taller);
       to_.out = g_.out + (i_ + i) * g_.out_row + j_ + j;
@@ -222,8 +222,8 @@ class Chunk {
   void prepare_rows() {
     const Source<T>& a = g_.a;
     if (g_.a_rows_outer) {
-      const bool as_is = sizeof(Packed) == sizeof(T) && !a.mask && a.inner == 1 &&
-                         depth_ % E::kGroup == 0;
+      const bool as_is =
+          sizeof(Packed) == sizeof(T) && !a.mask && a.inner == 1 && depth_ % E::kGroup == 0;
       // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
       const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
       if (as_is && (!shares_sets || rows_ <= max_rows(4))) {

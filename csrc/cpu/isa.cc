@@ -66,8 +66,8 @@ Choice choose() {
   }
   std::string note;
   if (wanted && *wanted)
-    note = "TWINFUSE_ISA=" + std::string(wanted) + " is not available here (built: " +
-           twinfuse_built_isas() + "); using " + best->isa;
+    note = "TWINFUSE_ISA=" + std::string(wanted) +
+           " is not available here (built: " + twinfuse_built_isas() + "); using " + best->isa;
   return {best, note};
 }
 

@@ -116,7 +116,8 @@ Microkernel<E> microkernel_for(int rows, int vectors) {
   return vectors == 2 ? microkernel_for<E, 2>(rows) : microkernel_for<E, 1>(rows);
 }
 
-// Rows that the streaming kernel takes at most: their sums stay in registers beside those transposed.
+// Rows that the streaming kernel takes at most: their sums stay in registers beside those
+// transposed.
 constexpr int kStreamingRows = kRegisters == 32 ? 8 : 4;
 
 template <class E>

@@ -16,8 +16,7 @@ constexpr int64_t steps_of(int64_t depth) {
 
 // Two rows of halves into one row of pairs.
 inline void interleave(const Bf16* even, const Bf16* odd, int64_t n, uint32_t* out) {
-  for (int64_t i = 0; i < n; i++)
-    out[i] = even[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
+  for (int64_t i = 0; i < n; i++) out[i] = even[i].bits | static_cast<uint32_t>(odd[i].bits) << 16;
 }
 
 // out[step][i] for `n` elements from `inner` on, and zeros up to `width`; the source's outer
@@ -73,7 +72,8 @@ __attribute__((always_inline)) inline void transpose_pieces(const char* rows, in
   for (int c = 0; c < kColumns; c++) S::store(out + c * stride, columns[c]);
 }
 
-// out[step][row] from kWidth rows of packed elements at `rows`, `row_bytes` apart; whole pieces only.
+// out[step][row] from kWidth rows of packed elements at `rows`, `row_bytes` apart; whole pieces
+// only.
 template <class T>
 void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
                     typename Engine<T>::Unit* out, int64_t stride) {

@@ -19,8 +19,8 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-// select_grad and multiply_grad are the two rules of TwinfuseReluGrad. The latter adds zero, so that
-// masked elements are +0 under both, and relu(x) = select_grad(x, x).
+// select_grad and multiply_grad are the two rules of TwinfuseReluGrad. The latter adds zero, so
+// that masked elements are +0 under both, and relu(x) = select_grad(x, x).
 template <class T>
 struct Simd;
 
@@ -221,9 +221,9 @@ struct Simd<double> : Portable<double> {};
 
 #endif
 
-// Columns in 16 bytes of a row, and how many such pieces are transposed together: a whole cache line
-// where the registers allow. Rows a power of two apart share cache sets, and a line touched again
-// later would have been evicted.
+// Columns in 16 bytes of a row, and how many such pieces are transposed together: a whole cache
+// line where the registers allow. Rows a power of two apart share cache sets, and a line touched
+// again later would have been evicted.
 template <class T>
 constexpr int kPieceColumns = 16 / sizeof(T);
 constexpr int kPieces = kRegisters == 32 ? 4 : sizeof(Simd<float>::V) / 16;
@@ -247,8 +247,7 @@ __attribute__((always_inline)) inline void transpose(const char* p, int64_t row,
       x = S::insert(x, i / kColumns, p + i * row + 16 * piece);
     }
 #pragma GCC unroll 4
-  for (int piece = 0; piece < kCount; piece++)
-    S::transpose_lanes(r[piece], out + piece * kColumns);
+  for (int piece = 0; piece < kCount; piece++) S::transpose_lanes(r[piece], out + piece * kColumns);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,6 +1,7 @@
 // Linear + ReLU.
 //
-//   output = relu(input @ weight^T + bias),      relu(x) = where(x <= 0, 0, x)   (NaN passes through)
+//   output = relu(input @ weight^T + bias),      relu(x) = where(x <= 0, 0, x)   (NaN passes
+//   through)
 //
 //   g           = grad_output masked by output (see TwinfuseReluGrad)
 //   grad_input  = g @ weight
