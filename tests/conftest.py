@@ -18,6 +18,11 @@ from types import ModuleType
 
 import pytest
 
+# Inductor imports it in the middle of a test, and it refuses to come after the distutils of Python
+# 3.11 and older, which something else may have imported by then.
+with suppress(ImportError):
+    import setuptools  # type: ignore[import-untyped]  # noqa: F401
+
 # Read when TensorFlow is imported; its start-up messages hide the reasons for skips.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

@@ -285,3 +285,24 @@ def test_bias_may_not_be_read_when_it_is_absent() -> None:
     with_zeros = dataclasses.replace(problem, bias=zeros)
     assert problem.bias is None and operand_tensor(zeros, "float32").data
     assert_same_bits(forward(problem), forward(with_zeros), "output")
+
+
+@pytest.mark.parametrize("k", [3, 4, 8])
+def test_gradients_of_no_rows_are_zero_whatever_the_layout(k: int) -> None:
+    n = 9600  # too many sums for the scratch on the stack
+    lender = Lender()
+    grad_weight, grad_bias = np.full((k, n), np.nan, "f"), np.full(n, np.nan, "f")
+    no_rows = tensor(None, "float32", (0, n), (n, 1))
+    status = load().twinfuse_linear_relu_backward(
+        None,
+        tensor(grad_weight.ctypes.data, "float32", (n, k), (1, n)),
+        tensor(grad_bias.ctypes.data, "float32", (n,), (1,)),
+        no_rows,
+        no_rows,
+        tensor(None, "float32", (0, k), (k, 1)),
+        None,
+        0,
+        lender.context(),
+    )
+    assert status == OK, last_error()
+    assert (grad_bias == 0).all() and (grad_weight == 0).all()

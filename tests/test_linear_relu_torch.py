@@ -274,3 +274,18 @@ def test_explain() -> None:
         assert len(twinfuse.explain(tft.linear_relu, x, w)) == 1
     (row,) = twinfuse.explain(tft.linear_relu, x.detach().int(), w.detach().int())
     assert row.backend == "reference" and "int32" in row.reason
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 4, 0), (0, 4, 5)], ids=str)
+def test_double_backward_of_empty_sizes(shape: tuple[int, int, int]) -> None:
+    m, k, n = shape
+    tensors = [torch.randn(s, requires_grad=True) for s in ((m, k), (n, k), (n,))]
+
+    def second(op: Any) -> list[Any]:
+        first = torch.autograd.grad(op(*tensors).sum(), tensors, create_graph=True)
+        total = sum((g * g).sum() for g in first)
+        return [*first, *torch.autograd.grad(total, tensors, allow_unused=True)]
+
+    for ours, theirs in zip(second(tft.linear_relu), second(native)):
+        if ours is not None and theirs is not None:
+            torch.testing.assert_close(ours, theirs)

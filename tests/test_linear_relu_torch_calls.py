@@ -11,6 +11,8 @@ from tests.conftest import Launched, require
 
 torch = require("torch")
 
+import torch._dynamo.testing  # noqa: E402
+
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
 from tests.torch_cases import assert_same, native, random  # noqa: E402
@@ -337,3 +339,20 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(
             torch.ops.twinfuse._linear_relu_backward.default, (torch.ones_like(y), y, x, w, *needs)
         )
+
+
+@pytest.mark.allow_fallback
+def test_vmap_of_the_operator_without_bias(tensors: tuple[Any, Any, Any]) -> None:
+    x, w, _ = tensors
+    weights = torch.stack([w, -w])
+    ours = torch.vmap(lambda weight: torch.ops.twinfuse.linear_relu(x, weight))(weights)
+    torch.testing.assert_close(ours, torch.stack([native(x, weight) for weight in weights]))
+    ours = torch.vmap(lambda row: torch.ops.twinfuse.linear_relu(row, w))(x)
+    torch.testing.assert_close(ours, native(x, w))
+
+
+def test_settings_do_not_undo_each_other() -> None:
+    with twinfuse.use_backend("reference"):
+        setting = twinfuse.strict()
+    with setting:
+        assert twinfuse._backend.strict_mode and twinfuse._backend.requested is None

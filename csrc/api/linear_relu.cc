@@ -21,6 +21,7 @@ TwinfuseStatus guarded(const Body& body) {
   try {
     return body();
   } catch (const std::exception&) {
+    fail(TWINFUSE_OUT_OF_MEMORY, "");  // an empty text needs no memory
     return TWINFUSE_OUT_OF_MEMORY;
   }
 }

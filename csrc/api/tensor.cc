@@ -140,17 +140,18 @@ void Checker::relu_grad(int32_t value) {
 cpu::Matrix Matrices::stage(const TwinfuseTensor& t, bool copy_in) {
   const int64_t rows = row_count(t), cols = t.sizes[t.ndim - 1];
   cpu::Matrix m{nullptr, rows, cols, cols, 1};
+  // What is lent may start anywhere, and elements are read whole.
+  constexpr size_t kSlack = 63;
   size_t bytes = kElementSize[t.dtype];
   const bool too_large = __builtin_mul_overflow(bytes, static_cast<size_t>(rows), &bytes) ||
-                         __builtin_mul_overflow(bytes, static_cast<size_t>(cols), &bytes);
-  // What is lent may start anywhere, and elements are read whole.
-  char* dense =
-      too_large ? nullptr : static_cast<char*>(context_.allocate(context_.opaque, bytes + 63));
+                         __builtin_mul_overflow(bytes, static_cast<size_t>(cols), &bytes) ||
+                         __builtin_add_overflow(bytes, kSlack, &bytes);
+  char* dense = too_large ? nullptr : static_cast<char*>(context_.allocate(context_.opaque, bytes));
   if (!dense) {
     out_of_memory_ = true;
     return m;
   }
-  dense += -reinterpret_cast<uintptr_t>(dense) & 63;
+  dense += -reinterpret_cast<uintptr_t>(dense) & kSlack;
   if (copy_in)
     copy<true>(t, dense);
   else

@@ -142,8 +142,8 @@ class Chunk {
     vectors_ = streaming ? 1 : rows_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
     tiles_ = ceil_div(rows_, max_rows(vectors_));
     // Read in place where a column is used once and panels are whole.
-    const bool direct =
-        E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ == 1 && !keep_columns_;
+    const bool direct = E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ == 1 &&
+                        !keep_columns_ && !g_.b_sums;
     prepare_rows();
     if (!g_.b_cols_outer && !direct && i_ == first_row_) pack_panels();
     for (int64_t j = 0; j < cols_;) {

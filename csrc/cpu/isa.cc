@@ -37,6 +37,7 @@ struct Choice {
 // Best first. __builtin_cpu_supports also asks whether the system saves the wide registers.
 const Built* built(int* count) {
 #if defined(TWINFUSE_WITH_X86)
+  // Every processor with FMA3 and AVX2 has F16C too, which GCC 10 cannot be asked for.
   static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -40,7 +40,8 @@ Grid plan_grid(const Gemm<T>& g, int32_t threads) {
   constexpr double kWorthAThread = 4e5;
   double work = static_cast<double>(g.rows) * static_cast<double>(g.cols) *
                 static_cast<double>(max64(g.depth, 1));
-  int64_t most = min64(threads, static_cast<int64_t>(min64(1024, 1 + work / kWorthAThread)));
+  const double worth = work / kWorthAThread;
+  const int64_t most = worth >= threads ? max64(threads, 1) : 1 + static_cast<int64_t>(worth);
   Grid best{1, 1};
   double best_cost = 0;
   for (int64_t r = 1; r <= most; r++) {

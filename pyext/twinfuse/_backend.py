@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 BACKENDS = ("cuda", "cpu", "triton", "reference")
 
@@ -55,18 +57,23 @@ strict_mode: bool = os.environ.get("TWINFUSE_STRICT", "") not in ("", "0")
 _warned: set[tuple[str, str]] = set()
 
 
-def _set(backend: str | None, strict: bool) -> None:
-    # A `global` statement is what torch.compile traces; writing to `globals()` it does not.
-    global requested, strict_mode
-    requested, strict_mode = backend, strict
+# A `global` statement is what torch.compile traces; writing to `globals()` it does not.
+def _set_requested(value: str | None) -> None:
+    global requested
+    requested = value
+
+
+def _set_strict(value: bool) -> None:
+    global strict_mode
+    strict_mode = value
 
 
 class _Setting:
-    """Values set at once, and put back on leaving if used as a context manager."""
+    """A value set at once, and put back on leaving if used as a context manager."""
 
-    def __init__(self, backend: str | None, strict: bool) -> None:
-        self._previous = requested, strict_mode
-        _set(backend, strict)
+    def __init__(self, assign: Callable[[Any], None], previous: Any, value: Any) -> None:
+        self._assign, self._previous = assign, previous
+        assign(value)
 
     def __enter__(self) -> None:
         return None
@@ -77,7 +84,7 @@ class _Setting:
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _set(*self._previous)
+        self._assign(self._previous)
 
 
 def use_backend(name: str | None) -> _Setting:
@@ -89,7 +96,7 @@ def use_backend(name: str | None) -> _Setting:
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
-    return _Setting(name, strict_mode)
+    return _Setting(_set_requested, requested, name)
 
 
 def strict(enabled: bool = True) -> _Setting:
@@ -97,7 +104,7 @@ def strict(enabled: bool = True) -> _Setting:
 
     A backend chosen by `use_backend("reference")` is no fallback and never raises.
     """
-    return _Setting(requested, bool(enabled))
+    return _Setting(_set_strict, strict_mode, bool(enabled))
 
 
 def fall_back(op: str, reason: str) -> None:
@@ -108,8 +115,8 @@ def fall_back(op: str, reason: str) -> None:
     if strict_mode:
         raise FallbackError(text)
     if (op, reason) not in _warned:
-        _warned.add((op, reason))
         warnings.warn(text, FallbackWarning, stacklevel=_level_of_caller())
+        _warned.add((op, reason))
 
 
 def _level_of_caller() -> int:

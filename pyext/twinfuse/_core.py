@@ -40,14 +40,15 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return None, f"the compiled core does not load: {error}"
+    found = library.twinfuse_abi_version()
+    if found != ABI_VERSION:
+        return None, (
+            f"the compiled core has interface version {found}, expected {ABI_VERSION}: reinstall "
+            "twinfuse"
+        )
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    if library.twinfuse_abi_version() != ABI_VERSION:
-        return None, (
-            f"the compiled core has interface version {library.twinfuse_abi_version()}, expected "
-            f"{ABI_VERSION}: reinstall twinfuse"
-        )
     return library, ""
 
 

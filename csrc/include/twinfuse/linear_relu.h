@@ -21,8 +21,9 @@
 // reads, and must not overlap themselves. Pointers need only the alignment of their element.
 //
 // Bits depend on the instruction set and the dtype alone: not on strides, alignment or threads.
-// Each sum runs in blocks of fixed length along its reduced dimension, one fused multiply-add after
-// another within a block. Denormals are kept, whatever the calling thread's mode, with one
+// Each sum runs in stretches of fixed length along its reduced dimension: one multiply-add after
+// another within a stretch (fused, except in the portable kernels), then the stretches in order.
+// Denormals are kept, whatever the calling thread's mode, with one
 // exception: the bfloat16 dot instruction ("avx512_bf16") takes denormal operands and sums as zero.
 #pragma once
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,14 @@ def _on_fallback(op: bytes, reason: bytes, message: int, capacity: int) -> int:
     return 0
 
 
+def _load(path: Path) -> str:
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the PyTorch binding does not load: {error}"
+    return ""
+
+
 @functools.cache
 def load() -> str:
     """Register the operators of the binding with torch; the reason if that cannot be, else ""."""
@@ -35,15 +44,14 @@ def load() -> str:
     path, reason = _build.torch_binding()
     if path is None:
         return reason
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:  # a prebuilt binding that this torch does not take: compile one
+    refused = _load(path)
+    if refused:  # a prebuilt binding that this torch does not take: compile one
         path, _ = _build.torch_binding(unloadable=path)
-        if path is None:
-            return f"the PyTorch binding does not load: {error}"
-        torch.ops.load_library(str(path))
+        if path is None or _load(path):
+            return refused
     binding = ctypes.CDLL(str(path))
     if binding.twinfuse_torch_abi_version() != _core.ABI_VERSION:
-        return "the PyTorch binding was built for another version of twinfuse: reinstall it"
+        # Its operators are registered by now, and there is no way back.
+        raise ImportError("the PyTorch binding was built for another version: reinstall twinfuse")
     binding.twinfuse_torch_on_fallback(_on_fallback)
     return ""

@@ -36,6 +36,11 @@ def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     return F.relu(F.linear(input, weight, bias))
 
 
+def _rows(tensor: Tensor) -> Tensor:
+    # No reshape to [-1, n]: torch infers no size beside a zero.
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
 def reference_backward(
     grad_output: Tensor,
     output: Tensor,
@@ -47,14 +52,14 @@ def reference_backward(
 ) -> Gradients:
     """The op's gradients by torch's own operators, which autograd and vmap can go through."""
     grad = grad_output.masked_fill(output <= 0, 0)
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows = _rows(grad)
     grad_input = grad_weight = grad_bias = None
     if needs_input:
         assert weight is not None
         grad_input = grad @ weight
     if needs_weight:
         assert input is not None
-        grad_weight = rows.t() @ input.reshape(-1, input.shape[-1])
+        grad_weight = rows.t() @ _rows(input)
     if needs_bias:
         grad_bias = rows.sum(0)
     return grad_input, grad_weight, grad_bias
@@ -140,8 +145,7 @@ class LinearReLUBackward(torch.autograd.Function):
         if needs_input and grad_weight is not None:
             for_input = masked @ grad_weight
         if needs_weight and grad_input is not None:
-            rows = masked.reshape(-1, masked.shape[-1])
-            for_weight = rows.t() @ grad_input.reshape(-1, grad_input.shape[-1])
+            for_weight = _rows(masked).t() @ _rows(grad_input)
         return for_grad_output, None, for_input, for_weight, None, None, None
 
 
@@ -246,9 +250,14 @@ def _fake_backward(
 
 
 def _vmap(
-    info: Any, dims: Sequence[int | None], input: Tensor, weight: Tensor, bias: Tensor | None
+    info: Any,
+    dims: Sequence[int | None],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, int]:
-    input_dim, weight_dim, bias_dim = dims
+    # Torch leaves arguments out that have their default value.
+    input_dim, weight_dim, bias_dim = (*dims, None)[:3]
     if weight_dim is None and bias_dim is None:
         assert input_dim is not None
         return public(input.movedim(input_dim, 0), weight, bias), 0
@@ -258,7 +267,10 @@ def _vmap(
     if input_dim is not None:
         input = input.movedim(input_dim, 0)
     leading = input.shape[0 if input_dim is None else 1 : -1]
-    rows = input.reshape(1 if input_dim is None else batch, -1, input.shape[-1])
+    count = 1
+    for size in leading:
+        count *= size
+    rows = input.reshape(1 if input_dim is None else batch, count, input.shape[-1])
     columns = weight if weight_dim is None else weight.movedim(weight_dim, 0)
     output = rows @ columns.transpose(-1, -2)
     if bias is not None:

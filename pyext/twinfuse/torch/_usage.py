@@ -23,6 +23,10 @@ from torch import fx, nn
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _TORCH = str(Path(torch.__file__).parent)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+# What reaches a child without naming it.
+_REFLECTION = {"getattr", "vars", "attrgetter", "methodcaller", "__dict__", "__getattr__"}
+_REFLECTION |= {"_modules", "modules", "children", "named_modules", "named_children"}
+_REFLECTION |= {"get_submodule", "apply"}
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
@@ -105,6 +109,21 @@ def _loads(module: nn.Module, attribute: str) -> list[ast.Attribute] | None:
     return loads
 
 
+def _by_reflection(module: nn.Module) -> str:
+    """Why a method of `module` may reach its children without naming them; empty if none does.
+
+    Methods that set parameters up walk over all modules, but call none of them.
+    """
+    for kind in type(module).__mro__:
+        tree = None if kind.__module__.startswith("torch.") or kind is object else _parsed(kind)
+        for node in ast.walk(tree) if tree else ():
+            name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
+            method = _method_name(node)
+            if name in _REFLECTION and not ("init" in method or "reset" in method):
+                return f"{kind.__name__} reaches its children by `{name}`"
+    return ""
+
+
 def _is_own(load: ast.Attribute) -> bool:
     """Whether this is `self.<attribute>`."""
     method = _method(load)
@@ -149,9 +168,11 @@ def parts_used(module: nn.Module, attribute: str, in_list: bool) -> str:
     loads = _loads(module, attribute)
     if loads is None:
         return f"the source of {name} is not available"
+    if not loads:
+        return f"{name} nowhere calls '{attribute}' by its name"
     if not all(_is_torch(load) or _is_called_as_a_whole(load, in_list) for load in loads):
         return f"{name} may use parts of '{attribute}' by themselves"
-    return ""
+    return _by_reflection(module)
 
 
 def used_outside_forward(module: nn.Module, attribute: str) -> str:
@@ -161,7 +182,7 @@ def used_outside_forward(module: nn.Module, attribute: str) -> str:
         return f"the source of {type(module).__name__} is not available"
     if any(_method_name(load) != "forward" and not _is_torch(load) for load in loads):
         return f"{type(module).__name__} uses '{attribute}' outside of its forward method"
-    return ""
+    return _by_reflection(module)
 
 
 def used_from_above(ancestor: nn.Module, attribute: str) -> str:
@@ -173,7 +194,7 @@ def used_from_above(ancestor: nn.Module, attribute: str) -> str:
         return f"the source of {type(ancestor).__name__} is not available"
     if any(not _is_own(load) and not _is_torch(load) for load in loads):
         return f"{type(ancestor).__name__} may reach '{attribute}' by itself"
-    return ""
+    return _by_reflection(ancestor)
 
 
 class _NotProvable(Exception):

@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from twinfuse import _backend
 from twinfuse.tensorflow import _binding
 
 
@@ -42,7 +43,8 @@ def backward(
     """Gradients of x, kernel and bias; None where not wanted."""
     if not any(wanted):
         return [None, None, None]
-    name, _ = _binding.find_kernel("linear_relu_backward", grad.dtype, _binding.device_type(grad))
+    device = _binding.device_type(grad)
+    name, reason = _binding.find_kernel("linear_relu_backward", grad.dtype, device)
     if name:
         assert _binding.ops is not None
         num_x, num_kernel, num_bias = map(int, wanted)
@@ -50,6 +52,7 @@ def backward(
             grad, y, x, kernel, num_x=num_x, num_kernel=num_kernel, num_bias=num_bias
         )
         return [output[0] if output else None for output in outputs]
+    _backend.fall_back("the gradient of linear_relu", reason)
     g = tf.raw_ops.ReluGrad(gradients=grad, features=y)
     return [
         matmul(g, tf.transpose(kernel)) if wanted[0] else None,
