@@ -1,4 +1,4 @@
-"""Models that reach their layers without naming them: `twinfuse.torch.fuse` must leave them alone."""
+"""Layers that are reached without their names: `twinfuse.torch.fuse` must leave them alone."""
 
 from __future__ import annotations
 

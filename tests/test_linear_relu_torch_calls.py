@@ -11,7 +11,7 @@ from tests.conftest import Launched, require
 
 torch = require("torch")
 
-import torch._dynamo.testing  # noqa: E402
+import torch._dynamo.testing  # noqa: E402, F811
 
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
