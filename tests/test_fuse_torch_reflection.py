@@ -39,6 +39,24 @@ class AsksByName(nn.Module):
         return getattr(self, "fc")(x)  # noqa: B009
 
 
+class WalksInAMethodNamedAlmostLikeASetup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
+
+    def logits(self, x: Any) -> Any:
+        return self.finite(x)
+
+    def finite(self, x: Any) -> Any:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                x = module(x)
+        return x.nan_to_num()
+
+
 class InitializesByWalking(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +72,7 @@ class InitializesByWalking(nn.Module):
         return self.net(x)
 
 
-@pytest.mark.parametrize("kind", [WalksModules, AsksByName])
+@pytest.mark.parametrize("kind", [WalksModules, AsksByName, WalksInAMethodNamedAlmostLikeASetup])
 @pytest.mark.parametrize("inside", [False, True])
 def test_children_reached_without_their_name_stay_native(kind: Any, inside: bool) -> None:
     model = kind()

@@ -352,7 +352,8 @@ def test_vmap_of_the_operator_without_bias(tensors: tuple[Any, Any, Any]) -> Non
 
 
 def test_settings_do_not_undo_each_other() -> None:
-    with twinfuse.use_backend("reference"):
-        setting = twinfuse.strict()
-    with setting:
+    with twinfuse.strict(False):
+        with twinfuse.use_backend("reference"):
+            twinfuse.strict()
         assert twinfuse._backend.strict_mode and twinfuse._backend.requested is None
+    assert twinfuse._backend.strict_mode  # as the tests run

@@ -1,5 +1,8 @@
 // Which instruction set the CPU kernels use: decided once per process.
 #include <stdlib.h>
+#if defined(TWINFUSE_WITH_X86)
+#include <cpuid.h>
+#endif
 
 #include <string>
 
@@ -34,11 +37,19 @@ struct Choice {
   std::string note;
 };
 
+#if defined(TWINFUSE_WITH_X86)
+// Not every compiler that builds this knows the name for __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 // Best first. __builtin_cpu_supports also asks whether the system saves the wide registers.
 const Built* built(int* count) {
 #if defined(TWINFUSE_WITH_X86)
-  // Every processor with FMA3 and AVX2 has F16C too, which GCC 10 cannot be asked for.
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   static const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

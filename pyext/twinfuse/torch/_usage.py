@@ -119,7 +119,8 @@ def _by_reflection(module: nn.Module) -> str:
         for node in ast.walk(tree) if tree else ():
             name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
             method = _method_name(node)
-            if name in _REFLECTION and not ("init" in method or "reset" in method):
+            sets_up = method.strip("_").startswith(("init", "reset"))
+            if name in _REFLECTION and not sets_up:
                 return f"{kind.__name__} reaches its children by `{name}`"
     return ""
 
