@@ -20,6 +20,10 @@ TwinfuseStatus invalid(const char* op, const char* argument, const std::string& 
               std::string(op) + ": " + argument + ": expected " + expected + ", got " + got);
 }
 
+TwinfuseStatus out_of_memory(const char* op) {
+  return fail(TWINFUSE_OUT_OF_MEMORY, std::string(op) + ": the framework has no memory to lend");
+}
+
 }  // namespace twinfuse
 
 extern "C" const char* twinfuse_last_error(void) { return twinfuse::last_error.c_str(); }

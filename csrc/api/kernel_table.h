@@ -6,7 +6,7 @@
 namespace twinfuse {
 
 // One entry per role and dtype. The order is that of the names in kernel_table.cc.
-enum class Role { kLinearReluForward, kLinearReluBackward };
+enum class Role { kLinearReluForward, kLinearReluBackward, kConvReluForward, kConvReluBackward };
 
 void count_launch(Role role, int32_t dtype);
 

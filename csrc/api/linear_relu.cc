@@ -1,7 +1,5 @@
 #include "twinfuse/linear_relu.h"
 
-#include <exception>
-
 #include "api/error.h"
 #include "api/kernel_table.h"
 #include "api/tensor.h"
@@ -10,21 +8,6 @@ namespace twinfuse {
 namespace {
 
 constexpr const char* kOp = "linear_relu";
-
-TwinfuseStatus out_of_memory() {
-  return fail(TWINFUSE_OUT_OF_MEMORY, std::string(kOp) + ": the framework has no memory to lend");
-}
-
-// Exceptions (no memory for a message, say) must not cross the C interface.
-template <class Body>
-TwinfuseStatus guarded(const Body& body) {
-  try {
-    return body();
-  } catch (const std::exception&) {
-    fail(TWINFUSE_OUT_OF_MEMORY, "");  // an empty text needs no memory
-    return TWINFUSE_OUT_OF_MEMORY;
-  }
-}
 
 TwinfuseStatus forward(const TwinfuseTensor* output, const TwinfuseTensor* input,
                        const TwinfuseTensor* weight, const TwinfuseTensor* bias,
@@ -51,9 +34,9 @@ TwinfuseStatus forward(const TwinfuseTensor* output, const TwinfuseTensor* input
   op.weight = matrices.input(weight);
   op.bias = bias ? bias->data : nullptr;
   op.bias_stride = bias ? bias->strides[0] : 0;
-  if (matrices.out_of_memory()) return out_of_memory();
+  if (matrices.out_of_memory()) return out_of_memory(kOp);
   TwinfuseStatus status = cpu::active_kernels().linear_relu_forward[input->dtype](op, *context);
-  if (status != TWINFUSE_OK) return out_of_memory();
+  if (status != TWINFUSE_OK) return out_of_memory(kOp);
   matrices.commit();
   count_launch(Role::kLinearReluForward, input->dtype);
   return TWINFUSE_OK;
@@ -101,9 +84,9 @@ TwinfuseStatus backward(const TwinfuseTensor* grad_input, const TwinfuseTensor* 
   op.input = matrices.input(grad_weight ? input : nullptr);
   op.weight = matrices.input(grad_input ? weight : nullptr);
   op.relu_grad = relu_grad;
-  if (matrices.out_of_memory()) return out_of_memory();
+  if (matrices.out_of_memory()) return out_of_memory(kOp);
   TwinfuseStatus status = cpu::active_kernels().linear_relu_backward[dtype](op, *context);
-  if (status != TWINFUSE_OK) return out_of_memory();
+  if (status != TWINFUSE_OK) return out_of_memory(kOp);
   matrices.commit();
   count_launch(Role::kLinearReluBackward, dtype);
   return TWINFUSE_OK;

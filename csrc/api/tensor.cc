@@ -132,6 +132,14 @@ void Checker::rows_like(const char* name, const TwinfuseTensor* t, const Twinfus
   shape(name, t, like.sizes, like.ndim - 1, &cols, 1);
 }
 
+void Checker::sizes(const char* name, const TwinfuseTensor* t, const Size* sizes, int count) {
+  shape(name, t, nullptr, 0, sizes, count);
+}
+
+void Checker::require(bool holds, const char* name, const char* expected, int64_t got) {
+  if (!holds) reject(name, expected, std::to_string(got));
+}
+
 void Checker::relu_grad(int32_t value) {
   if (value != TWINFUSE_RELU_GRAD_SELECT && value != TWINFUSE_RELU_GRAD_MULTIPLY)
     reject("relu_grad", "0 or 1", std::to_string(value));

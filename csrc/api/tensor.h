@@ -29,7 +29,10 @@ class Checker {
   // The sizes of `like`, but for the last one.
   void rows_like(const char* name, const TwinfuseTensor* tensor, const TwinfuseTensor& like,
                  Size cols);
+  // All sizes given.
+  void sizes(const char* name, const TwinfuseTensor* tensor, const Size* sizes, int count);
   void relu_grad(int32_t value);
+  void require(bool holds, const char* name, const char* expected, int64_t got);
 
   bool ok() const { return status_ == TWINFUSE_OK; }
   TwinfuseStatus status() const { return status_; }

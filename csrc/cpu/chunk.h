@@ -5,85 +5,17 @@
 // microkernel. Every sum is made by one thread in the same order, whatever the blocks and chunks.
 #pragma once
 
-#include "cpu/epilogue.h"
-#include "cpu/microkernel.h"
-#include "cpu/pack.h"
-#include "cpu/problem.h"
+#include "cpu/scratch.h"
+#include "cpu/sums.h"
+#include "cpu/writer.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-constexpr int64_t kRowBlockBytes = 384 << 10;
-constexpr int64_t kTallestRowBlock = 384;
-constexpr int64_t kSharedRows = 1152;  // of the row blocks that share packed columns
-constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
-
-// Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
-// blocks spare that, where all scratch together is no more than a masked copy would take.
-template <class T>
-int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
-  if (!g.a.mask && !g.b.mask) return kColumnBlock;
-  const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
-  constexpr int64_t kPadding = 32;
-  const int64_t columns = masked / (grid.count() * depth) - row_block - kPadding;
-  return min64(kWidestColumnBlock, max64(kColumnBlock / 2, columns / 64 * 64));
-}
-
-// Scratch of one chunk, in bytes; every part starts on a cache line.
-template <class T>
-struct Scratch {
-  using E = Engine<T>;
-  // Sums of the blocks so far wait in the output if it is of their type.
-  static constexpr bool kSumsInOutput = sizeof(T) == sizeof(typename E::Acc);
-  int64_t rows = 0, columns, transpose, partial, total;
-  int64_t row_block, column_block;
-
-  Scratch(const Gemm<T>& g, const Grid& grid) {
-    constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
-    const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), E::kBlock);
-    row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
-    column_block = twinfuse::cpu::TWINFUSE_ISA::column_block(g, grid, depth, row_block);
-    const int64_t all_rows = ceil_div(g.rows, grid.row_chunks);
-    const int64_t height = min64(all_rows, row_block);
-    const int64_t width = round_up(min64(g.cols, column_block), kMaxVectors * E::S::kWidth);
-    columns = rows + aligned(max64(height * row_stride(depth) * kPacked,
-                                   steps_of<T>(depth) * step_stride(height) * kUnit));
-    // Transposing writes up to three steps past the last.
-    transpose = columns + aligned((steps_of<T>(depth) + 3) * width * kUnit);
-    partial = transpose + aligned(g.b_cols_outer ? transpose_scratch<T>() * kPacked : 0);
-    const bool spills = g.depth > E::kBlock && !kSumsInOutput;
-    const int64_t partial_rows = spills ? min64(all_rows, kSharedRows + row_block) : 0;
-    total = partial + aligned(partial_rows * partial_stride(width) * sizeof(typename E::Acc));
-  }
-
-  static int64_t aligned(int64_t n) { return round_up(n, 64); }
-  // An odd number of cache lines, so that neighbouring rows do not share cache sets.
-  static int64_t row_stride(int64_t depth) {
-    constexpr int64_t kLine = 64 / sizeof(typename E::Packed);
-    return (ceil_div(depth, kLine) | 1) * kLine;
-  }
-  static int64_t step_stride(int64_t rows) { return round_up(rows, 64 / sizeof(typename E::Unit)); }
-  static int64_t partial_stride(int64_t cols) {
-    return round_up(cols, kMaxVectors * E::S::kWidth) + 64 / sizeof(typename E::Acc);
-  }
+// A rectangle of a problem, and the part of the reduced dimension that is summed.
+struct Part {
+  int64_t i0, i1, j0, j1, r0, r1;
+  bool sum_a, sum_b;  // it makes the sums of the operand, too
 };
-
-template <class T>
-void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t steps, int64_t n,
-              bool first, typename Engine<T>::Acc* sums) {
-  using S = typename Engine<T>::S;
-  for (int64_t i = 0; i < n; i += S::kWidth) {
-    typename S::V sum = S::zero();
-    for (int64_t k = 0; k < steps;) {
-      typename S::V run = S::zero();
-      for (const int64_t end = min64(steps, k + Engine<T>::kRun); k < end; k++)
-        run = Engine<T>::accumulate(run, packed + k * stride + i);
-      sum = S::add(sum, run);
-    }
-    const int count = static_cast<int>(min64(n - i, S::kWidth));
-    if (!first) sum = S::add(S::load(sums + i, count), sum);
-    S::store(sums + i, sum, count);
-  }
-}
 
 template <class T, class Epilogue>
 class Chunk {
@@ -95,36 +27,43 @@ class Chunk {
   static constexpr int kWidth = E::S::kWidth;
 
  public:
-  Chunk(const Gemm<T>& g, const Scratch<T>& layout, char* scratch)
+  // `taps`: offsets of all taps in a slab, where taps are reduced.
+  Chunk(const Gemm<T>& g, const Scratch<T>& layout, char* scratch, int32_t* taps)
       : g_(g),
-        row_block_(layout.row_block),
-        column_block_(layout.column_block),
+        layout_(layout),
+        slab_kind_(g.a_slab   ? InSlab::kA
+                   : g.b_slab ? InSlab::kB
+                              : InSlab::kNone),
+        slab_(g.a_slab ? g.a_slab : g.b_slab, g.a_slab ? g.a : g.b, scratch + layout.slab,
+              taps ? taps : reinterpret_cast<int32_t*>(scratch + layout.offsets)),
+        windows_are_rows_(g.a_slab && g.slab_reduces_taps),
         row_space_(scratch + layout.rows),
         columns_(reinterpret_cast<Unit*>(scratch + layout.columns)),
         transpose_(reinterpret_cast<Packed*>(scratch + layout.transpose)),
-        partial_(reinterpret_cast<Acc*>(scratch + layout.partial)) {}
+        partial_(reinterpret_cast<Acc*>(scratch + layout.partial)),
+        writer_(g) {}
 
-  // Rows [i0, i1) and columns [j0, j1). `sum_a` and `sum_b`: this chunk makes the operand's sums.
-  void run(int64_t i0, int64_t i1, int64_t j0, int64_t j1, bool sum_a, bool sum_b) {
-    const int64_t blocks = ceil_div(i1 - i0, row_block_);
-    const int64_t sharing = ceil_div(kSharedRows, row_block_);
-    // Blocks of equal height, but for one row.
-    auto start = [&](int64_t block) {
-      return i0 + (i1 - i0) / blocks * block + min64((i1 - i0) % blocks, block);
-    };
-    for (j_ = j0; j_ < j1; j_ += column_block_) {
-      cols_ = min64(j1 - j_, column_block_);
-      for (int64_t first = 0; first < blocks; first += sharing) {
-        const int64_t last = min64(first + sharing, blocks);
-        first_row_ = start(first);
-        keep_columns_ = last - first > 1;
-        for (r_ = 0; r_ == 0 || r_ < g_.depth; r_ += E::kBlock) {
-          depth_ = min64(g_.depth - r_, E::kBlock);
-          for (int64_t block = first; block < last; block++) {
-            i_ = start(block);
-            rows_ = start(block + 1) - i_;
-            sum_a_ = sum_a && j_ == j0;
-            sum_b_ = sum_b && block == 0;
+  // With `all_sums`, sums over a part of the reduced dimension go there and no further.
+  void run(const Part& part, const Waiting<Acc>* all_sums) {
+    for (j_ = part.j0; j_ < part.j1; j_ += layout_.column_block) {
+      cols_ = min64(part.j1 - j_, layout_.column_block);
+      if (g_.b_slab && g_.slab_reduces_taps) slab_.fill_rows(j_, cols_, 0);
+      for (int64_t i = part.i0; i < part.i1; i = starts_[blocks_]) {
+        plan_blocks(i, part);
+        if (all_sums)
+          writer_.waiting = *all_sums;
+        else if (!Scratch<T>::sums_in_output(g_))
+          writer_.waiting = {partial_, Scratch<T>::partial_stride(cols_), i, j_};
+        for (r_ = part.r0; r_ == part.r0 || r_ < part.r1; r_ += E::kBlock) {
+          depth_ = min64(part.r1 - r_, E::kBlock);
+          tile_.first = r_ == part.r0;
+          tile_.last = !all_sums && r_ + depth_ >= part.r1;
+          if (slab_kind_ != InSlab::kNone && !g_.slab_reduces_taps) slab_.fill_windows(r_, depth_);
+          for (block_ = 0; block_ < blocks_; block_++) {
+            i_ = starts_[block_];
+            rows_ = starts_[block_ + 1] - i_;
+            sum_a_ = part.sum_a && j_ == part.j0;
+            sum_b_ = part.sum_b && i_ == part.i0;
             multiply_block();
           }
         }
@@ -133,27 +72,58 @@ class Chunk {
   }
 
  private:
+  // Row blocks from `i` on that share packed columns: of equal height, but for one row or unit, and
+  // of one image where they are read from a slab.
+  void plan_blocks(int64_t i, const Part& part) {
+    starts_[0] = i;
+    const int64_t left = ceil_div(part.i1 - i, g_.row_unit);
+    const int64_t most = layout_.row_block / g_.row_unit, blocks = ceil_div(left, most);
+    blocks_ = min64(blocks, layout_.shared);
+    for (int64_t b = 0; b < blocks_; b++) {
+      int64_t units = left / blocks + (b < left % blocks);
+      if (windows_are_rows_) {
+        const int64_t rows = g_.a_slab->rows.count;
+        units = min64(most, rows - starts_[b] / g_.row_unit % rows);
+      }
+      starts_[b + 1] = min64(part.i1, starts_[b] + units * g_.row_unit);
+      if (starts_[b + 1] == part.i1) blocks_ = b + 1;
+    }
+  }
+
   void multiply_block() {
     in_.steps = steps_of<T>(depth_);
-    to_.first = r_ == 0;
-    to_.last = r_ + depth_ >= g_.depth;
-    const bool plain_b = sizeof(Packed) == sizeof(T) && g_.b.inner == 1 && !g_.b.mask;
-    const bool streaming = plain_b && g_.b_cols_outer && rows_ <= kStreamingRows && !keep_columns_;
-    vectors_ = streaming ? 1 : rows_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
-    tiles_ = ceil_div(rows_, max_rows(vectors_));
+    const bool plain_b = sizeof(Packed) == sizeof(T) && g_.b.plain() && !g_.b_slab;
+    const bool keep_columns = blocks_ > 1;
+    const bool streaming = plain_b && g_.b_cols_outer && rows_ <= kStreamingRows && !keep_columns &&
+                           slab_kind_ == InSlab::kNone;
+    segment_ = g_.a_slab ? g_.row_unit : rows_;
+    vectors_ = streaming ? 1 : segment_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
+    tiles_ = ceil_div(segment_, max_rows(vectors_));
     // Read in place where a column is used once and panels are whole.
     const bool direct = E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ == 1 &&
-                        !keep_columns_ && !g_.b_sums;
+                        segment_ == rows_ && !keep_columns && !g_.b_sums;
+    own_panels_ = keep_columns || (!g_.b_cols_outer && !direct);
     prepare_rows();
-    if (!g_.b_cols_outer && !direct && i_ == first_row_) pack_panels();
+    if (!g_.b_slab && !g_.b_cols_outer && !direct && block_ == 0) pack_panels();
     for (int64_t j = 0; j < cols_;) {
-      const int vectors = panel_vectors(cols_ - j);
-      const int64_t cols = min64(cols_ - j, vectors * kWidth);
+      const int64_t left = panel_limit(j);
+      const int vectors = panel_vectors(left);
+      const int64_t cols = min64(left, vectors * kWidth);
       const bool in_place = streaming && cols == kWidth;
-      if (!in_place) prepare_panel(j, cols, vectors * kWidth, direct);
+      if (g_.b_slab)
+        in_.b = g_.slab_reduces_taps ? slab_.slot(0) + j * sizeof(Packed) : slab_.tap(j_ + j);
+      else if (!in_place)
+        prepare_panel(j, cols, vectors * kWidth, direct);
       multiply_panel(j, cols, vectors, in_place);
       j += cols;
     }
+  }
+
+  // Columns from `j` on that a panel may take.
+  int64_t panel_limit(int64_t j) const {
+    if (!g_.b_slab || g_.slab_reduces_taps) return cols_ - j;
+    const int64_t run = SlabReader<T>::run(*g_.b_slab);
+    return min64(cols_ - j, run - (j_ + j) % run);
   }
 
   // Width of the panel that starts `left` columns before the end of the block.
@@ -163,37 +133,43 @@ class Chunk {
   }
 
   void multiply_panel(int64_t j, int64_t cols, int vectors, bool streaming) {
-    alignas(64) Acc bias[kMaxVectors * kWidth] = {}, sums[kMaxRows * 2 * kWidth];
-    if (to_.last && g_.bias) {
-      Source<T> source{g_.bias, 0, g_.bias_stride, nullptr, 0, 0, 0};
-      fetch(source, 0, j_ + j, cols, bias);
-    }
-    to_.bias = bias;
-    to_.cols = static_cast<int>(cols);
-    to_.out_row = g_.out_row;
+    // A vector more: pieces of a tile are read from anywhere on.
+    alignas(64) Acc bias[(kMaxVectors + 1) * kWidth] = {}, sums[(kMaxRows * 2 + 1) * kWidth];
+    if (tile_.last && g_.bias && !g_.bias_of_rows) fetch_bias(j_ + j, cols, bias);
+    tile_.j = j_ + j;
+    tile_.cols = static_cast<int>(cols);
     // Heights differ by one at most: a short last tile would leave the pipelines idle.
-    const int low = static_cast<int>(rows_ / tiles_), taller = static_cast<int>(rows_ % tiles_);
+    const int low = static_cast<int>(segment_ / tiles_);
+    const int taller = static_cast<int>(segment_ % tiles_);
     const Microkernel<Arithmetic> kernels[2] = {
-        microkernel_for<Arithmetic>(low, vectors),
-        taller ? microkernel_for<Arithmetic>(low + 1, vectors) : nullptr};
-    for (int64_t t = 0, i = 0; t < tiles_; t++, i += to_.rows) {
-      to_.rows = low + (t < taller);
-      to_.out = g_.out + (i_ + i) * g_.out_row + j_ + j;
-      if constexpr (Scratch<T>::kSumsInOutput) {
-        to_.partial = to_.out;
-        to_.partial_row = to_.out_row;
-      } else {
-        to_.partial_row = Scratch<T>::partial_stride(cols_);
-        to_.partial = partial_ + (i_ - first_row_ + i) * to_.partial_row + j;
+        microkernel_for<Arithmetic>(slab_kind_, low, vectors),
+        taller ? microkernel_for<Arithmetic>(slab_kind_, low + 1, vectors) : nullptr};
+    for (int64_t start = 0; start < rows_; start += segment_) {
+      const char* a = segment_rows(start);
+      for (int64_t t = 0, i = 0; t < tiles_; t++, i += tile_.rows) {
+        tile_.i = i_ + start + i;
+        tile_.rows = low + (t < taller);
+        writer_.prefetch(tile_);
+        in_.a = a + i * in_.a_row;
+        if (streaming)
+          multiply_streaming(j, sums);
+        else
+          kernels[t < taller](in_, sums);
+        if (tile_.last && g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
+        writer_.write(tile_, sums, vectors, bias);
       }
-      fetch_destination();
-      in_.a = a_ + i * in_.a_row;
-      if (streaming)
-        multiply_streaming(j, sums);
-      else
-        kernels[t < taller](in_, sums);
-      finish_tile<T, Epilogue>(to_, sums, vectors);
     }
+  }
+
+  // Rows `start` and following of this block, as far as they are equally far apart.
+  const char* segment_rows(int64_t start) const {
+    if (windows_are_rows_) return a_ + start / segment_ * slab_.window_row_bytes();
+    return g_.a_slab ? slab_.tap(i_ + start) : a_;
+  }
+
+  void fetch_bias(int64_t first, int64_t n, Acc* bias) const {
+    fetch_run(g_.bias + first * g_.bias_stride, g_.bias_stride, static_cast<const T*>(nullptr), 0,
+              0, n, bias);
   }
 
   // One tile of one vector with `b` where it lies; the last, incomplete run goes through a packed
@@ -205,7 +181,7 @@ class Chunk {
     in.b = reinterpret_cast<const char*>(b);
     in.steps = done;
     const int64_t b_row = g_.b.outer * static_cast<int64_t>(sizeof(T));
-    if (done) streaming_microkernel_for<Arithmetic>(to_.rows)(in, b_row, sums);
+    if (done) streaming_microkernel_for<Arithmetic>(tile_.rows)(in, b_row, sums);
     if (done && r == depth_) return;
     pack_transposed(g_.b, r_ + r, depth_ - r, j_ + j, kWidth, kWidth, columns_, kWidth, transpose_);
     alignas(64) Acc run[kStreamingRows * kWidth];
@@ -213,17 +189,22 @@ class Chunk {
     in.b = reinterpret_cast<const char*>(columns_);
     in.b_step = kWidth * sizeof(Unit);
     in.steps = in_.steps - done;
-    microkernel_for<Arithmetic>(to_.rows, 1)(in, done ? run : sums);
-    for (int i = 0; done && i < to_.rows * kWidth; i += kWidth)
+    microkernel_for<Arithmetic>(InSlab::kNone, tile_.rows, 1)(in, done ? run : sums);
+    for (int i = 0; done && i < tile_.rows * kWidth; i += kWidth)
       E::S::store(sums + i, E::S::add(E::S::load(sums + i), E::S::load(run + i)));
   }
 
   // Points `a_` at this block's rows: where they lie if they can be read as they are, else packed.
   void prepare_rows() {
     const Source<T>& a = g_.a;
-    if (g_.a_rows_outer) {
+    in_.offsets = slab_.offsets() + (g_.slab_reduces_taps ? r_ / E::kGroup : 0);
+    if (g_.a_slab) {
+      if (windows_are_rows_ && tile_.first) slab_.fill_rows(i_, rows_, block_);
+      a_ = slab_.slot(windows_are_rows_ ? block_ : 0);
+      in_.a_row = windows_are_rows_ ? slab_.window_bytes() : static_cast<int64_t>(sizeof(Packed));
+    } else if (g_.a_rows_outer) {
       const bool as_is =
-          sizeof(Packed) == sizeof(T) && !a.mask && a.inner == 1 && depth_ % E::kGroup == 0;
+          sizeof(Packed) == sizeof(T) && a.plain() && depth_ % E::kGroup == 0 && !sum_a_;
       // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
       const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
       if (as_is && (!shares_sets || rows_ <= max_rows(4))) {
@@ -231,7 +212,11 @@ class Chunk {
         in_.a_row = a.outer * static_cast<int64_t>(sizeof(T));
       } else {
         const int64_t stride = Scratch<T>::row_stride(round_up(depth_, E::kGroup));
-        pack_rows(a, r_, depth_, i_, rows_, reinterpret_cast<Packed*>(row_space_), stride);
+        Packed* packed = reinterpret_cast<Packed*>(row_space_);
+        pack_rows(a, r_, depth_, i_, rows_, packed, stride);
+        if (sum_a_)
+          add_row_sums<T>(packed, stride, in_.steps, rows_, tile_.first, transpose_,
+                          g_.a_sums + i_);
         a_ = row_space_;
         in_.a_row = stride * sizeof(Packed);
       }
@@ -239,8 +224,9 @@ class Chunk {
     } else {
       const int64_t stride = Scratch<T>::step_stride(rows_);
       Unit* packed = reinterpret_cast<Unit*>(row_space_);
-      pack_steps(a, r_, depth_, i_, rows_, stride, packed, stride);
-      if (sum_a_) add_sums<T>(packed, stride, in_.steps, rows_, to_.first, g_.a_sums + i_);
+      Lines<T> lines(a, r_);
+      pack_steps(lines, depth_, i_, rows_, stride, packed, stride);
+      if (sum_a_) add_sums<T>(packed, stride, in_.steps, rows_, tile_.first, g_.a_sums + i_);
       a_ = row_space_;
       in_.a_row = sizeof(Unit);
       in_.a_step = stride * sizeof(Unit);
@@ -252,9 +238,10 @@ class Chunk {
   void pack_panels() {
     alignas(64) Unit row[kWidestColumnBlock + kMaxVectors * kWidth];
     const int64_t padded = round_up(cols_, kMaxVectors * kWidth);
+    Lines<T> lines(g_.b, r_);
     for (int64_t step = 0; step < in_.steps; step++) {
-      const int64_t r = step * E::kGroup;
-      pack_steps(g_.b, r_ + r, min64(depth_ - r, E::kGroup), j_, cols_, padded, row, 0);
+      const int64_t left = depth_ - step * E::kGroup;
+      pack_steps(lines, min64(left, E::kGroup), j_, cols_, padded, row, 0);
       for (int64_t j = 0; j < cols_;) {
         const int64_t width = panel_vectors(cols_ - j) * kWidth;
         memcpy(columns_ + j * in_.steps + step * width, row + j, width * sizeof(Unit));
@@ -270,43 +257,39 @@ class Chunk {
       return;
     }
     // A panel that no other rows will use may as well stay where the one before it was.
-    const bool own_place = keep_columns_ || (!g_.b_cols_outer && !direct);
-    Unit* panel = columns_ + (own_place ? j * in_.steps : 0);
-    if (direct)
-      pack_steps(g_.b, r_, depth_, j_ + j, cols, width, panel, width);
-    else if (g_.b_cols_outer && i_ == first_row_)
+    Unit* panel = columns_ + (own_panels_ ? j * in_.steps : 0);
+    if (direct) {
+      Lines<T> lines(g_.b, r_);
+      pack_steps(lines, depth_, j_ + j, cols, width, panel, width);
+    } else if (g_.b_cols_outer && block_ == 0) {
       pack_transposed(g_.b, r_, depth_, j_ + j, cols, width, panel, width, transpose_);
-    if (sum_b_) add_sums<T>(panel, width, in_.steps, cols, to_.first, g_.b_sums + j_ + j);
+    }
+    if (sum_b_) add_sums<T>(panel, width, in_.steps, cols, tile_.first, g_.b_sums + j_ + j);
     in_.b = reinterpret_cast<const char*>(panel);
     in_.b_step = width * sizeof(Unit);
   }
 
-  // Asks for the lines that finish_tile will touch, a whole microkernel ahead of it.
-  void fetch_destination() {
-    for (int row = 0; row < to_.rows; row++)
-      for (int64_t c = 0; c < to_.cols; c += 64 / sizeof(Acc)) {
-        __builtin_prefetch(to_.partial + row * to_.partial_row + c, 1);
-        if (!Scratch<T>::kSumsInOutput && to_.last)
-          __builtin_prefetch(to_.out + row * to_.out_row + c, 1);
-      }
-  }
-
   const Gemm<T>& g_;
-  const int64_t row_block_, column_block_;
+  const Scratch<T>& layout_;
+  const InSlab slab_kind_;
+  SlabReader<T> slab_;
+  const bool windows_are_rows_;
   // The block at hand, in the problem's coordinates.
   int64_t i_ = 0, rows_ = 0, j_ = 0, cols_ = 0, r_ = 0, depth_ = 0;
-  int64_t first_row_ = 0;      // of the row blocks that share packed columns
-  bool keep_columns_ = false;  // there are several of those
-  int64_t tiles_ = 0;
-  int vectors_ = 0;  // of a whole panel
+  int64_t starts_[kMostShared + 1], blocks_ = 0, block_ = 0;  // of rows that share packed columns
+  int64_t segment_ = 0;                                       // rows that are equally far apart
+  int64_t tiles_ = 0;                                         // of a segment
+  int vectors_ = 0;                                           // of a whole panel
+  bool own_panels_ = false;
   bool sum_a_ = false, sum_b_ = false;
   Operands in_{};
-  Destination<T> to_{};
+  Tile tile_{};
   const char* a_ = nullptr;
   char* row_space_;
   Unit* columns_;
   Packed* transpose_;
   Acc* partial_;
+  Writer<T, Epilogue> writer_;
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

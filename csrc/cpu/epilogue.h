@@ -28,7 +28,8 @@ struct Destination {
   int64_t partial_row;  // in elements, as below
   T* out;
   int64_t out_row;
-  const Acc* bias;  // whole vectors
+  const Acc* bias;  // one per row, or whole vectors of columns
+  bool bias_of_rows;
   int rows, cols;
 };
 
@@ -39,7 +40,7 @@ void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums,
   constexpr int kWidth = S::kWidth;
   for (int v = 0; v * kWidth < to.cols; v++) {
     const int cols = to.cols - v * kWidth;
-    const typename S::V bias = S::load(to.bias + v * kWidth);
+    const typename S::V col_bias = to.bias_of_rows ? S::zero() : S::load(to.bias + v * kWidth);
     const Acc* sum = sums + v * kWidth;
     Acc* partial = to.partial + v * kWidth;
     T* out = to.out + v * kWidth;
@@ -48,7 +49,8 @@ void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums,
         typename S::V x = S::load(sum);
         if (!kFirst) x = S::add(load(partial), x);
         if (kLast)
-          store_out(out, Epilogue::template apply<S>(x, bias));
+          store_out(
+              out, Epilogue::template apply<S>(x, to.bias_of_rows ? S::set(to.bias[i]) : col_bias));
         else
           store_partial(partial, x);
         sum += vectors * kWidth;
@@ -68,7 +70,8 @@ void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums,
 }
 
 // Adds a tile's sums over one block to those of the blocks before, and after the last block applies
-// the epilogue and converts. `sums` has `vectors` vectors per row.
+// the epilogue and converts. `sums` has `vectors` vectors per row, and a vector may be read behind
+// the last one.
 template <class T, class Epilogue>
 void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums, int vectors) {
   if (to.first)

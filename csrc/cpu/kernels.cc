@@ -1,6 +1,7 @@
 // The kernel table of one instruction set. Compiled once per set, with its flags and TWINFUSE_ISA.
 #include "cpu/kernels.h"
 
+#include "cpu/conv_relu.h"
 #include "cpu/linear_relu.h"
 
 #define TWINFUSE_STRING_OF(x) #x
@@ -15,6 +16,10 @@ const Kernels kernels = {
      linear_relu_forward<F16>},
     {linear_relu_backward<float>, linear_relu_backward<double>, linear_relu_backward<Bf16>,
      linear_relu_backward<F16>},
+    {conv_relu_forward<float>, conv_relu_forward<double>, conv_relu_forward<Bf16>,
+     conv_relu_forward<F16>},
+    {conv_relu_backward<float>, conv_relu_backward<double>, conv_relu_backward<Bf16>,
+     conv_relu_backward<F16>},
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

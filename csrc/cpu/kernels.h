@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "twinfuse/conv_relu.h"
 #include "twinfuse/linear_relu.h"
 
 namespace twinfuse::cpu {
@@ -28,14 +29,41 @@ struct LinearReluBackward {
   int32_t relu_grad;
 };
 
-// Indexed by TwinfuseDtype. Outputs have unit stride along one of their dimensions, except
-// `grad_bias`, which may have any.
+// [N, C, H, W], [K, C / groups, R, S] or [N, K, P, Q]; strides in elements. One spatial dimension
+// is taken for the columns of an image of one row. `data == nullptr`: not given.
+struct Images {
+  void* data = nullptr;
+  int64_t size[4] = {}, stride[4] = {};
+};
+
+struct ConvReluForward {
+  Images output, input, weight;
+  const void* bias;
+  int64_t bias_stride;
+  TwinfuseConv conv;
+};
+
+struct ConvReluBackward {
+  Images grad_input, grad_weight;
+  void* grad_bias;
+  int64_t grad_bias_stride;
+  Images grad_output, output, input, weight;
+  TwinfuseConv conv;
+  int32_t relu_grad;
+};
+
+// Indexed by TwinfuseDtype. Matrices that are written have unit stride along one of their
+// dimensions; images and `grad_bias` may have any strides.
 struct Kernels {
   const char* isa;
   TwinfuseStatus (*linear_relu_forward[TWINFUSE_DTYPE_COUNT])(const LinearReluForward&,
                                                               const TwinfuseContext&);
   TwinfuseStatus (*linear_relu_backward[TWINFUSE_DTYPE_COUNT])(const LinearReluBackward&,
                                                                const TwinfuseContext&);
+  TwinfuseStatus (*conv_relu_forward[TWINFUSE_DTYPE_COUNT])(const ConvReluForward&,
+                                                            const TwinfuseContext&);
+  TwinfuseStatus (*conv_relu_backward[TWINFUSE_DTYPE_COUNT])(const ConvReluBackward&,
+                                                             const TwinfuseContext&);
 };
 
 // The table for this processor (or for TWINFUSE_ISA); see twinfuse_isa().

@@ -1,7 +1,7 @@
 // Linear + ReLU on the CPU: three problems for the main loop. Equations in twinfuse/linear_relu.h.
 #pragma once
 
-#include "cpu/gemm.h"
+#include "cpu/grad_bias.h"
 #include "cpu/kernels.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
@@ -16,7 +16,8 @@ Source<T> source_of(const Matrix& m, bool swap, const Matrix* mask = nullptr,
               nullptr,
               0,
               0,
-              relu_grad};
+              relu_grad,
+              nullptr};
   if (mask) {
     s.mask = static_cast<const T*>(mask->data);
     s.mask_outer = swap ? mask->col_stride : mask->row_stride;
@@ -64,6 +65,7 @@ Gemm<T> grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias
   bool weight_is_nk = w.col_stride == 1;
   Gemm<T> g{};
   g.depth = grad.rows;
+  g.splits = count_splits<T>(grad.cols, grad.rows);
   g.out = static_cast<T*>(w.data);
   if (weight_is_nk) {
     g.rows = w.rows, g.cols = w.cols, g.out_row = w.row_stride;
@@ -83,50 +85,19 @@ Gemm<T> grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias
   return g;
 }
 
-// grad_bias alone, in the order that grad_weight would have summed it.
-template <class T>
-struct GradBias {
-  using E = Engine<T>;
-  static constexpr int64_t kColumns = 64;
-  const LinearReluBackward& op;
-  const int64_t rows = op.grad_output.rows, cols = op.grad_output.cols;
-  const int64_t pieces = ceil_div(cols, kColumns);
-  const int64_t workers;
-  const int64_t worker_bytes =
-      kColumns * steps_of<T>(min64(max64(rows, 1), E::kBlock)) * sizeof(typename E::Unit);
-
-  GradBias(const LinearReluBackward& op, const TwinfuseContext& context)
-      : op(op), workers(min64(max64(context.num_threads, 1), pieces)) {}
-
-  int64_t bytes() const { return workers * worker_bytes; }
-
-  void run(const TwinfuseContext& context, char* space, typename E::Acc* sums) const {
-    const Source<T> grad = source_of<T>(op.grad_output, false, &op.output, op.relu_grad);
-    parallel_for(context, workers, [&](int64_t worker) {
-      auto* packed = reinterpret_cast<typename E::Unit*>(space + worker * worker_bytes);
-      for (int64_t j = worker * kColumns; j < cols; j += workers * kColumns) {
-        const int64_t n = min64(kColumns, cols - j);
-        for (int64_t r = 0; r == 0 || r < rows; r += E::kBlock) {
-          const int64_t depth = min64(rows - r, E::kBlock);
-          pack_steps(grad, r, depth, j, n, kColumns, packed, kColumns);
-          add_sums<T>(packed, kColumns, steps_of<T>(depth), n, r == 0, sums + j);
-        }
-      }
-    });
-  }
-};
-
 template <class T>
 TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const TwinfuseContext& context) {
   using Acc = typename Convert<T>::Acc;
-  const int64_t n = op.grad_output.cols;
+  const Matrix& grad = op.grad_output;
+  const int64_t n = grad.cols;
   const int64_t sum_bytes = op.grad_bias ? round_up(n * sizeof(Acc), 64) : 0;
   const bool has_weight = op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols;
-  const GradBias<T> bias(op, context);
   const bool bias_alone = op.grad_bias && !has_weight;
+  const GradBias<T> bias(grad.rows, n, count_splits<T>(n, grad.rows), context);
+  Acc planned;  // stands for the sums until there is scratch for them
   Gemm<T> for_input{}, for_weight{};
   if (op.grad_input.data) for_input = grad_input<T>(op);
-  if (has_weight) for_weight = grad_weight<T>(op, nullptr);
+  if (has_weight) for_weight = grad_weight<T>(op, op.grad_bias ? &planned : nullptr);
   const Plan<T> input_plan(for_input, context);
   Plan<T> weight_plan(for_weight, context);
   // One after the other in the same scratch.
@@ -138,12 +109,9 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const Twinfuse
     run<T, Identity>(input_plan, context, space);
     if (has_weight) weight_plan.g = grad_weight<T>(op, sums);
     run<T, Identity>(weight_plan, context, space);
-    if (bias_alone) bias.run(context, space, sums);
-    if (!op.grad_bias) return;
-    DefaultFloatMode mode;
-    T* out = static_cast<T*>(op.grad_bias);
-    for (int64_t j = 0; j < n; j++)
-      Convert<T>::store(out + j * op.grad_bias_stride, Simd<Acc>::load(sums + j, 1), 1);
+    if (bias_alone)
+      bias.run(source_of<T>(grad, false, &op.output, op.relu_grad), context, space, sums);
+    if (op.grad_bias) store_grad_bias<T>(sums, n, op.grad_bias, op.grad_bias_stride);
   });
 }
 

@@ -16,20 +16,25 @@ struct Operands {
   int64_t steps;
   const char *a, *b;
   int64_t a_row, a_step, b_step;
+  const int32_t* offsets;  // of each step of the operand that is read from a slab
 };
+
+// Which operand is read from a slab: its steps have offsets instead of a stride.
+enum class InSlab { kNone, kA, kB };
 
 // sums[i][v * width + lane] = sum over the steps, in runs of kRun. The sums leave through memory so
 // that what follows them is compiled once, not once per tile shape.
-template <class E, int kRows, int kVectors>
+template <class E, InSlab kSlab, int kRows, int kVectors>
 void microkernel(const Operands& in, typename E::Acc* sums) {
   using S = typename E::S;
   using V = typename E::V;
   // Every third row has a pointer; the two behind it are reached by scaled addressing.
-  const char* a[(kRows + 2) / 3];
+  constexpr int kPointers = (kRows + 2) / 3;
+  const char *a[kPointers], *b = in.b;
 #pragma GCC unroll 16
-  for (int i = 0; i < (kRows + 2) / 3; i++) a[i] = in.a + 3 * i * in.a_row;
-  const char* b = in.b;
+  for (int i = 0; i < kPointers; i++) a[i] = in.a + 3 * i * in.a_row;
   const int64_t a_row = in.a_row, a_step = in.a_step, b_step = in.b_step;
+  const int32_t* offset = in.offsets;
   int64_t left = in.steps;
   bool first = true;
   do {
@@ -39,18 +44,25 @@ void microkernel(const Operands& in, typename E::Acc* sums) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) sum[i][v] = S::zero();
     for (int64_t k = left < E::kRun ? left : E::kRun; k > 0; k--) {
+      const int64_t at = kSlab == InSlab::kNone ? 0 : *offset++;
+      const char* columns = kSlab == InSlab::kB ? b + at : b;
       V right[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; v++) right[v] = E::load(b + v * sizeof(V));
+      for (int v = 0; v < kVectors; v++) right[v] = E::load(columns + v * sizeof(V));
+      const char* rows[kPointers];
+#pragma GCC unroll 16
+      for (int i = 0; i < kPointers; i++) rows[i] = kSlab == InSlab::kA ? a[i] + at : a[i];
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; i++) {
-        V x = E::broadcast(a[i / 3] + (i % 3) * a_row);
+        V x = E::broadcast(rows[i / 3] + (i % 3) * a_row);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) sum[i][v] = E::multiply_add(x, right[v], sum[i][v]);
       }
+      if constexpr (kSlab != InSlab::kA) {
 #pragma GCC unroll 16
-      for (int i = 0; i < (kRows + 2) / 3; i++) a[i] += a_step;
-      b += b_step;
+        for (int i = 0; i < kPointers; i++) a[i] += a_step;
+      }
+      if constexpr (kSlab != InSlab::kB) b += b_step;
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; i++)
@@ -101,19 +113,26 @@ void streaming_microkernel(const Operands& in, int64_t b_row, typename E::Acc* s
 template <class E>
 using Microkernel = void (*)(const Operands&, typename E::Acc*);
 
-template <class E, int kVectors, int kRows = max_rows(kVectors)>
+template <class E, InSlab kSlab, int kVectors, int kRows = max_rows(kVectors)>
 Microkernel<E> microkernel_for(int rows) {
   if constexpr (kRows == 1)
-    return microkernel<E, 1, kVectors>;
+    return microkernel<E, kSlab, 1, kVectors>;
   else
-    return rows == kRows ? microkernel<E, kRows, kVectors>
-                         : microkernel_for<E, kVectors, kRows - 1>(rows);
+    return rows == kRows ? microkernel<E, kSlab, kRows, kVectors>
+                         : microkernel_for<E, kSlab, kVectors, kRows - 1>(rows);
+}
+
+template <class E, InSlab kSlab>
+Microkernel<E> microkernel_for(int rows, int vectors) {
+  if (vectors == 4) return microkernel_for<E, kSlab, 4>(rows);
+  return vectors == 2 ? microkernel_for<E, kSlab, 2>(rows) : microkernel_for<E, kSlab, 1>(rows);
 }
 
 template <class E>
-Microkernel<E> microkernel_for(int rows, int vectors) {
-  if (vectors == 4) return microkernel_for<E, 4>(rows);
-  return vectors == 2 ? microkernel_for<E, 2>(rows) : microkernel_for<E, 1>(rows);
+Microkernel<E> microkernel_for(InSlab slab, int rows, int vectors) {
+  if (slab == InSlab::kA) return microkernel_for<E, InSlab::kA>(rows, vectors);
+  if (slab == InSlab::kB) return microkernel_for<E, InSlab::kB>(rows, vectors);
+  return microkernel_for<E, InSlab::kNone>(rows, vectors);
 }
 
 // Rows that the streaming kernel takes at most: their sums stay in registers beside those

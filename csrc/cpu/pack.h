@@ -20,26 +20,29 @@ inline void interleave(const Bf16* even, const Bf16* odd, int64_t n, uint32_t* o
 }
 
 // out[step][i] for `n` elements from `inner` on, and zeros up to `width`; the source's outer
-// dimension is the reduced one. `stride` counts units.
+// dimension is the reduced one. `lines` moves on behind the last step. `stride` counts units.
 template <class T>
-void pack_steps(const Source<T>& s, int64_t r0, int64_t depth, int64_t inner, int64_t n,
-                int64_t width, typename Engine<T>::Unit* out, int64_t stride) {
+void pack_steps(Lines<T>& lines, int64_t depth, int64_t inner, int64_t n, int64_t width,
+                typename Engine<T>::Unit* out, int64_t stride) {
   using E = Engine<T>;
   constexpr int64_t kPiece = 64;
   for (int64_t r = 0; r < depth; r += E::kGroup, out += stride) {
     if constexpr (E::kGroup == 1) {
-      fetch(s, r0 + r, inner, n, out);
+      lines.fetch(inner, n, out);
+      lines.next();
     } else {
+      const bool pair = r + 1 < depth;
+      Lines<T> second = lines;
+      if (pair) second.next();
       typename E::Packed even[kPiece], odd[kPiece] = {};
       for (int64_t i = 0; i < n; i += kPiece) {
         int64_t count = n - i < kPiece ? n - i : kPiece;
-        fetch(s, r0 + r, inner + i, count, even);
-        if (r + 1 < depth)
-          fetch(s, r0 + r + 1, inner + i, count, odd);
-        else
-          memset(odd, 0, sizeof(odd));
+        lines.fetch(inner + i, count, even);
+        if (pair) second.fetch(inner + i, count, odd);
         interleave(even, odd, count, out + i);
       }
+      lines.next();
+      if (pair) lines.next();
     }
     for (int64_t i = n; i < width; i++) out[i] = 0;
   }
@@ -51,8 +54,9 @@ template <class T>
 void pack_rows(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64_t n,
                typename Engine<T>::Packed* out, int64_t stride) {
   using E = Engine<T>;
-  for (int64_t i = 0; i < n; i++, out += stride) {
-    fetch(s, row + i, r0, depth, out);
+  Lines<T> lines(s, row);
+  for (int64_t i = 0; i < n; i++, out += stride, lines.next()) {
+    lines.fetch(r0, depth, out);
     if (E::kGroup == 2 && depth % 2) memset(static_cast<void*>(out + depth), 0, sizeof(*out));
   }
 }
@@ -102,7 +106,7 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
     int64_t rows = n - j < 0 ? 0 : (n - j < kWidth ? n - j : kWidth);
     int64_t done = 0;
     if constexpr (sizeof(Packed) == sizeof(T)) {
-      if (rows == kWidth && !s.mask && s.inner == 1) {
+      if (rows == kWidth && s.plain()) {
         done = depth / kGroupOfSteps * kGroupOfSteps;
         const T* p = s.data + (row + j) * s.outer + r0;
         transpose_rows<T>(reinterpret_cast<const char*>(p), s.outer * sizeof(T), done / E::kGroup,
@@ -112,10 +116,11 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
     if (done == depth) continue;
     int64_t rest = depth - done;
     int64_t padded = (rest + kGroupOfSteps - 1) / kGroupOfSteps * kGroupOfSteps;
-    for (int64_t i = 0; i < kWidth; i++) {
+    Lines<T> lines(s, row + j);
+    for (int64_t i = 0; i < kWidth; i++, lines.next()) {
       Packed* line = scratch + i * padded;
       int64_t filled = i < rows ? rest : 0;
-      if (filled) fetch(s, row + j + i, r0 + done, rest, line);
+      if (filled) lines.fetch(r0 + done, rest, line);
       memset(static_cast<void*>(line + filled), 0, (padded - filled) * sizeof(Packed));
     }
     transpose_rows<T>(reinterpret_cast<const char*>(scratch), padded * sizeof(Packed),

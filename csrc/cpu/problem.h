@@ -2,14 +2,16 @@
 #pragma once
 
 #include "cpu/engine.h"
-#include "cpu/source.h"
+#include "cpu/slab.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+// Equal problems side by side, such as the images or the groups of a convolution: how many, and how
+// far apart their operands lie.
+struct Batch {
+  int64_t count = 1;
+  int64_t a = 0, a_mask = 0, b = 0, b_mask = 0, out = 0, bias = 0, sums = 0;
+};
 
 // out[i, j] = epilogue(sum over r of a(i, r) * b(r, j)).
 template <class T>
@@ -18,41 +20,104 @@ struct Gemm {
   Source<T> a;
   bool a_rows_outer;  // a's outer dimension is i (else it is the reduced one)
   Source<T> b;
-  bool b_cols_outer;  // b's outer dimension is j (else it is the reduced one)
-  T* out;             // [rows, cols], unit stride along j
-  int64_t out_row;
-  const T* bias;  // [cols] or nullptr
+  bool b_cols_outer;       // b's outer dimension is j (else it is the reduced one)
+  T* out;                  // [rows, cols], unit stride along j
+  int64_t out_row;         // stride along i
+  const Scatter* scatter;  // replaces both strides
+  const T* bias;           // [cols] or [rows], or nullptr
   int64_t bias_stride;
+  bool bias_of_rows;
   // Sums of one operand over the reduced dimension, for bias gradients: [rows] of a or [cols] of b.
   typename Engine<T>::Acc *a_sums, *b_sums;
+  Batch batch[2];
+  // Pieces of the reduced dimension that may be summed at the same time.
+  int64_t splits = 1;
+  // What reads `a` or `b` by windows. With the windows as rows or columns, the taps are reduced,
+  // and the rows or columns of a chunk are whole rows of windows; with the taps as rows or columns,
+  // the windows are reduced.
+  const Slab *a_slab, *b_slab;
+  bool slab_reduces_taps;
+  // Chunks are made of whole units.
+  int64_t row_unit = 1, col_unit = 2 * Engine<T>::S::kWidth;
+
+  int64_t problems() const { return batch[0].count * batch[1].count; }
+  bool empty() const { return rows == 0 || cols == 0 || problems() == 0; }
+
+  Gemm problem(int64_t index) const {
+    Gemm g = *this;
+    const int64_t at[2] = {index / batch[1].count, index % batch[1].count};
+    for (int d = 0; d < 2; d++) {
+      g.a.data += at[d] * batch[d].a;
+      g.b.data += at[d] * batch[d].b;
+      if (g.a.mask) g.a.mask += at[d] * batch[d].a_mask;
+      if (g.b.mask) g.b.mask += at[d] * batch[d].b_mask;
+      g.out += at[d] * batch[d].out;
+      if (g.bias) g.bias += at[d] * batch[d].bias;
+      if (g.a_sums) g.a_sums += at[d] * batch[d].sums;
+      if (g.b_sums) g.b_sums += at[d] * batch[d].sums;
+    }
+    return g;
+  }
 };
 
-// How a problem is cut for `threads` threads.
+// Into how many pieces a sum over `depth` rows of a gradient with `channels` channels is cut, so
+// that many threads find work in a small weight. By the shape alone: results must not depend on
+// threads.
+template <class T>
+int64_t count_splits(int64_t channels, int64_t depth) {
+  constexpr int64_t kMost = 16, kChannels = 64, kLeastBlocks = 4;
+  const int64_t blocks = ceil_div(depth, Engine<T>::kBlock);
+  const int64_t wanted = kMost / max64(ceil_div(channels, kChannels), 1);
+  const int64_t count = max64(1, min64(wanted, blocks / kLeastBlocks));
+  return max64(ceil_div(blocks, max64(ceil_div(blocks, count), 1)), 1);
+}
+
+template <class T>
+int64_t split_length(int64_t depth, int64_t splits) {
+  const int64_t blocks = ceil_div(depth, Engine<T>::kBlock);
+  return max64(ceil_div(blocks, splits), 1) * Engine<T>::kBlock;
+}
+
+// How each problem is cut, and how many threads work on all of them.
 struct Grid {
-  int64_t row_chunks, col_chunks;
+  int64_t row_chunks = 1, col_chunks = 1;
+  int64_t workers = 1;
   int64_t count() const { return row_chunks * col_chunks; }
 };
 
+// Part `index` of `count` parts of `size` elements, in whole units.
+inline Range part_of(int64_t size, int64_t unit, int64_t count, int64_t index) {
+  const int64_t units = ceil_div(size, unit);
+  return {min64(size, units * index / count * unit),
+          min64(size, units * (index + 1) / count * unit)};
+}
+
 template <class T>
 Grid plan_grid(const Gemm<T>& g, int32_t threads) {
-  constexpr int64_t kPanelColumns = 2 * Engine<T>::S::kWidth;
   // Below this many multiply-adds, waking another thread costs more than it saves.
   constexpr double kWorthAThread = 4e5;
-  double work = static_cast<double>(g.rows) * static_cast<double>(g.cols) *
-                static_cast<double>(max64(g.depth, 1));
+  const int64_t problems = max64(g.problems(), 1) * g.splits;
+  const double work = static_cast<double>(g.rows) * static_cast<double>(g.cols) *
+                      static_cast<double>(max64(g.depth, 1)) * static_cast<double>(g.problems());
   const double worth = work / kWorthAThread;
-  const int64_t most = worth >= threads ? max64(threads, 1) : 1 + static_cast<int64_t>(worth);
-  Grid best{1, 1};
+  const int64_t workers = worth >= threads ? max64(threads, 1) : 1 + static_cast<int64_t>(worth);
+  // As few pieces of each problem as give every worker nearly the same number of them.
+  int64_t most = 1;
+  while (most < workers && ceil_div(problems * most, workers) * workers * 10 > problems * most * 11)
+    most++;
+  Grid best;
   double best_cost = 0;
   for (int64_t r = 1; r <= most; r++) {
     int64_t c = most / r;
     // Per chunk and step: vector operations of the tiles, then packing of both operands.
-    double rows = static_cast<double>(ceil_div(g.rows, r));
-    double cols = static_cast<double>(round_up(ceil_div(g.cols, c), kPanelColumns));
+    double rows = static_cast<double>(ceil_div(ceil_div(g.rows, g.row_unit), r) * g.row_unit);
+    double cols = static_cast<double>(ceil_div(ceil_div(g.cols, g.col_unit), c) * g.col_unit);
     double cost = rows * cols / Engine<T>::S::kWidth + 0.1 * rows + 0.4 * cols;
-    if (r == 1 || cost < best_cost) best = {min64(r, max64(g.rows, 1)), c}, best_cost = cost;
+    if (r == 1 || cost < best_cost) best.row_chunks = r, best.col_chunks = c, best_cost = cost;
   }
-  best.col_chunks = min64(best.col_chunks, ceil_div(max64(g.cols, 1), kPanelColumns));
+  best.row_chunks = min64(best.row_chunks, max64(ceil_div(g.rows, g.row_unit), 1));
+  best.col_chunks = min64(best.col_chunks, max64(ceil_div(g.cols, g.col_unit), 1));
+  best.workers = min64(workers, problems * best.count());
   return best;
 }
 

@@ -1,10 +1,12 @@
 // Gathers: where the main loop's operands come from.
 //
 // A `Source` is a matrix seen along one "inner" dimension, the one that packing walks. Masking by
-// ReLU's output and widening to the type of the sums happen while it is read.
+// ReLU's output and widening to the type of the sums happen while it is read. A dense source has
+// one stride per dimension; any other has a `Gather` (cpu/gather.h).
 #pragma once
 
 #include "cpu/convert.h"
+#include "cpu/gather.h"
 #include "twinfuse/linear_relu.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
@@ -12,10 +14,14 @@ namespace twinfuse::cpu::TWINFUSE_ISA {
 template <class T>
 struct Source {
   const T* data;
-  int64_t outer, inner;  // strides in elements
+  int64_t outer, inner;  // strides in elements; unused with a gather
   const T* mask;         // ReLU's output, nullptr for none
   int64_t mask_outer, mask_inner;
   int32_t relu_grad;
+  const Gather* gather;
+
+  // Its elements may be used where they lie, line by line.
+  bool plain() const { return !gather && !mask && inner == 1; }
 };
 
 // How a source is masked, fixed at compile time inside the loops.
@@ -41,29 +47,92 @@ void fetch_dense(const T* p, const T* m, int64_t n, P* out) {
   Convert<P>::store(out + i, x, rest);
 }
 
-// Writes elements [inner, inner + n) of row `outer` to `out`, which is of the storage type or of
-// the type of the sums.
+// `n` elements from `p` on, `stride` apart, masked by those of `m` (nullptr for none). `out` is of
+// the storage type or of the type of the sums.
 template <class T, class P>
-void fetch(const Source<T>& s, int64_t outer, int64_t inner, int64_t n, P* out) {
+void fetch_run(const T* p, int64_t stride, const T* m, int64_t mask_stride, int32_t relu_grad,
+               int64_t n, P* out) {
   constexpr int64_t kPiece = 64;
-  const T* p = s.data + outer * s.outer + inner * s.inner;
-  const T* m = s.mask ? s.mask + outer * s.mask_outer + inner * s.mask_inner : nullptr;
   auto dense = [&](const T* from, const T* mask, int64_t count, P* to) {
     if (!mask)
       fetch_dense<Mask::kNone>(from, mask, count, to);
-    else if (s.relu_grad == TWINFUSE_RELU_GRAD_MULTIPLY)
+    else if (relu_grad == TWINFUSE_RELU_GRAD_MULTIPLY)
       fetch_dense<Mask::kMultiply>(from, mask, count, to);
     else
       fetch_dense<Mask::kSelect>(from, mask, count, to);
   };
-  if (s.inner == 1 && (!m || s.mask_inner == 1)) return dense(p, m, n, out);
+  if (stride == 1 && (!m || mask_stride == 1)) return dense(p, m, n, out);
   T piece[kPiece], mask[kPiece];
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t count = n - i < kPiece ? n - i : kPiece;
-    for (int64_t k = 0; k < count; k++) piece[k] = p[(i + k) * s.inner];
-    for (int64_t k = 0; m && k < count; k++) mask[k] = m[(i + k) * s.mask_inner];
+    for (int64_t k = 0; k < count; k++) piece[k] = p[(i + k) * stride];
+    for (int64_t k = 0; m && k < count; k++) mask[k] = m[(i + k) * mask_stride];
     dense(piece, m ? mask : nullptr, count, out + i);
   }
+}
+
+// The lines of a source from `outer` on, one after another.
+template <class T>
+class Lines {
+ public:
+  Lines(const Source<T>& source, int64_t outer) : s_(source) {
+    if (s_.gather)
+      cursor_.start(s_.gather->outer, outer, s_.gather->origin);
+    else
+      at_ = {outer * s_.outer, outer * s_.mask_outer, 0, 0};
+  }
+
+  void next() {
+    if (s_.gather)
+      cursor_.advance(s_.gather->outer, 1);
+    else
+      at_.offset += s_.outer, at_.mask += s_.mask_outer;
+  }
+
+  // Writes elements [inner, inner + n) of the line.
+  template <class P>
+  void fetch(int64_t inner, int64_t n, P* out) const {
+    if (s_.gather) return gather(inner, n, out);
+    const T* m = s_.mask ? s_.mask + at_.mask + inner * s_.mask_inner : nullptr;
+    fetch_run(s_.data + at_.offset + inner * s_.inner, s_.inner, m, s_.mask_inner, s_.relu_grad, n,
+              out);
+  }
+
+ private:
+  template <class P>
+  void gather(int64_t inner, int64_t n, P* out) const {
+    const Gather& g = *s_.gather;
+    const Digit& digit = g.inner.digits[kDigits - 1];
+    const bool clipped = !g.covers(cursor_.at);
+    Cursor run;
+    run.start(g.inner, inner, cursor_.at);
+    while (n > 0) {
+      const int64_t count = n < run.left(g.inner) ? n : run.left(g.inner);
+      Range range{0, count};
+      if (clipped) {
+        range = clip(run.at.y, digit.y, g.y_limit, range);
+        range = clip(run.at.x, digit.x, g.x_limit, range);
+      }
+      if (range.begin > 0) memset(static_cast<void*>(out), 0, range.begin * sizeof(P));
+      if (range.end < count)
+        memset(static_cast<void*>(out + range.end), 0, (count - range.end) * sizeof(P));
+      const T* m = s_.mask ? s_.mask + run.at.mask + range.begin * digit.mask : nullptr;
+      fetch_run(s_.data + run.at.offset + range.begin * digit.stride, digit.stride, m, digit.mask,
+                s_.relu_grad, range.end - range.begin, out + range.begin);
+      out += count;
+      n -= count;
+      run.advance(g.inner, count);
+    }
+  }
+
+  const Source<T>& s_;
+  Position at_{};
+  Cursor cursor_{};
+};
+
+template <class T, class P>
+void fetch(const Source<T>& source, int64_t outer, int64_t inner, int64_t n, P* out) {
+  Lines<T>(source, outer).fetch(inner, n, out);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,92 @@
+// Scratch memory of one worker, and the blocks that fit into the caches.
+#pragma once
+
+#include "cpu/microkernel.h"
+#include "cpu/pack.h"
+#include "cpu/slab_reader.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+constexpr int64_t kRowBlockBytes = 384 << 10;
+constexpr int64_t kTallestRowBlock = 384;
+constexpr int64_t kSharedRows = 1152;  // of the row blocks that share packed columns
+constexpr int64_t kMostShared = 32;    // such row blocks
+constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
+
+// Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
+// blocks spare that, where all scratch together is no more than a masked copy would take.
+template <class T>
+int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
+  if (g.b_slab && g.slab_reduces_taps) return g.b_slab->height * g.col_unit;
+  if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab || g.b_slab)
+    return kColumnBlock;
+  const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
+  constexpr int64_t kPadding = 32;
+  const int64_t columns = masked / (grid.count() * depth) - row_block - kPadding;
+  return min64(kWidestColumnBlock, max64(kColumnBlock / 2, columns / 64 * 64));
+}
+
+// In bytes; every part starts on a cache line.
+template <class T>
+struct Scratch {
+  using E = Engine<T>;
+  using Acc = typename E::Acc;
+  int64_t rows = 0, columns, slab, offsets, transpose, partial, total;
+  int64_t row_block, column_block, shared;
+
+  Scratch(const Gemm<T>& g, const Grid& grid, int64_t images) {
+    constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
+    constexpr int64_t kVectors = kMaxVectors * E::S::kWidth;
+    const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), E::kBlock);
+    row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
+    if (g.row_unit > 1) row_block = max64(row_block / g.row_unit, 1) * g.row_unit;
+    shared = min64(kMostShared, ceil_div(kSharedRows, row_block));
+    column_block = twinfuse::cpu::TWINFUSE_ISA::column_block(g, grid, depth, row_block);
+    const int64_t all_rows = ceil_div(ceil_div(g.rows, g.row_unit), grid.row_chunks) * g.row_unit;
+    int64_t slab_size = 0;
+    if (g.a_slab && g.slab_reduces_taps) {
+      row_block = g.a_slab->height * g.row_unit;
+      shared = ceil_div(min64(kSharedRows, all_rows), row_block);
+      shared = min64(min64(kMostShared, shared),
+                     max64(2 * kSlabBytes / (g.a_slab->size() * kPacked), 1));
+      slab_size = shared * g.a_slab->size();
+    } else if (g.b_slab && g.slab_reduces_taps) {
+      slab_size = g.b_slab->size();
+    } else if (g.a_slab || g.b_slab) {
+      slab_size = SlabReader<T>::block_size(g.a_slab ? *g.a_slab : *g.b_slab, images);
+    }
+    // Summing packed rows reads whole vectors of them.
+    const bool sums_rows = g.a_sums && g.a_rows_outer;
+    const int64_t height = round_up(min64(all_rows, row_block), sums_rows ? E::S::kWidth : 1);
+    const int64_t width = round_up(min64(g.cols, column_block), kVectors);
+    const int64_t packed_rows = max64(height * row_stride(depth) * kPacked,
+                                      steps_of<T>(depth) * step_stride(height) * kUnit);
+    columns = rows + aligned(g.a_slab ? 0 : packed_rows);
+    // Transposing writes up to three steps past the last.
+    slab = columns + aligned(g.b_slab ? 0 : (steps_of<T>(depth) + 3) * width * kUnit);
+    // Vectors are read past the last window.
+    offsets = slab + (slab_size ? aligned((slab_size + kVectors) * kPacked) : 0);
+    transpose = offsets + aligned(slab_size && !g.slab_reduces_taps ? depth * sizeof(int32_t) : 0);
+    const bool transposes = (g.b_cols_outer && !g.b_slab) || sums_rows;
+    partial = transpose + aligned(transposes ? transpose_scratch<T>() * kPacked : 0);
+    const bool spills = g.splits == 1 && g.depth > E::kBlock && !sums_in_output(g);
+    const int64_t partial_rows = spills ? min64(all_rows, shared * row_block + row_block) : 0;
+    total = partial + aligned(partial_rows * partial_stride(width) * sizeof(Acc));
+  }
+
+  // Sums of the blocks so far wait in the output if it is a matrix of their type.
+  static bool sums_in_output(const Gemm<T>& g) { return sizeof(T) == sizeof(Acc) && !g.scatter; }
+
+  static int64_t aligned(int64_t n) { return round_up(n, 64); }
+  // An odd number of cache lines, so that neighbouring rows do not share cache sets.
+  static int64_t row_stride(int64_t depth) {
+    constexpr int64_t kLine = 64 / sizeof(typename E::Packed);
+    return (ceil_div(depth, kLine) | 1) * kLine;
+  }
+  static int64_t step_stride(int64_t rows) { return round_up(rows, 64 / sizeof(typename E::Unit)); }
+  static int64_t partial_stride(int64_t cols) {
+    return round_up(cols, kMaxVectors * E::S::kWidth) + 64 / sizeof(Acc);
+  }
+};
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,55 @@
+// Sums of a packed operand over the reduced dimension: gradients of biases. In the same order as
+// the products of the main loop.
+#pragma once
+
+#include "cpu/pack.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// sums[i] (+)= the sum of packed[step][i] over the steps, for `n` elements.
+template <class T>
+void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t steps, int64_t n,
+              bool first, typename Engine<T>::Acc* sums) {
+  using S = typename Engine<T>::S;
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    typename S::V sum = S::zero();
+    for (int64_t k = 0; k < steps;) {
+      typename S::V run = S::zero();
+      for (const int64_t end = min64(steps, k + Engine<T>::kRun); k < end; k++)
+        run = Engine<T>::accumulate(run, packed + k * stride + i);
+      sum = S::add(sum, run);
+    }
+    const int count = static_cast<int>(min64(n - i, S::kWidth));
+    if (!first) sum = S::add(S::load(sums + i, count), sum);
+    S::store(sums + i, sum, count);
+  }
+}
+
+// The same for packed[i][step]. Reads whole vectors of rows, and whole pieces of them; `scratch`
+// holds transpose_scratch<T>() elements.
+template <class T>
+void add_row_sums(const typename Engine<T>::Packed* packed, int64_t stride, int64_t steps,
+                  int64_t n, bool first, typename Engine<T>::Packed* scratch,
+                  typename Engine<T>::Acc* sums) {
+  using E = Engine<T>;
+  using S = typename E::S;
+  constexpr int64_t kPiece = kPieceColumns<typename E::Acc>;
+  auto* columns = reinterpret_cast<typename E::Unit*>(scratch);
+  for (int64_t i = 0; i < n; i += S::kWidth) {
+    typename S::V sum = S::zero();
+    for (int64_t k = 0; k < steps; k += E::kRun) {
+      const int64_t count = min64(E::kRun, steps - k);
+      const auto* rows = packed + i * stride + k * E::kGroup;
+      transpose_rows<T>(reinterpret_cast<const char*>(rows), stride * sizeof(typename E::Packed),
+                        round_up(count, kPiece), columns, S::kWidth);
+      typename S::V run = S::zero();
+      for (int64_t c = 0; c < count; c++) run = E::accumulate(run, columns + c * S::kWidth);
+      sum = S::add(sum, run);
+    }
+    const int count = static_cast<int>(min64(n - i, S::kWidth));
+    if (!first) sum = S::add(S::load(sums + i, count), sum);
+    S::store(sums + i, sum, count);
+  }
+}
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

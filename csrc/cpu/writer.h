@@ -1,0 +1,111 @@
+// From the sums of a tile to the output, or to where they wait for those of the next block.
+#pragma once
+
+#include "cpu/epilogue.h"
+#include "cpu/microkernel.h"
+#include "cpu/problem.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// Elements [i, i + rows) x [j, j + cols) of a problem; the first and last block of their sums.
+struct Tile {
+  int64_t i, j;
+  int rows, cols;
+  bool first, last;
+};
+
+// Sums that wait: element (i, j) of the problem is data[(i - top) * row + j - left]. Without data
+// they wait in the output.
+template <class Acc>
+struct Waiting {
+  Acc* data = nullptr;
+  int64_t row = 0, top = 0, left = 0;
+};
+
+template <class T, class Epilogue>
+class Writer {
+  using Acc = typename Convert<T>::Acc;
+  static constexpr int kWidth = Simd<Acc>::kWidth;
+
+ public:
+  explicit Writer(const Gemm<T>& g) : g_(g) {}
+  Waiting<Acc> waiting;
+
+  // Asks for the lines that `write` will touch, a whole microkernel ahead of it.
+  void prefetch(const Tile& t) const {
+    constexpr int64_t kLine = 64 / sizeof(Acc);
+    const bool to_output = !g_.scatter && (t.last || !waiting.data);
+    for (int row = 0; row < t.rows; row++)
+      for (int64_t c = 0; c < t.cols; c += kLine) {
+        if (to_output) __builtin_prefetch(g_.out + (t.i + row) * g_.out_row + t.j + c, 1);
+        if (waiting.data) __builtin_prefetch(partial(t) + row * waiting.row + c, 1);
+      }
+  }
+
+  // `bias` has one element per row, or whole vectors of columns and one more vector.
+  void write(const Tile& t, const Acc* sums, int vectors, const Acc* bias) const {
+    Destination<T> to{};
+    to.first = t.first, to.last = t.last;
+    to.rows = t.rows, to.cols = t.cols;
+    to.bias = bias, to.bias_of_rows = g_.bias_of_rows;
+    to.partial = partial(t), to.partial_row = waiting.row;
+    if (g_.scatter && t.last) return scatter(t, to, sums, vectors);
+    if (!g_.scatter) to.out = g_.out + t.i * g_.out_row + t.j, to.out_row = g_.out_row;
+    if constexpr (sizeof(T) == sizeof(Acc))
+      if (!waiting.data) to.partial = to.out, to.partial_row = to.out_row;
+    finish_tile<T, Epilogue>(to, sums, vectors);
+  }
+
+ private:
+  Acc* partial(const Tile& t) const {
+    if (!waiting.data) return nullptr;
+    return waiting.data + (t.i - waiting.top) * waiting.row + t.j - waiting.left;
+  }
+
+  // One piece for every stretch of rows and of columns that a stride describes.
+  void scatter(const Tile& t, const Destination<T>& tile, const Acc* sums, int vectors) const {
+    const Axis &rows = g_.scatter->rows, &cols = g_.scatter->cols;
+    Cursor row;
+    row.start(rows, t.i, {});
+    for (int64_t r = 0; r < t.rows;) {
+      const int64_t height = min64(t.rows - r, row.left(rows));
+      Cursor col;
+      col.start(cols, t.j, row.at);
+      for (int64_t c = 0; c < t.cols;) {
+        const int64_t width = min64(t.cols - c, col.left(cols));
+        const int64_t used = min64(width, g_.scatter->cols_used - col.index[kDigits - 1]);
+        if (used <= 0) {
+          c += width;
+          col.advance(cols, width);
+          continue;
+        }
+        Destination<T> to = tile;
+        to.rows = static_cast<int>(height), to.cols = static_cast<int>(used);
+        if (to.partial) to.partial += r * to.partial_row + c;
+        to.bias += g_.bias_of_rows ? r : c;
+        to.out = g_.out + col.at.offset;
+        to.out_row = rows.stride();
+        piece(to, sums + r * vectors * kWidth + c, vectors, cols.stride());
+        c += width;
+        col.advance(cols, width);
+      }
+      r += height;
+      row.advance(rows, height);
+    }
+  }
+
+  void piece(Destination<T> to, const Acc* sums, int vectors, int64_t stride) const {
+    if (stride == 1 || to.cols == 1) return finish_tile<T, Epilogue>(to, sums, vectors);
+    T dense[kMaxRows * kMaxVectors * kWidth];
+    T* out = to.out;
+    const int64_t out_row = to.out_row;
+    to.out = dense, to.out_row = to.cols;
+    finish_tile<T, Epilogue>(to, sums, vectors);
+    for (int r = 0; r < to.rows; r++)
+      for (int c = 0; c < to.cols; c++) out[r * out_row + c * stride] = dense[r * to.cols + c];
+  }
+
+  const Gemm<T>& g_;
+};
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA
