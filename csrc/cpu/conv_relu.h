@@ -61,6 +61,9 @@ struct WindowProduct {
   int64_t groups;
 };
 
+// Where the taps of a channel follow each other, the weight is read forwards in either product.
+inline bool backwards(const WindowProduct& op) { return op.transposed && !op.channels_last; }
+
 // Lets the product read its windows from a slab, if that is cheaper than writing them out.
 template <class T>
 bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels, bool pixel_rows,
@@ -71,14 +74,18 @@ bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels
   const bool copies_less = rows.taps * columns.taps >= 2 * rows.step * columns.step;
   if (!copies_less || columns.count < kFewestWindows) return false;
   Slab& slab = problem->slab;
-  slab = slab_of(op.image, op.mask, in_channels, rows, columns, op.channels_last, !pixel_rows);
+  slab = slab_of(op.image, op.mask, in_channels, rows, columns, op.channels_last, backwards(op),
+                 !pixel_rows);
   const int64_t run = SlabReader<T>::run(slab);
   if (kGroup == 2 && (!pixel_rows || !op.channels_last || run % 2)) return false;
   // Columns between two rows of an image are computed for nothing; packing costs about as much as
   // this many rows.
-  constexpr int64_t kRowsToPack = 8;
-  if (!pixel_rows && (slab.pitch - columns.count) * out_channels > kRowsToPack * columns.count)
-    return false;
+  constexpr int64_t kRowsToPack = 24, kWidth = Engine<T>::S::kWidth;
+  if (!pixel_rows) {
+    const int64_t packed = ceil_div(rows.count * columns.count, kWidth);
+    const int64_t flat = ceil_div((rows.count - 1) * slab.pitch + columns.count, kWidth);
+    if ((flat - packed) * out_channels > kRowsToPack * packed) return false;
+  }
   if (!choose_height<T>(&slab, slab.windows_per_row(), pixel_rows ? kWindows : kPlanarWindows))
     return false;
   Gemm<T>& g = problem->g;
@@ -96,10 +103,16 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
   const int64_t in_channels = op.transposed ? k : c, out_channels = op.transposed ? c : k;
   const int64_t pixels = op.rows.count * op.columns.count;
 
-  const Digit w_row{op.rows.taps, op.rows.tap_step * w.stride[kRow]};
-  const Digit w_column{op.columns.taps, op.columns.tap_step * w.stride[kColumn]};
+  const bool forwards = !backwards(op);
+  auto weight_taps = [&](const Windows& windows, int64_t stride) {
+    return Digit{windows.taps, (forwards ? 1 : -1) * windows.tap_step * stride};
+  };
+  auto first_tap = [&](const Windows& windows, int64_t stride) {
+    return (windows.first_tap + (forwards ? 0 : (windows.taps - 1) * windows.tap_step)) * stride;
+  };
   Axis w_taps =
-      tap_axis(op.channels_last, {in_channels, w.stride[op.transposed ? 0 : 1]}, w_row, w_column);
+      tap_axis(op.channels_last, {in_channels, w.stride[op.transposed ? 0 : 1]},
+               weight_taps(op.rows, w.stride[kRow]), weight_taps(op.columns, w.stride[kColumn]));
   w_taps.simplify();
   const Axis w_channels{{{}, {}, {out_channels, w.stride[op.transposed ? 1 : 0]}}};
   const bool w_channels_outer = w_channels.stride() != 1 || w_taps.stride() == 1;
@@ -114,7 +127,8 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
   const bool by_image = !pixel_rows && (reads_slab || (w_plain && pixels > kSmallImage));
   Images seen_image = image, seen_out = out;
   if (by_image) seen_image.size[kBatch] = seen_out.size[kBatch] = 1;
-  const Windowed seen(seen_image, op.mask, in_channels, op.rows, op.columns, op.channels_last);
+  const Windowed seen(seen_image, op.mask, in_channels, op.rows, op.columns, op.channels_last,
+                      backwards(op));
   const bool pitched = reads_slab && !pixel_rows && problem->slab.pitch != op.columns.count;
   const Axis out_pixels{{{seen_out.size[kBatch], out.stride[kBatch]},
                          {op.rows.count, out.stride[kRow] * op.out_step[0]},
@@ -131,7 +145,7 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
                    along_taps ? seen.taps : seen.pixels, image_gather);
   Source<T> weights = source_of<T>(w, nullptr, 0, w_channels_outer ? w_channels : w_taps,
                                    w_channels_outer ? w_taps : w_channels, weight_gather);
-  weights.data += op.rows.first_tap * w.stride[kRow] + op.columns.first_tap * w.stride[kColumn];
+  weights.data += first_tap(op.rows, w.stride[kRow]) + first_tap(op.columns, w.stride[kColumn]);
 
   if (reads_slab) windows = image_source<T>(image, op.mask, op.relu_grad);
   g.depth = w_taps.size();
@@ -249,7 +263,7 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
   const int64_t groups = op.conv.groups, k = w.size[0] / groups, c = w.size[1];
   const Windows rows = forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0);
   const Windows columns = forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1);
-  problem->slab = slab_of(input, nullptr, c, rows, columns, true, false);
+  problem->slab = slab_of(input, nullptr, c, rows, columns, true, false, false);
   const WeightPlan plan = plan_weight<T>(k, problem->slab, grad.size[kBatch]);
   const bool channel_rows = plan.channel_rows;
 

@@ -107,12 +107,15 @@ struct Gather {
   bool bounded;
   int64_t y_limit, x_limit;
 
-  // The whole inner axis lies inside the image. (Digits never move backwards in it.)
+  // The whole inner axis lies inside the image.
   bool covers(const Position& from) const {
     if (!bounded) return true;
-    int64_t y = from.y, x = from.x;
-    for (const Digit& d : inner.digits) y += (d.size - 1) * d.y, x += (d.size - 1) * d.x;
-    return from.y >= 0 && from.x >= 0 && y < y_limit && x < x_limit;
+    Position least = from, most = from;
+    for (const Digit& d : inner.digits) {
+      (d.y < 0 ? least : most).y += (d.size - 1) * d.y;
+      (d.x < 0 ? least : most).x += (d.size - 1) * d.x;
+    }
+    return least.y >= 0 && least.x >= 0 && most.y < y_limit && most.x < x_limit;
   }
 };
 
@@ -120,8 +123,9 @@ struct Range {
   int64_t begin, end;
 };
 
-// The steps of `range` at which start + step * i is inside of [0, limit); `step` is not negative.
+// The steps of `range` at which start + step * i is inside of [0, limit).
 inline Range clip(int64_t start, int64_t step, int64_t limit, Range range) {
+  if (step < 0) start = limit - 1 - start, step = -step;
   if (step == 0) {
     if (start < 0 || start >= limit) range.end = range.begin;
     return range;

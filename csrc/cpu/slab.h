@@ -30,8 +30,8 @@ struct Slab {
   bool planar;
   Windows rows, columns;
   int64_t channels;
-  bool channels_last;  // order of the taps
-  Gather lines;        // the slab of a whole image; planar: one plane of the first column phase
+  bool channels_last, backwards;  // order of the taps
+  Gather lines;  // the slab of a whole image; planar: one plane of the first column phase
   int64_t image = 0, image_mask = 0;  // from one image to the next
   int64_t column_stride = 0, column_mask = 0;
   int64_t pitch;   // columns of a row
@@ -65,44 +65,132 @@ struct Slab {
   void fill_taps(int32_t* offsets, int64_t unit) const {
     const int64_t taps = rows.taps * columns.taps;
     for (int64_t outer = 0; outer < (channels_last ? 1 : channels); outer++)
-      for (int64_t t = 0; t < taps; t++)
+      for (int64_t i = 0; i < taps; i++) {
+        const int64_t t = backwards ? taps - 1 - i : i;
         for (int64_t inner = 0; inner < (channels_last ? channels : 1); inner++)
           *offsets++ =
               static_cast<int32_t>(tap(outer + inner, t / columns.taps, t % columns.taps) * unit);
+      }
   }
 };
 
-// Copies the slab of `count` rows of windows from row `first` of image `image` on.
+// Zeros in whole vectors: up to one vector past the last.
+template <class P>
+void fill_zeros(P* out, int64_t n) {
+  using C = Convert<P>;
+  for (int64_t i = 0; i < n; i += C::S::kWidth) C::store(out + i, C::S::zero());
+}
+
+// One line of a slab after another. What is written behind a line is the next one, or slack.
+template <class T, class P>
+class SlabLines {
+ public:
+  SlabLines(const Slab& slab, const Source<T>& source, int64_t image)
+      : slab_(slab), gather_(slab.lines), source_(source) {
+    source_.gather = &gather_;
+    source_.data += image * slab.image;
+    if (source_.mask) source_.mask += image * slab.image_mask;
+  }
+
+  // Columns of another phase.
+  void set_phase(int64_t phase) {
+    const Position& origin = slab_.lines.origin;
+    gather_.origin = {origin.offset + phase * slab_.column_stride,
+                      origin.mask + phase * slab_.column_mask, origin.y,
+                      origin.x + (gather_.bounded ? phase : 0)};
+  }
+
+  void copy(int64_t first, int64_t count, P* out) const {
+    if (!gather_.inner.single()) return copy_pixels(first, count, out);
+    // The columns outside of the image are the same in all lines.
+    const Digit& digit = gather_.inner.digits[kDigits - 1];
+    const int64_t n = digit.size;
+    Range inside{0, n};
+    if (gather_.bounded) inside = clip(gather_.origin.x, digit.x, gather_.x_limit, inside);
+    Cursor line;
+    line.start(gather_.outer, first, gather_.origin);
+    for (int64_t y = 0; y < count; y++, out += n, line.advance(gather_.outer, 1)) {
+      if (gather_.bounded && (line.at.y < 0 || line.at.y >= gather_.y_limit)) {
+        fill_zeros(out, n);
+        continue;
+      }
+      fill_zeros(out, inside.begin);
+      const T* m = source_.mask ? source_.mask + line.at.mask + inside.begin * digit.mask : nullptr;
+      fetch_run(source_.data + line.at.offset + inside.begin * digit.stride, digit.stride, m,
+                digit.mask, source_.relu_grad, inside.end - inside.begin, out + inside.begin);
+      fill_zeros(out + inside.end, n - inside.end);
+    }
+  }
+
+ private:
+  // Channels that do not follow each other in the image, as they do in the slab.
+  void copy_pixels(int64_t first, int64_t count, P* out) const {
+    const Axis& inner = gather_.inner;
+    const Digit &column = inner.digits[kDigits - 2], &channel = inner.digits[kDigits - 1];
+    Lines<T> lines(source_, first);
+    Cursor line;
+    line.start(gather_.outer, first, gather_.origin);
+    Range inside{0, column.size};
+    if (gather_.bounded && channel.x == 0)
+      inside = clip(gather_.origin.x, column.x, gather_.x_limit, inside);
+    for (int64_t y = 0; y < count; y++, out += slab_.line(), line.advance(gather_.outer, 1)) {
+      const bool outside = gather_.bounded && (line.at.y < 0 || line.at.y >= gather_.y_limit);
+      if (sizeof(P) != sizeof(T) || source_.mask || column.stride != 1 || outside) {
+        lines.fetch(0, slab_.line(), out);
+      } else {
+        const T* from = source_.data + line.at.offset + inside.begin;
+        fill_zeros(out, inside.begin * channel.size);
+        interleave_channels(from, channel.stride, channel.size, inside.end - inside.begin,
+                            reinterpret_cast<T*>(out) + inside.begin * channel.size);
+        fill_zeros(out + inside.end * channel.size, (column.size - inside.end) * channel.size);
+      }
+      lines.next();
+    }
+  }
+
+  // out[i][c] = from[c * stride + i].
+  static void interleave_channels(const T* from, int64_t stride, int64_t channels, int64_t n,
+                                  T* out) {
+    constexpr int64_t kRows = Simd<typename Convert<T>::Acc>::kWidth;
+    constexpr int64_t kPiece = kPieceColumns<typename Convert<T>::Acc>;
+    int64_t c = 0;
+    if constexpr (sizeof(T) == sizeof(typename Convert<T>::Acc)) {
+      for (; c + kRows <= channels; c += kRows) {
+        const int64_t whole = n / kPiece * kPiece;
+        for (int64_t i = 0; i < whole; i += kPiece) {
+          typename Simd<T>::V columns[kPiece];
+          transpose<T, 1>(reinterpret_cast<const char*>(from + c * stride + i), stride * sizeof(T),
+                          columns);
+          for (int64_t k = 0; k < kPiece; k++)
+            Simd<T>::store(out + (i + k) * channels + c, columns[k]);
+        }
+        for (int64_t i = whole; i < n; i++)
+          for (int64_t k = c; k < c + kRows; k++) out[i * channels + k] = from[k * stride + i];
+      }
+    }
+    for (; c < channels; c++)
+      for (int64_t i = 0; i < n; i++) out[i * channels + c] = from[c * stride + i];
+  }
+
+  const Slab& slab_;
+  Gather gather_;
+  Source<T> source_;
+};
+
+// Copies the slab of `count` rows of windows from row `first` of image `image` on, in the order of
+// its addresses: a line may spill into what follows.
 template <class T, class P>
 void fill_slab(const Slab& slab, const Source<T>& source, int64_t image, int64_t first,
                int64_t count, P* out) {
-  Gather gather = slab.lines;
-  Source<T> s = source;
-  s.gather = &gather;
-  s.data += image * slab.image;
-  if (s.mask) s.mask += image * slab.image_mask;
+  SlabLines<T, P> from(slab, source, image);
   const int64_t lines = slab.lines_for(count);
-  if (!slab.planar) {
-    Lines<T> line(s, first * slab.rows.step);
-    for (int64_t y = 0; y < lines; y++, out += slab.line(), line.next())
-      line.fetch(0, slab.line(), out);
-    return;
-  }
-  const int64_t all_lines = gather.outer.digits[kDigits - 1].size;
-  const int64_t planes = slab.channels * slab.row_phases(), phases = slab.column_phases();
-  const int64_t plane = slab.plane();
-  const Position origin = gather.origin;
-  for (int64_t phase = 0; phase < phases; phase++) {
-    gather.origin = {origin.offset + phase * slab.column_stride,
-                     origin.mask + phase * slab.column_mask, origin.y,
-                     origin.x + (gather.bounded ? phase : 0)};
-    for (int64_t p = 0; p < planes; p++) {
-      P* to = out + (p * phases + phase) * plane;
-      Lines<T> line(s, p * all_lines + first);
-      for (int64_t y = 0; y < lines; y++, to += slab.pitch, line.next())
-        line.fetch(0, slab.pitch, to);
+  if (!slab.planar) return from.copy(first * slab.rows.step, lines, out);
+  const int64_t all_lines = slab.lines.outer.digits[kDigits - 1].size, plane = slab.plane();
+  for (int64_t p = 0; p < slab.channels * slab.row_phases(); p++)
+    for (int64_t phase = 0; phase < slab.column_phases(); phase++, out += plane) {
+      from.set_phase(phase);
+      from.copy(p * all_lines + first, lines, out);
     }
-  }
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

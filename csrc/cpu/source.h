@@ -74,6 +74,8 @@ void fetch_run(const T* p, int64_t stride, const T* m, int64_t mask_stride, int3
 // The lines of a source from `outer` on, one after another.
 template <class T>
 class Lines {
+  using Acc = typename Convert<T>::Acc;
+
  public:
   Lines(const Source<T>& source, int64_t outer) : s_(source) {
     if (s_.gather)
@@ -106,6 +108,8 @@ class Lines {
     const bool clipped = !g.covers(cursor_.at);
     Cursor run;
     run.start(g.inner, inner, cursor_.at);
+    if (!clipped && !s_.mask && digit.stride == 1 && digit.size <= Simd<Acc>::kWidth)
+      return gather_short_runs(run, n, out);
     while (n > 0) {
       const int64_t count = n < run.left(g.inner) ? n : run.left(g.inner);
       Range range{0, count};
@@ -122,6 +126,21 @@ class Lines {
       out += count;
       n -= count;
       run.advance(g.inner, count);
+    }
+  }
+
+  // Runs of a vector at most, of which most tensors of weights consist.
+  template <class P>
+  void gather_short_runs(Cursor run, int64_t n, P* out) const {
+    using C = Convert<T>;
+    const Axis& axis = s_.gather->inner;
+    while (n > 0) {
+      const int64_t count = min64(n, run.left(axis));
+      Convert<P>::store(out, C::load(s_.data + run.at.offset, static_cast<int>(count)),
+                        static_cast<int>(count));
+      out += count;
+      n -= count;
+      run.advance(axis, count);
     }
   }
 

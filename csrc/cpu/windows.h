@@ -23,7 +23,8 @@ inline Windows forward_windows(int64_t outputs, int64_t kernel, const TwinfuseCo
 }
 
 // For elements phase, phase + stride, ... of the input's gradient: the windows of the output's
-// gradient whose taps met them. Taps run backwards, so that the output's elements run forwards.
+// gradient whose taps met them. As the taps of the window run forwards, those of the weight run
+// backwards.
 inline Windows transposed_windows(int64_t inputs, int64_t kernel, const TwinfuseConv& conv, int d,
                                   int64_t phase) {
   const int64_t stride = conv.stride[d], dilation = conv.dilation[d];
@@ -49,9 +50,10 @@ struct Windowed {
   Axis pixels, taps;
   Gather gather;  // without its axes
 
-  // `mask` has the sizes of `image`. Channels are those of one group.
+  // `mask` has the sizes of `image`. Channels are those of one group. `backwards`: the order of the
+  // taps, which is that of the sums.
   Windowed(const Images& image, const Images* mask, int64_t channels, const Windows& rows,
-           const Windows& columns, bool channels_last) {
+           const Windows& columns, bool channels_last, bool backwards = false) {
     const int64_t* s = image.stride;
     const int64_t nothing[4] = {};
     const int64_t* m = mask ? mask->stride : nothing;
@@ -60,11 +62,11 @@ struct Windowed {
     // of a window are then one run.
     const bool runs = channels_last && s[kChannel] == 1;
     const int64_t x = !gather.bounded ? 0 : runs ? channels : 1, y = gather.bounded;
+    const int64_t dy = backwards ? -rows.dilation : rows.dilation;
+    const int64_t dx = backwards ? -columns.dilation : columns.dilation;
     const Digit channel{channels, s[kChannel], m[kChannel], 0, runs && gather.bounded};
-    const Digit row{rows.taps, rows.dilation * s[kRow], rows.dilation * m[kRow], rows.dilation * y,
-                    0};
-    const Digit column{columns.taps, columns.dilation * s[kColumn], columns.dilation * m[kColumn],
-                       0, columns.dilation * x};
+    const Digit row{rows.taps, dy * s[kRow], dy * m[kRow], dy * y, 0};
+    const Digit column{columns.taps, dx * s[kColumn], dx * m[kColumn], 0, dx * x};
     taps = tap_axis(channels_last, channel, row, column);
     pixels = {{{image.size[kBatch], s[kBatch], m[kBatch], 0, 0},
                {rows.count, rows.step * s[kRow], rows.step * m[kRow], rows.step * y, 0},
@@ -72,9 +74,10 @@ struct Windowed {
                 columns.step * x}}};
     taps.simplify();
     pixels.simplify();
-    gather.origin = {rows.origin * s[kRow] + columns.origin * s[kColumn],
-                     rows.origin * m[kRow] + columns.origin * m[kColumn], rows.origin * y,
-                     columns.origin * x};
+    const int64_t top = rows.origin + (backwards ? rows.span() - 1 : 0);
+    const int64_t left = columns.origin + (backwards ? columns.span() - 1 : 0);
+    gather.origin = {top * s[kRow] + left * s[kColumn], top * m[kRow] + left * m[kColumn], top * y,
+                     left * x};
     gather.y_limit = gather.bounded ? image.size[kRow] : 1;
     gather.x_limit = gather.bounded ? image.size[kColumn] * x : 1;
   }
@@ -107,16 +110,17 @@ Source<T> source_of(const Images& image, const Images* mask, int32_t relu_grad, 
   return s;
 }
 
-// Of the image that `seen` sees; `height` is still to be chosen.
+// The slab of an image; its height is still to be chosen.
 inline Slab slab_of(const Images& image, const Images* mask, int64_t channels, const Windows& rows,
-                    const Windows& columns, bool channels_last, bool planar) {
+                    const Windows& columns, bool channels_last, bool backwards, bool planar) {
   const int64_t* s = image.stride;
   const int64_t nothing[4] = {};
   const int64_t* m = mask ? mask->stride : nothing;
   Slab slab{};
   slab.planar = planar;
   slab.rows = rows, slab.columns = columns;
-  slab.channels = channels, slab.channels_last = channels_last;
+  slab.channels = channels;
+  slab.channels_last = channels_last, slab.backwards = backwards;
   slab.image = s[kBatch], slab.image_mask = m[kBatch];
   slab.column_stride = s[kColumn], slab.column_mask = m[kColumn];
   slab.pitch = planar ? columns.count + (columns.span() - 1) / columns.step
