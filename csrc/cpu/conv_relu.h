@@ -119,11 +119,17 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
   const bool w_plain = w_taps.single() && w_taps.stride() == 1;
 
   const int64_t step = out.stride[kColumn] * op.out_step[1];
-  const bool pixel_rows = out.stride[kChannel] == 1 && !(out_channels == 1 && step == 1);
+  const bool dense_channels = out.stride[kChannel] == 1 && !(out_channels == 1 && step == 1);
+  // Few channels would leave lanes empty: then pixels fill them, if a slab has them side by side.
+  constexpr int64_t kFewChannels = 3 * Engine<T>::S::kWidth / 4;
+  bool pixel_rows = dense_channels;
+  bool reads_slab = false;
+  if (dense_channels && out_channels < kFewChannels)
+    pixel_rows = !(reads_slab = set_slab<T>(op, in_channels, out_channels, false, problem));
+  if (!reads_slab) reads_slab = set_slab<T>(op, in_channels, out_channels, pixel_rows, problem);
   // Small images are taken together: their pixels would leave lanes empty. So are they where
   // weights have to be packed: the more columns use them, the better.
   constexpr int64_t kSmallImage = 128;
-  const bool reads_slab = set_slab<T>(op, in_channels, out_channels, pixel_rows, problem);
   const bool by_image = !pixel_rows && (reads_slab || (w_plain && pixels > kSmallImage));
   Images seen_image = image, seen_out = out;
   if (by_image) seen_image.size[kBatch] = seen_out.size[kBatch] = 1;
@@ -241,7 +247,7 @@ WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images) {
       slab.rows.taps * slab.columns.taps >= 2 * slab.rows.step * slab.columns.step;
   const int64_t bytes =
       SlabReader<T>::block_size(slab, images) * static_cast<int64_t>(sizeof(typename E::Packed));
-  if (E::kGroup != 1 || !copies_less || bytes > kSlabBytes) return {channel_rows, false};
+  if (E::kGroup != 1 || !copies_less || bytes > kSummedSlabBytes) return {channel_rows, false};
   // Packing a vector of taps takes as long as so many operations; fewer sums than these at a time
   // wait for each other.
   constexpr int64_t kToPack = 10, kFewSums = 8;

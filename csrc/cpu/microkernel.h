@@ -8,7 +8,7 @@ namespace twinfuse::cpu::TWINFUSE_ISA {
 // Tile shapes: as many accumulators as the registers hold beside the operands. Four vectors wide
 // where there are few rows, so that enough sums are in flight to hide the latency of one.
 constexpr int kMaxVectors = 4;
-constexpr int kMaxRows = kRegisters == 32 ? 12 : 6;
+constexpr int kMaxRows = kRegisters == 32 ? 14 : 6;
 constexpr int max_rows(int vectors) { return vectors < 4 ? kMaxRows : kRegisters == 32 ? 6 : 2; }
 
 // Operands as packed or as they lie in memory; byte strides. A unit is Engine::Unit.

@@ -28,6 +28,7 @@ void pack_steps(Lines<T>& lines, int64_t depth, int64_t inner, int64_t n, int64_
   constexpr int64_t kPiece = 64;
   for (int64_t r = 0; r < depth; r += E::kGroup, out += stride) {
     if constexpr (E::kGroup == 1) {
+      lines.prefetch(inner, n);
       lines.fetch(inner, n, out);
       lines.next();
     } else {
@@ -48,12 +49,45 @@ void pack_steps(Lines<T>& lines, int64_t depth, int64_t inner, int64_t n, int64_
   }
 }
 
+// Weights whose channels lie far apart: stretches of one vector at most.
+template <class T>
+bool has_short_runs(const Source<T>& s) {
+  if (!s.gather || s.gather->bounded || s.mask || !s.gather->outer.single()) return false;
+  const Digit& run = s.gather->inner.digits[kDigits - 1];
+  return run.stride == 1 && run.size <= Convert<T>::S::kWidth;
+}
+
+// Packs the same stretch of all rows before the next one: rows are neighbours in memory.
+template <class T, class P>
+void pack_short_runs(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64_t n, P* out,
+                     int64_t stride) {
+  const Gather& g = *s.gather;
+  const int64_t row_stride = g.outer.stride();
+  Cursor run;
+  run.start(g.inner, r0, g.origin);
+  for (int64_t r = 0; r < depth;) {
+    const int count = static_cast<int>(min64(depth - r, run.left(g.inner)));
+    const T* from = s.data + run.at.offset + row * row_stride;
+    for (int64_t i = 0; i < n; i++)
+      Convert<P>::store(out + i * stride + r, Convert<T>::load(from + i * row_stride, count),
+                        count);
+    r += count;
+    run.advance(g.inner, count);
+  }
+}
+
 // out[row][step] for `n` rows; the source's inner dimension is the reduced one. `stride` counts
 // packed elements. The last unit of a row is padded with zero.
 template <class T>
 void pack_rows(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64_t n,
                typename Engine<T>::Packed* out, int64_t stride) {
   using E = Engine<T>;
+  if (has_short_runs(s)) {
+    pack_short_runs(s, r0, depth, row, n, out, stride);
+    for (int64_t i = 0; E::kGroup == 2 && depth % 2 && i < n; i++)
+      memset(static_cast<void*>(out + i * stride + depth), 0, sizeof(*out));
+    return;
+  }
   Lines<T> lines(s, row);
   for (int64_t i = 0; i < n; i++, out += stride, lines.next()) {
     lines.fetch(r0, depth, out);

@@ -17,9 +17,8 @@ constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
 // blocks spare that, where all scratch together is no more than a masked copy would take.
 template <class T>
 int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
-  if (g.b_slab && g.slab_reduces_taps) return g.b_slab->height * g.col_unit;
-  if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab || g.b_slab)
-    return kColumnBlock;
+  if (g.b_slab) return g.slab_reduces_taps ? g.b_slab->height * g.col_unit : g.cols;
+  if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return kColumnBlock;
   const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
   constexpr int64_t kPadding = 32;
   const int64_t columns = masked / (grid.count() * depth) - row_block - kPadding;

@@ -115,6 +115,12 @@ class SlabLines {
         continue;
       }
       fill_zeros(out, inside.begin);
+      if (!source_.mask && digit.stride == 1) {
+        copy_run(source_.data + line.at.offset + inside.begin, inside.end - inside.begin,
+                 out + inside.begin);
+        fill_zeros(out + inside.end, n - inside.end);
+        continue;
+      }
       const T* m = source_.mask ? source_.mask + line.at.mask + inside.begin * digit.mask : nullptr;
       fetch_run(source_.data + line.at.offset + inside.begin * digit.stride, digit.stride, m,
                 digit.mask, source_.relu_grad, inside.end - inside.begin, out + inside.begin);
@@ -123,6 +129,14 @@ class SlabLines {
   }
 
  private:
+  static void copy_run(const T* from, int64_t n, P* out) {
+    constexpr int64_t kWidth = Convert<T>::S::kWidth;
+    for (; n >= kWidth; n -= kWidth, from += kWidth, out += kWidth)
+      Convert<P>::store(out, Convert<T>::load(from));
+    if (n > 0)
+      Convert<P>::store(out, Convert<T>::load(from, static_cast<int>(n)), static_cast<int>(n));
+  }
+
   // Channels that do not follow each other in the image, as they do in the slab.
   void copy_pixels(int64_t first, int64_t count, P* out) const {
     const Axis& inner = gather_.inner;

@@ -5,8 +5,9 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-// Most that a slab may take; where it would be larger, windows are packed one by one.
-constexpr int64_t kSlabBytes = 512 << 10;
+// Most that a slab may take; where it would be larger, windows are packed one by one. Where windows
+// are summed, each stretch of a slab is used again and again before the next.
+constexpr int64_t kSlabBytes = 512 << 10, kSummedSlabBytes = 2 << 20;
 
 template <class T>
 class SlabReader {

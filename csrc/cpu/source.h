@@ -74,8 +74,6 @@ void fetch_run(const T* p, int64_t stride, const T* m, int64_t mask_stride, int3
 // The lines of a source from `outer` on, one after another.
 template <class T>
 class Lines {
-  using Acc = typename Convert<T>::Acc;
-
  public:
   Lines(const Source<T>& source, int64_t outer) : s_(source) {
     if (s_.gather)
@@ -91,6 +89,16 @@ class Lines {
       at_.offset += s_.outer, at_.mask += s_.mask_outer;
   }
 
+  // Asks for the elements of a line to come: lines of a tensor lie too far apart for the processor
+  // to foresee the next one.
+  void prefetch(int64_t inner, int64_t n) const {
+    constexpr int64_t kAhead = 3, kLine = 64 / sizeof(T);
+    const int64_t outer = s_.gather ? s_.gather->outer.stride() : s_.outer;
+    if ((s_.gather ? s_.gather->inner.stride() : s_.inner) != 1) return;
+    const T* p = s_.data + at().offset + kAhead * outer + (s_.gather ? 0 : inner);
+    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
+  }
+
   // Writes elements [inner, inner + n) of the line.
   template <class P>
   void fetch(int64_t inner, int64_t n, P* out) const {
@@ -101,6 +109,8 @@ class Lines {
   }
 
  private:
+  const Position& at() const { return s_.gather ? cursor_.at : at_; }
+
   template <class P>
   void gather(int64_t inner, int64_t n, P* out) const {
     const Gather& g = *s_.gather;
@@ -108,8 +118,6 @@ class Lines {
     const bool clipped = !g.covers(cursor_.at);
     Cursor run;
     run.start(g.inner, inner, cursor_.at);
-    if (!clipped && !s_.mask && digit.stride == 1 && digit.size <= Simd<Acc>::kWidth)
-      return gather_short_runs(run, n, out);
     while (n > 0) {
       const int64_t count = n < run.left(g.inner) ? n : run.left(g.inner);
       Range range{0, count};
@@ -126,21 +134,6 @@ class Lines {
       out += count;
       n -= count;
       run.advance(g.inner, count);
-    }
-  }
-
-  // Runs of a vector at most, of which most tensors of weights consist.
-  template <class P>
-  void gather_short_runs(Cursor run, int64_t n, P* out) const {
-    using C = Convert<T>;
-    const Axis& axis = s_.gather->inner;
-    while (n > 0) {
-      const int64_t count = min64(n, run.left(axis));
-      Convert<P>::store(out, C::load(s_.data + run.at.offset, static_cast<int>(count)),
-                        static_cast<int>(count));
-      out += count;
-      n -= count;
-      run.advance(axis, count);
     }
   }
 
