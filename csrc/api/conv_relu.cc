@@ -56,10 +56,9 @@ void check_shapes(Checker& check, const Op& op, const TwinfuseTensor* input, con
                   const TwinfuseTensor* output, const char* output_name) {
   if (!check.ok()) return;
   const int ndim = op.spatial + 2;
-  check.require(input->ndim == ndim, input_name, op.spatial == 1 ? "[N, C, W]" : "[N, C, H, W]",
-                input->ndim);
-  check.require(weight->ndim == ndim, weight_name,
-                op.spatial == 1 ? "3 dimensions" : "4 dimensions", weight->ndim);
+  check.rank(input_name, input, ndim, op.spatial == 1 ? "[N, C, W]" : "[N, C, H, W]");
+  check.rank(weight_name, weight, ndim,
+             op.spatial == 1 ? "[K, C / groups, S]" : "[K, C / groups, R, S]");
   if (!check.ok()) return;
   const int64_t groups = op.conv.groups, filters = weight->sizes[0];
   check.require(filters % groups == 0, weight_name, "filters that the groups divide", filters);
@@ -129,6 +128,7 @@ TwinfuseStatus forward(const TwinfuseTensor* output, const TwinfuseTensor* input
   Checker check(op.name, context);
   check.tensor("input", input, input ? input->dtype : 0);
   if (!check.ok()) return check.status();
+  check.rank("input", input, op.spatial + 2, op.spatial == 1 ? "[N, C, W]" : "[N, C, H, W]");
   check.tensor("weight", weight, input->dtype);
   if (bias) check.tensor("bias", bias, input->dtype);
   check.tensor("output", output, input->dtype);
@@ -161,13 +161,11 @@ TwinfuseStatus backward(const TwinfuseTensor* grad_input, const TwinfuseTensor* 
   check.tensor("grad_output", grad_output, grad_output ? grad_output->dtype : 0);
   if (!check.ok()) return check.status();
   const int32_t dtype = grad_output->dtype;
+  const int ndim = op.spatial + 2;
+  check.rank("grad_output", grad_output, ndim, op.spatial == 1 ? "[N, K, Q]" : "[N, K, P, Q]");
   check.tensor("output", output, dtype);
   check_parameters(check, op, conv);
   check.relu_grad(relu_grad);
-  if (!check.ok()) return check.status();
-  const int ndim = op.spatial + 2;
-  check.require(grad_output->ndim == ndim, "grad_output",
-                op.spatial == 1 ? "[N, K, Q]" : "[N, K, P, Q]", grad_output->ndim);
   if (!check.ok()) return check.status();
   Size sizes[4];
   for (int i = 0; i < ndim; i++) sizes[i] = {grad_output->sizes[i]};

@@ -136,6 +136,10 @@ void Checker::sizes(const char* name, const TwinfuseTensor* t, const Size* sizes
   shape(name, t, nullptr, 0, sizes, count);
 }
 
+void Checker::rank(const char* name, const TwinfuseTensor* t, int ndim, const char* expected) {
+  if (ok() && t->ndim != ndim) reject(name, expected, shape_text(t->sizes, t->ndim));
+}
+
 void Checker::require(bool holds, const char* name, const char* expected, int64_t got) {
   if (!holds) reject(name, expected, std::to_string(got));
 }

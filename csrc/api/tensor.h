@@ -31,6 +31,7 @@ class Checker {
                  Size cols);
   // All sizes given.
   void sizes(const char* name, const TwinfuseTensor* tensor, const Size* sizes, int count);
+  void rank(const char* name, const TwinfuseTensor* tensor, int ndim, const char* expected);
   void relu_grad(int32_t value);
   void require(bool holds, const char* name, const char* expected, int64_t got);
 

@@ -72,7 +72,7 @@ bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels
   constexpr int64_t kFewestWindows = 4, kWindows = 384, kPlanarWindows = 768;
   const Windows &rows = op.rows, &columns = op.columns;
   const bool copies_less = rows.taps * columns.taps >= 2 * rows.step * columns.step;
-  if (!copies_less || columns.count < kFewestWindows) return false;
+  if (!copies_less || columns.count < kFewestWindows || in_channels == 0) return false;
   Slab& slab = problem->slab;
   slab = slab_of(op.image, op.mask, in_channels, rows, columns, op.channels_last, backwards(op),
                  !pixel_rows);

@@ -126,7 +126,13 @@ inline Slab slab_of(const Images& image, const Images* mask, int64_t channels, c
   slab.pitch = planar ? columns.count + (columns.span() - 1) / columns.step
                       : (columns.count - 1) * columns.step + columns.span();
   Gather& g = slab.lines;
-  g.bounded = rows.leaves(image.size[kRow]) || columns.leaves(image.size[kColumn]);
+  // The phases of a planar slab are equally long: of some, the last elements are no part of a
+  // window.
+  auto leaves = [&](const Windows& w, int64_t phases, int64_t length, int64_t limit) {
+    return w.leaves(limit) || (planar && w.origin + phases + (length - 1) * w.step > limit);
+  };
+  g.bounded = leaves(rows, slab.row_phases(), slab.lines_for(rows.count), image.size[kRow]) ||
+              leaves(columns, slab.column_phases(), slab.pitch, image.size[kColumn]);
   const bool runs = !planar && s[kChannel] == 1;
   const int64_t y = g.bounded, x = !g.bounded ? 0 : runs ? channels : 1;
   const int64_t lines = slab.lines_for(rows.count);
