@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.candidates import EAGER, NATIVE, NATIVE_EAGER, TORCH
 from benchmarks.harness import geometric_mean
-from benchmarks.results import MemoryUse, RunResult, SectionResult, shape_text
+from benchmarks.operands import Shape
+from benchmarks.results import MemoryUse, RunResult, SectionResult
 
 ALL_PEERS = "*"
 
 # Whose peak memory is measured, and beside whose. Eager ones alone: tracing and compilation take
 # more memory than the pass itself.
 MEMORY_PAIRS = {
-    "torch": ("twinfuse torch", "torch eager"),
-    "tensorflow": ("twinfuse TF eager", "TF eager"),
+    "torch": (TORCH, NATIVE),
+    "tensorflow": (EAGER, NATIVE_EAGER),
 }
 
 # RSS is counted in pages by thread, and lags by some pages of each: what differs less is equal.
@@ -40,7 +42,7 @@ class Goal:
     own: str = ""
     peer: str = ""
     sentence: str = ""
-    shapes: tuple[tuple[int, ...], ...] = ()
+    shapes: tuple[Shape, ...] = ()
     note: str = ""
 
 
@@ -54,7 +56,7 @@ class Verdict:
     where: str = ""
 
 
-def judge(goal: Goal, run: RunResult, shapes: Sequence[tuple[int, ...]]) -> Verdict:
+def judge(goal: Goal, run: RunResult, shapes: Sequence[Shape]) -> Verdict:
     """Compare what `run` measured with `goal`; `shapes` are all those of the goal's section.
 
     A run of fewer shapes shows its figure but reaches nothing.
@@ -75,14 +77,14 @@ def judge(goal: Goal, run: RunResult, shapes: Sequence[tuple[int, ...]]) -> Verd
         measured, where = geometric_mean(list(figures.values())), ""
     else:
         worst = (max if upper else min)(figures, key=lambda shape: figures[shape])
-        measured, where = figures[worst], f"worst: {shape_text(worst)}"
+        measured, where = figures[worst], f"worst: {worst}"
     if len(figures) < len(wanted):
         return Verdict(goal, measured, None, f"only {len(figures)} of {len(wanted)} shapes")
     reached = measured <= goal.limit if upper else measured >= goal.limit
     return Verdict(goal, measured, reached, where)
 
 
-def _figures(goal: Goal, section: SectionResult, run: RunResult) -> dict[tuple[int, ...], float]:
+def _figures(goal: Goal, section: SectionResult, run: RunResult) -> dict[Shape, float]:
     if goal.measure == "memory":
         return {
             shape: memory_ratio(uses[goal.own], uses[goal.peer])

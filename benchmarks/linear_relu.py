@@ -4,29 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.candidates import EAGER, GRAPH, NATIVE, TORCH, TensorflowOp, TorchOp, collect
 from benchmarks.goals import ALL_PEERS, Goal
-from benchmarks.harness import Candidate
-from benchmarks.operands import ITEM_SIZE, Array, Case, Kind, Section, Shape
+from benchmarks.operands import FRAMEWORKS, ITEM_SIZE, Array, Case, Kind, Section, Shape
 
 OP = "linear_relu"
-SHAPE_NAMES = ("M", "K", "N")
+SHAPE_FORM = "MxKxN"
 
+
+class LinearShape(NamedTuple):
+    """M rows of K features to M rows of N features."""
+
+    m: int
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+def parse_shape(text: str) -> LinearShape:
+    """The shape that `str` has written. Raises ValueError."""
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(s.isdigit() and int(s) > 0 for s in sizes):
+        raise ValueError(f"expected {SHAPE_FORM} with positive sizes, got {text!r}")
+    return LinearShape(*map(int, sizes))
+
+
+def frameworks_of(shape: Shape) -> Sequence[str]:
+    """The frameworks that are measured at `shape`."""
+    return tuple(FRAMEWORKS)
+
+
+def _shapes(*texts: str) -> tuple[LinearShape, ...]:
+    return tuple(map(parse_shape, texts))
+
+
+LARGE = _shapes("512x1024x1024", "1024x1024x4096")
 SHAPES = (
-    (64, 784, 128),
-    (128, 1024, 1024),
-    (512, 1024, 1024),
-    (1024, 1024, 4096),
-    (4096, 256, 256),
-    (16384, 64, 64),
+    *_shapes("64x784x128", "128x1024x1024"),
+    *LARGE,
+    *_shapes("4096x256x256", "16384x64x64"),
 )
-LARGE = ((512, 1024, 1024), (1024, 1024, 4096))
-DECODE = ((1, 1024, 1024), (8, 1024, 1024))
-TINY = ((1, 16, 16), (4, 64, 64))
+DECODE = _shapes("1x1024x1024", "8x1024x1024")
+TINY = _shapes("1x16x16", "4x64x64")
 
 SECTIONS = (
     Section("forward", "Forward", "forward", shapes=SHAPES, quick=SHAPES[:2]),
@@ -39,10 +64,7 @@ SECTIONS = (
     Section("install", "Installation from a warm cache", "install", default=False),
 )
 
-TORCH, MODULE = "twinfuse torch", "twinfuse torch module"
-NATIVE = "torch eager"
 AMD = "On AMD processors MKL, which torch eager calls, takes its AVX2 path."
-GRAPH, EAGER = "twinfuse tf.function", "twinfuse TF eager"
 
 GOALS = (
     Goal("forward", "geomean", 2.0, TORCH, NATIVE, "2.0x torch eager in geometric mean", note=AMD),
@@ -72,7 +94,7 @@ class Operands:
     grad_output: Array
 
     @classmethod
-    def random(cls, shape: Shape) -> Operands:
+    def random(cls, shape: LinearShape) -> Operands:
         m, k, n = shape
         draw = np.random.default_rng(0).standard_normal
         return cls(draw((m, k)), draw((n, k)) / np.sqrt(k), draw(n), draw((m, n)))
@@ -87,11 +109,10 @@ class Operands:
 
 
 def case(
-    kind: Kind, shape: Shape, dtype: str, frameworks: Sequence[str], only: Sequence[str] = ()
+    kind: Kind, shape: LinearShape, dtype: str, frameworks: Sequence[str], only: Sequence[str] = ()
 ) -> Case:
     """The candidates of the installed `frameworks`: all, or those named in `only`.
 
-    Building one may fail: it is then in `skipped`, with the reason.
     Each computes `relu(input @ weight^T + bias)`; for training also the three gradients for a
     given random gradient of the output.
     """
@@ -99,174 +120,75 @@ def case(
     operands = Operands.random(shape)
     parts = (m * k, n * k, n, m * n)
     built = Case(
-        candidates=[],
         reference=operands.reference(kind),
-        outputs=_outputs,
         flops=(2.0 if kind == "forward" else 6.0) * m * k * n,
         # Training reads the operands and the gradient, and writes the output and three gradients.
         traffic=ITEM_SIZE[dtype] * (sum(parts) if kind == "forward" else 2 * sum(parts)),
     )
-    if "torch" in frameworks:
-        import torch
-
-        built.context = partial(torch.set_grad_enabled, kind == "training")
-        with built.context():
-            _collect(built, "PyTorch", _torch_candidates(operands, kind, dtype), only)
-    if "tensorflow" in frameworks:
-        for framework, makers in _tensorflow_candidates(operands, kind, dtype).items():
-            _collect(built, framework, makers, only)
-    return built
+    return collect(
+        built,
+        kind,
+        frameworks,
+        only,
+        lambda: _in_torch(operands, dtype),
+        lambda: _in_tensorflow(operands, dtype),
+    )
 
 
-Maker = Callable[[], Callable[[], Any]]
-
-
-def _collect(built: Case, framework: str, makers: dict[str, Maker], only: Sequence[str]) -> None:
-    for name, make in makers.items():
-        if only and name not in only:
-            continue
-        try:
-            run = make()
-        # Whatever stops a candidate, the others are still to be measured; the report says why.
-        except Exception as error:
-            built.skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            built.candidates.append(Candidate(name, framework, run, name.startswith("twinfuse")))
-
-
-def _outputs(candidate: Candidate, result: Any) -> list[Array]:
-    arrays = result if isinstance(result, (tuple, list)) else [result]
-    if candidate.framework == "PyTorch":
-        return [a.detach().double().numpy() for a in arrays]
-    import tensorflow as tf
-
-    converted = [tf.cast(a, tf.float64).numpy() for a in arrays]
-    # The kernel, and so its gradient, is [K, N] here.
-    return [a.T if i == 2 else a for i, a in enumerate(converted)]
-
-
-def _torch_candidates(operands: Operands, kind: Kind, dtype: str) -> dict[str, Maker]:
+def _in_torch(operands: Operands, dtype: str) -> TorchOp:
     import torch
     import torch.nn.functional as F
 
-    kept = [torch.tensor(a).to(getattr(torch, dtype)) for a in vars(operands).values()]
-    x, weight, bias, grad = kept
-    for leaf in (x, weight, bias):
-        leaf.requires_grad_(kind == "training")
+    tensors = [torch.tensor(a).to(getattr(torch, dtype)) for a in vars(operands).values()]
+    x, weight, bias, _ = tensors
 
-    def timed(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-        if kind == "forward":
-            return lambda: function(*arguments)
-        leaves = arguments if len(arguments) == 3 else (x, *function.parameters())  # type: ignore[attr-defined]
-
-        def run() -> tuple[Any, ...]:
-            output = function(*arguments)
-            return (output, *torch.autograd.grad(output, leaves, grad))
-
-        return run
-
-    def eager(x: Any, weight: Any, bias: Any) -> Any:
+    def native(x: Any, weight: Any, bias: Any) -> Any:
         return F.relu(F.linear(x, weight, bias))
 
-    def compiled() -> Callable[[], Any]:
-        torch.compiler.reset()  # each shape its own graph, and none left from the shape before
-        return timed(torch.compile(eager, dynamic=False), x, weight, bias)
+    def fused() -> Callable[..., Any]:
+        import twinfuse.torch as tft
+
+        return tft.linear_relu
+
+    def layer() -> Any:
+        import twinfuse.torch as tft
+
+        return tft.nn.LinearReLU(x.shape[1], weight.shape[0], dtype=x.dtype)
 
     def onednn() -> Callable[[], Any]:
         op = torch.ops.mkldnn._linear_pointwise
         return lambda: op(x, weight, bias, "relu", [], "")
 
-    def ours() -> Callable[[], Any]:
-        import twinfuse.torch as tft
-
-        return timed(tft.linear_relu, x, weight, bias)
-
-    def module() -> Callable[[], Any]:
-        import twinfuse.torch as tft
-
-        layer = tft.nn.LinearReLU(x.shape[1], weight.shape[0], dtype=x.dtype)
-        layer.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
-        return timed(layer, x)
-
-    makers: dict[str, Maker] = {
-        TORCH: ours,
-        MODULE: module,
-        "torch eager": lambda: timed(eager, x, weight, bias),
-        "torch.compile": compiled,
-    }
-    if kind == "forward":
-        makers["oneDNN fused"] = onednn
-    return makers
+    return TorchOp(tensors, native, fused, layer, {"oneDNN fused": onednn})
 
 
-def _tensorflow_candidates(
-    operands: Operands, kind: Kind, dtype: str
-) -> dict[str, dict[str, Maker]]:
+def _in_tensorflow(operands: Operands, dtype: str) -> TensorflowOp:
     import keras
     import tensorflow as tf
 
     arrays = (operands.input, operands.weight.T, operands.bias, operands.grad_output)
-    x, kernel, bias, grad = (tf.cast(tf.constant(a), dtype) for a in arrays)
+    tensors = [tf.cast(tf.constant(a), dtype) for a in arrays]
+    how = {"units": operands.bias.size, "activation": "relu", "dtype": dtype}
 
-    def plain(x: Any, kernel: Any, bias: Any) -> Any:
+    def native(x: Any, kernel: Any, bias: Any) -> Any:
         return tf.nn.relu(tf.matmul(x, kernel) + bias)
 
-    def ours(x: Any, kernel: Any, bias: Any) -> Any:
+    def fused() -> Callable[..., Any]:
         import twinfuse.tensorflow as tftf
 
-        return tftf.linear_relu(x, kernel, bias)
+        return tftf.linear_relu
 
-    def timed(function: Callable[..., Any], wrap: Callable[..., Any] | None) -> Callable[[], Any]:
-        def train(x: Any, kernel: Any, bias: Any, grad: Any) -> list[Any]:
-            with tf.GradientTape() as tape:
-                tape.watch((x, kernel, bias))
-                output = function(x, kernel, bias)
-            return [output, *tape.gradient(output, (x, kernel, bias), output_gradients=grad)]
-
-        # Operands are arguments, never captured: a graph would fold captured constants.
-        called = function if kind == "forward" else train
-        arguments = (x, kernel, bias) if kind == "forward" else (x, kernel, bias, grad)
-        wrapped = wrap(called) if wrap else called
-        return lambda: wrapped(*arguments)
-
-    def dense(layers: Callable[[], Any], wrap: Callable[..., Any] | None) -> Callable[[], Any]:
-        layer = layers().Dense(bias.shape[0], activation="relu", dtype=dtype)
-        layer.build(x.shape)
-        layer.set_weights([kernel.numpy(), bias.numpy()])
-
-        def train(x: Any, grad: Any) -> list[Any]:
-            variables = [v.value for v in layer.trainable_variables]
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                output = layer(x)
-            return [output, *tape.gradient(output, (x, *variables), output_gradients=grad)]
-
-        called = layer if kind == "forward" else train
-        arguments = (x,) if kind == "forward" else (x, grad)
-        wrapped = wrap(called) if wrap else called
-        return lambda: wrapped(*arguments)
-
-    def fused_layers() -> Any:
+    def fused_layer() -> Any:
         import twinfuse.keras as tfk
 
-        return tfk.layers
+        return tfk.layers.Dense(**how)
 
-    def native_layers() -> Any:
-        return keras.layers
-
-    graph, xla = tf.function, partial(tf.function, jit_compile=True)
-    return {
-        "TensorFlow eager": {
-            EAGER: lambda: timed(ours, None),
-            "twinfuse Keras eager": lambda: dense(fused_layers, None),
-            "TF eager": lambda: timed(plain, None),
-            "Keras Dense eager": lambda: dense(native_layers, None),
-        },
-        "TensorFlow graph": {
-            GRAPH: lambda: timed(ours, graph),
-            "twinfuse Keras graph": lambda: dense(fused_layers, graph),
-            "tf.function": lambda: timed(plain, graph),
-            "XLA": lambda: timed(plain, xla),
-            "Keras Dense graph": lambda: dense(native_layers, graph),
-        },
-    }
+    return TensorflowOp(
+        tensors,
+        native,
+        fused,
+        # The kernel, and so its gradient, is [K, N] here.
+        arrays=lambda found: [a.T if i == 2 else a for i, a in enumerate(found)],
+        keras="Keras Dense",
+        layers=(lambda: keras.layers.Dense(**how), fused_layer),
+    )

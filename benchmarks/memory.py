@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -14,16 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import linear_relu
 from benchmarks.operands import Case, Shape, set_threads
-from benchmarks.results import MemoryUse, shape_text
+from benchmarks.results import MemoryUse
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(name: str, framework: str, shape: Shape, dtype: str, threads: int) -> MemoryUse:
+def measure(
+    op: str, name: str, framework: str, shape: Shape, dtype: str, threads: int
+) -> MemoryUse:
     """Peak memory of candidate `name`. Raises RuntimeError with the last words of its process."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, framework, shape_text(shape), dtype]
+    command = [sys.executable, "-m", "benchmarks.memory", op, name, framework, str(shape), dtype]
     done = subprocess.run(
         [*command, str(threads)], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -87,9 +89,11 @@ def tensorflow_peak(run: Callable[[], Any]) -> int | None:
     return int(peak) - int(before)
 
 
-def find(name: str, framework: str, shape: Shape, dtype: str) -> tuple[Callable[[], Any], Case]:
+def find(
+    op: Any, name: str, framework: str, shape: Shape, dtype: str
+) -> tuple[Callable[[], Any], Case]:
     """What candidate `name` runs. Exits with the reason when there is no such candidate."""
-    case = linear_relu.case("training", shape, dtype, [framework], [name])
+    case: Case = op.case("training", shape, dtype, [framework], [name])
     case.reference.clear()
     for candidate in case.candidates:
         return candidate.run, case
@@ -98,9 +102,10 @@ def find(name: str, framework: str, shape: Shape, dtype: str) -> tuple[Callable[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("op")
     parser.add_argument("candidate")
     parser.add_argument("framework", choices=("torch", "tensorflow"))
-    parser.add_argument("shape", type=lambda text: tuple(map(int, text.split("x"))))
+    parser.add_argument("shape")
     parser.add_argument("dtype")
     parser.add_argument("threads", type=int)
     arguments = parser.parse_args()
@@ -109,7 +114,9 @@ def main() -> None:
     M_MMAP_THRESHOLD = -3
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 << 10)
     set_threads(arguments.threads, [arguments.framework])
-    run, case = find(arguments.candidate, arguments.framework, arguments.shape, arguments.dtype)
+    op = importlib.import_module(f"benchmarks.{arguments.op}")
+    shape = op.parse_shape(arguments.shape)
+    run, case = find(op, arguments.candidate, arguments.framework, shape, arguments.dtype)
     with case.context():
         run()  # one-time costs: threads, tables, code
         if arguments.framework == "torch":

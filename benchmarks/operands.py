@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Candidate
 
-Shape = tuple[int, ...]
+Shape = tuple[Any, ...]  # of an op's own kind: a NamedTuple whose `str` is its name in reports
 Kind = Literal["forward", "training"]
 Array = NDArray[np.float64]
 FRAMEWORKS = {"torch": "torch", "tensorflow": "tensorflow"}
@@ -32,15 +32,17 @@ class Case:
     """One op at one shape and dtype: who computes it, and how much there is to compute.
 
     `outputs` turns what a candidate's `run` returned into float64 arrays in the order and layout of
-    `reference`. `traffic` is the bytes of every operand and result, once.
+    `reference`. `traffic` is the bytes of every operand and result, once. `notes` say what a
+    candidate's time leaves out.
     """
 
-    candidates: list[Candidate]
     reference: list[Array]
-    outputs: Callable[[Candidate, Any], list[Array]]
     flops: float
     traffic: int
+    candidates: list[Candidate] = field(default_factory=list)
+    outputs: Callable[[Candidate, Any], list[Array]] = lambda candidate, result: list(result)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 

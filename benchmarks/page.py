@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from matplotlib.figure import Figure
 
 from benchmarks import report
 from benchmarks.goals import Verdict
-from benchmarks.results import RunResult, SectionResult, rate, shape_text
+from benchmarks.operands import Shape
+from benchmarks.results import RunResult, SectionResult, rate
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours always comes in black.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442")
+SHAPES_OF_A_CHART = 8
 STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9,
@@ -35,9 +39,22 @@ def svg(figure: Figure) -> Markup:
     return Markup(text[text.index("<svg") :])
 
 
-def tick(shape: Sequence[int]) -> str:
-    """A shape on two lines: long ones would run into each other."""
-    return f"{shape_text(shape[:-1])}\nx{shape[-1]}"
+def tick(shape: Shape) -> str:
+    """A shape on several lines: long ones would run into each other."""
+    text = str(shape)
+    if " " in text:
+        return textwrap.fill(text, 8)
+    head, _, last = text.rpartition("x")
+    return f"{head}\nx{last}"
+
+
+def parts(section: SectionResult) -> Iterator[SectionResult]:
+    """The section in pieces of so many shapes as one chart holds."""
+    shapes = [c.shape for c in section.cases] or list(section.memory)
+    for i in range(0, len(shapes), SHAPES_OF_A_CHART):
+        shown = shapes[i : i + SHAPES_OF_A_CHART]
+        memory = {s: uses for s, uses in section.memory.items() if s in shown}
+        yield replace(section, cases=[c for c in section.cases if c.shape in shown], memory=memory)
 
 
 def ratio_chart(section: SectionResult, framework: str) -> Figure:
@@ -124,15 +141,17 @@ def memory_chart(section: SectionResult) -> Figure:
 
 def charts(run: RunResult, section: SectionResult) -> list[dict[str, Any]]:
     """Titles and drawings of one section."""
+    pieces = list(parts(section))
     drawn: list[tuple[str, Figure | None]] = [
-        (f"{framework}: times as fast as each peer", ratio_chart(section, framework))
+        (f"{framework}: times as fast as each peer", ratio_chart(piece, framework))
         for framework in section.frameworks()
-        if section.peers(framework)
+        for piece in pieces
+        if piece.own(framework) and piece.peers(framework)
     ]
     if section.cases:
-        drawn.append(("Share of the machine's limit", limit_chart(run, section)))
+        drawn += [("Share of the machine's limit", limit_chart(run, piece)) for piece in pieces]
     if section.memory:
-        drawn.append(("Peak memory", memory_chart(section)))
+        drawn += [("Peak memory", memory_chart(piece)) for piece in pieces]
     return [{"title": title, "svg": svg(figure)} for title, figure in drawn if figure]
 
 
@@ -145,7 +164,7 @@ def rows(run: RunResult, section: SectionResult) -> list[dict[str, Any]]:
             best = case.best_peer(name) if case.candidates[name].own else None
             found.append(
                 {
-                    "shape": shape_text(case.shape),
+                    "shape": str(case.shape),
                     "name": name,
                     "own": case.candidates[name].own,
                     "time": report.microseconds(timing.spread.median),
@@ -176,6 +195,7 @@ def write_html(path: Path, run: RunResult, verdicts: Sequence[Verdict]) -> None:
                 "rows": rows(run, section),
                 "memory": report.memory_rows(section),
                 "skipped": report.skipped(section),
+                "notes": report.notes(section),
                 "seconds": section.seconds,
             }
             for section in run.sections

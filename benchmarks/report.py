@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.goals import MEMORY_PAIRS, Verdict, memory_ratio
 from benchmarks.operands import Section
-from benchmarks.results import CaseResult, RunResult, SectionResult, rate, shape_text
+from benchmarks.results import CaseResult, RunResult, SectionResult, rate
 
 SCHEMA = 1
 
@@ -49,16 +50,18 @@ def outcome(verdict: Verdict) -> str:
     return {True: "yes", False: "no", None: "not measured"}[verdict.reached]
 
 
-def print_sections(console: Console, sections: Sequence[Section]) -> None:
-    table = Table("section", "what", "dtype", "shapes (M x K x N)", title="Sections")
+def print_sections(console: Console, op: str, form: str, sections: Sequence[Section]) -> None:
+    """What there is to run; `form` says how a shape of `op` is written."""
+    table = Table("section", "what", "dtype", escape(f"shapes ({form})"), title=f"Sections of {op}")
     for section in sections:
-        shapes = " ".join(map(shape_text, section.shapes))
+        shapes = ", ".join(map(str, section.shapes))
         table.add_row(section.name, section.title, section.dtype, shapes)
     console.print(table)
 
 
 def print_run(console: Console, run: RunResult, verdicts: Sequence[Verdict]) -> None:
     """Limits, one table for each section and framework, and the goals at the end."""
+    console.print(run.op, style="bold")
     console.print(environment_text(run), highlight=False)
     console.print(limits_text(run), highlight=False)
     if busy := busy_text(run):
@@ -72,6 +75,8 @@ def print_run(console: Console, run: RunResult, verdicts: Sequence[Verdict]) -> 
             console.print(f"{section.section.title}: {section.seconds:.0f} s")
         for text in skipped(section):
             console.print(f"[yellow]left out: {text}[/yellow]", highlight=False)
+        for text in notes(section):
+            console.print(f"note: {text}", highlight=False)
     if verdicts:
         console.print(_goal_table(verdicts))
 
@@ -112,6 +117,11 @@ def skipped(section: SectionResult) -> list[str]:
     return list(dict.fromkeys(reasons))
 
 
+def notes(section: SectionResult) -> list[str]:
+    """What the times of candidates leave out, by shape."""
+    return [f"{c.shape}: {name}: {text}" for c in section.cases for name, text in c.notes.items()]
+
+
 def _timing_table(run: RunResult, section: SectionResult, framework: str) -> Table:
     peers = section.peers(framework)
     table = Table(title=f"{section.section.title}, {section.section.dtype}, {framework}")
@@ -136,7 +146,7 @@ def _timing_row(
     value, unit, bound, share = rate(case, own, run.limits, section.section.dtype)
     best = case.best_peer(own)
     return [
-        shape_text(case.shape),
+        str(case.shape),
         microseconds(spread.median),
         f"{microseconds(spread.low)}-{microseconds(spread.high)}",
         f"{value:.1f} {unit}",
@@ -167,7 +177,7 @@ def memory_rows(section: SectionResult) -> list[dict[str, Any]]:
     """One row for each shape and candidate; ours with the ratio to the peer, 1 or less is good."""
     return [
         {
-            "shape": shape_text(shape),
+            "shape": str(shape),
             "name": name,
             "resident": _megabytes(use.resident),
             "allocator": _megabytes(use.allocator),
@@ -240,7 +250,11 @@ def _section_json(run: RunResult, section: SectionResult) -> dict[str, Any]:
             for own in names
         },
         "memory": [
-            {"shape": list(shape), "candidates": {n: asdict(u) for n, u in uses.items()}}
+            {
+                "shape": list(shape),
+                "name": str(shape),
+                "candidates": {n: asdict(u) for n, u in uses.items()},
+            }
             for shape, uses in section.memory.items()
         ],
         "seconds": section.seconds,
@@ -269,10 +283,12 @@ def _case_json(run: RunResult, section: SectionResult, case: CaseResult) -> dict
         }
     return {
         "shape": list(case.shape),
+        "name": str(case.shape),
         "flops": case.flops,
         "traffic": case.traffic,
         "candidates": candidates,
         "skipped": case.skipped,
+        "notes": case.notes,
     }
 
 

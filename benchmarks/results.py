@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +21,7 @@ class CaseResult:
     timings: dict[str, Timing]
     kernels: dict[str, dict[str, int]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def own(self) -> list[str]:
         return [n for n in self.timings if self.candidates[n].own]
@@ -114,7 +114,7 @@ class RunResult:
             reasons = [(n, why) for c in section.cases for n, why in c.skipped.items()]
             reasons += section.skipped.items()
             reasons += [
-                (name, f"no fused kernel ran at {shape_text(case.shape)}")
+                (name, f"no fused kernel ran at {case.shape}")
                 for case in section.cases
                 for name in case.own()
                 if not case.kernels.get(name)
@@ -125,10 +125,6 @@ class RunResult:
                 if name.startswith("twinfuse")
             ]
         return found
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def rate(case: CaseResult, name: str, limits: Limits, dtype: str) -> tuple[float, str, str, float]:

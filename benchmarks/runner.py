@@ -21,11 +21,11 @@ from typing import Any, Protocol
 from rich.progress import Progress
 
 from benchmarks import memory
-from benchmarks.goals import MEMORY_PAIRS
+from benchmarks.goals import MEMORY_PAIRS, Goal
 from benchmarks.harness import Candidate, Settings, interleave
 from benchmarks.limits import Limits, cpu_flags, cpu_model
 from benchmarks.operands import TOLERANCE, Case, Kind, Section, Shape, error
-from benchmarks.results import CaseResult, RunResult, SectionResult, shape_text
+from benchmarks.results import CaseResult, RunResult, SectionResult
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("twinfuse", "torch", "tensorflow", "tensorflow-cpu", "keras", "numpy")
@@ -35,7 +35,12 @@ class Op(Protocol):
     """What the module of an op (benchmarks/<op>.py) provides."""
 
     OP: str
+    SHAPE_FORM: str
+    SECTIONS: Sequence[Section]
+    GOALS: Sequence[Goal]
 
+    def parse_shape(self, text: str) -> Shape: ...
+    def frameworks_of(self, shape: Shape) -> Sequence[str]: ...
     def case(
         self,
         kind: Kind,
@@ -50,7 +55,7 @@ class Op(Protocol):
 class Runner:
     """Runs the sections of one op with the same threads, settings and progress display."""
 
-    op: Any  # the op's module: an `Op`
+    op: Op
     frameworks: Sequence[str]
     threads: int
     settings: Settings
@@ -81,9 +86,10 @@ class Runner:
             self.progress.advance(task)
             return done
         for shape in section.shapes:
-            self.progress.update(
-                task, description=f"{section.name} {shape_text(shape)}", refresh=True
-            )
+            if not self._frameworks(shape):
+                self.progress.advance(task)
+                continue
+            self.progress.update(task, description=f"{section.name} {shape}", refresh=True)
             if section.kind == "memory":
                 self._memory(done, shape)
                 self.progress.advance(task)
@@ -92,7 +98,7 @@ class Runner:
         return done
 
     def _case(self, section: Section, kind: Kind, shape: Shape, task: Any) -> CaseResult:
-        case = self.op.case(kind, shape, section.dtype, self.frameworks)
+        case = self.op.case(kind, shape, section.dtype, self._frameworks(shape))
         started = self.progress.tasks[self.progress.task_ids.index(task)].completed
 
         def show(done: int, rounds: int) -> None:
@@ -105,16 +111,27 @@ class Runner:
         by_name = {c.name: replace(c, run=_nothing) for c in sound}  # lets go of the operands
         gc.collect()
         return CaseResult(
-            shape, case.flops, case.traffic, by_name, timings, kernels, dict(case.skipped)
+            shape,
+            case.flops,
+            case.traffic,
+            by_name,
+            timings,
+            kernels,
+            dict(case.skipped),
+            dict(case.notes),
         )
+
+    def _frameworks(self, shape: Shape) -> list[str]:
+        served = self.op.frameworks_of(shape)
+        return [f for f in self.frameworks if f in served]
 
     def _memory(self, done: SectionResult, shape: Shape) -> None:
         uses = done.memory.setdefault(shape, {})
-        for framework in self.frameworks:
+        for framework in self._frameworks(shape):
             for name in MEMORY_PAIRS[framework]:
                 try:
                     uses[name] = memory.measure(
-                        name, framework, shape, done.section.dtype, self.threads
+                        self.op.OP, name, framework, shape, done.section.dtype, self.threads
                     )
                 except RuntimeError as failure:
                     done.skipped[name] = str(failure)

@@ -1,21 +1,34 @@
-"""Train a network on real handwritten digits, natively and fused, in PyTorch and in Keras."""
+"""Train the reference networks on real handwritten digits, natively and fused, in both frameworks.
+
+The digits have 8x8 pixels. Networks for larger images get them enlarged.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from rich.console import Console
+from numpy.typing import NDArray
 
-from examples.comparison import compare, finish
+from examples.comparison import parser, run
 from examples.models import SEED
-from examples.training import FRAMEWORKS, Data
+from examples.networks import NETWORKS
+from examples.training import Data
 
-NETWORKS = {"torch": "mlp_784", "keras": "mlp_784_keras"}
-FUSIBLE = 2  # layers with a ReLU
+SIDE = 8
+# Fewer than printed where all of them together would take minutes; more where the printed number
+# is one for 60,000 images.
+EPOCHS = {
+    "mlp_784": 10,
+    "mlp_784_keras": 10,
+    "lenet_cifar": 2,
+    "convnet_mnist": 3,
+    "small_cnn_mnist": 10,
+    "cnn_mnist_keras": 3,
+    "cnn2_mnist_keras": 2,
+    "cnn2_mnist": 2,
+}
 
 
 def load() -> Data:
@@ -34,24 +47,36 @@ def load() -> Data:
     return Data(inputs, targets, test_inputs, test_targets)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.digits", description=__doc__)
-    parser.add_argument("--epochs", type=int, help="instead of the network's own number")
-    parser.add_argument("--framework", choices=(*FRAMEWORKS, "both"), default="both")
-    parser.add_argument("--output", type=Path, default=Path("demo/digits.png"), help="plot")
-    chosen = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    problems = compare(
-        console,
-        NETWORKS,
-        load(),
-        chosen.framework,
-        "Handwritten digits: native and fused",
-        FUSIBLE,
-        chosen.epochs,
-        chosen.output,
+def enlarged(pixels: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
+    """Digits [n, 64] as images [n, *sizes]: pixels repeated, in a frame of zeros, in all channels.
+
+    `sizes` are channels, height and width, the last two equal and at least 8.
+    """
+    channels, size, _ = sizes
+    times = size // SIDE
+    before = (size - times * SIDE) // 2
+    after = size - times * SIDE - before
+    images = pixels.reshape(-1, 1, SIDE, SIDE).repeat(times, axis=2).repeat(times, axis=3)
+    frame = (before, after)
+    return np.pad(images, ((0, 0), (0, 0), frame, frame)).repeat(channels, axis=1)
+
+
+def load_for(name: str) -> Data:
+    """The digits in the sizes of network `name`, or flat for one that takes features."""
+    data, sizes = load(), NETWORKS[name].inputs
+    if len(sizes) == 1:
+        return data
+    return Data(
+        enlarged(data.inputs, sizes),
+        data.targets,
+        enlarged(data.test_inputs, sizes),
+        data.test_targets,
     )
-    return finish(console, problems)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = parser("digits", __doc__, tuple(EPOCHS)).parse_args(arguments)
+    return run(chosen, tuple(EPOCHS), load_for, "handwritten digits", EPOCHS)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,31 @@
-"""Train `mlp_784` at its printed size on MNIST, natively and fused, from data you already have."""
+"""Train the networks for MNIST at their printed sizes, natively and fused, on data you have.
+
+`small_cnn_mnist`, printed for 16x16 images, gets the first Linear that 28x28 images need.
+"""
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
 
-from examples.comparison import compare, finish
-from examples.digits import FUSIBLE, NETWORKS
-from examples.training import FRAMEWORKS, Data
+from examples.sources import Sources, run_source
+from examples.training import Data, Labelled
+
+NETWORKS = (
+    "mlp_784",
+    "mlp_784_keras",
+    "convnet_mnist",
+    "small_cnn_mnist",
+    "cnn_mnist_keras",
+    "cnn2_mnist_keras",
+    "cnn2_mnist",
+)
 
 FILES = {
     "inputs": "train-images-idx3-ubyte",
@@ -58,8 +68,10 @@ def find_idx(folder: Path, name: str) -> Path:
 
 
 def from_idx(folder: Path) -> Data:
-    arrays = {part: read_idx(find_idx(folder, name)) for part, name in FILES.items()}
-    return prepare(**arrays)
+    inputs, targets, test_inputs, test_targets = (
+        read_idx(find_idx(folder, name)) for name in FILES.values()
+    )
+    return prepare((inputs, targets), (test_inputs, test_targets))
 
 
 def from_torchvision(folder: Path) -> Data:
@@ -67,74 +79,30 @@ def from_torchvision(folder: Path) -> Data:
     from torchvision.datasets import MNIST  # type: ignore[import-not-found]
 
     train, test = (MNIST(str(folder), train=train) for train in (True, False))
-    return prepare(
-        train.data.numpy(), train.targets.numpy(), test.data.numpy(), test.targets.numpy()
-    )
+    return prepare(*((part.data.numpy(), part.targets.numpy()) for part in (train, test)))
 
 
 def from_keras(_: Path) -> Data:
     """`keras.datasets.mnist`, which keeps the data in ~/.keras and fetches what is missing."""
     from keras.datasets import mnist
 
-    (inputs, targets), (test_inputs, test_targets) = mnist.load_data()
-    return prepare(inputs, targets, test_inputs, test_targets)
+    return prepare(*mnist.load_data())
 
 
-def prepare(
-    inputs: NDArray[np.uint8],
-    targets: NDArray[np.uint8],
-    test_inputs: NDArray[np.uint8],
-    test_targets: NDArray[np.uint8],
-) -> Data:
-    """Images [n, 28, 28] of bytes to [n, 784] in [0, 1]. Raises ValueError on unequal counts."""
-    for images, labels in ((inputs, targets), (test_inputs, test_targets)):
-        if len(images) != len(labels):
-            raise ValueError(f"expected as many labels as images, got {len(labels)}, {len(images)}")
+def prepare(train: Labelled, test: Labelled) -> Data:
+    """Images [n, 28, 28] of bytes, with labels, to [n, 1, 28, 28] in [0, 1]."""
 
-    def pixels(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+    def inputs(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return images[:, None].astype(np.float32) / np.float32(255)
 
-    return Data(
-        pixels(inputs),
-        targets.astype(np.int64),
-        pixels(test_inputs),
-        test_targets.astype(np.int64),
-    )
+    return Data.of_images(train, test, inputs)
 
 
-SOURCES: dict[str, Callable[[Path], Data]] = {
-    "idx": from_idx,
-    "torchvision": from_torchvision,
-    "keras": from_keras,
-}
+SOURCES: Sources = {"idx": from_idx, "torchvision": from_torchvision, "keras": from_keras}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.mnist", description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder with the files (not for --source keras)")
-    parser.add_argument("--source", choices=SOURCES, default="idx")
-    parser.add_argument("--epochs", type=int, help="instead of the network's own number")
-    parser.add_argument("--framework", choices=(*FRAMEWORKS, "both"), default="both")
-    parser.add_argument("--output", type=Path, default=Path("demo/mnist.png"), help="plot")
-    chosen = parser.parse_args(arguments)
-    if chosen.data is None and chosen.source != "keras":
-        parser.error(f"--data is needed with --source {chosen.source}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    try:
-        data = SOURCES[chosen.source](chosen.data)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        parser.error(str(error))
-    problems = compare(
-        console,
-        NETWORKS,
-        data,
-        chosen.framework,
-        "MNIST: native and fused",
-        FUSIBLE,
-        chosen.epochs,
-        chosen.output,
-    )
-    return finish(console, problems)
+    return run_source("mnist", __doc__, NETWORKS, SOURCES, "MNIST", arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.networks import KERAS, TORCH, Recipe
+from examples.networks import NETWORKS, Recipe, keras_network, torch_network
 
 # A seed at which no hidden unit of `mlp_784` comes so near to zero on the digits that rounding
 # decides about its ReLU: native runs whose initial weights differ in the last bit then stay within
@@ -19,7 +19,10 @@ Array = NDArray[Any]
 
 
 class Model(Protocol):
-    """A network with its loss and optimizer. Built twice, it has the same weights."""
+    """A network with its loss and optimizer. Built twice, it has the same weights.
+
+    Inputs are [M, features], or [M, channels, height, width] for both frameworks.
+    """
 
     explanation: str  # what each layer runs on; empty for a native network
 
@@ -42,12 +45,12 @@ class Model(Protocol):
 class TorchModel:
     """See `Model`."""
 
-    def __init__(self, network: str, features: int, recipe: Recipe, fused: bool) -> None:
+    def __init__(self, network: str, sizes: tuple[int, ...], recipe: Recipe, fused: bool) -> None:
         import torch
         from torch.nn import functional as F
 
         torch.manual_seed(SEED)
-        self.model = TORCH[network](features)
+        self.model = torch_network(network, sizes)
         self.explanation = ""
         if fused:
             import twinfuse.torch as tft
@@ -55,13 +58,19 @@ class TorchModel:
             self.model = tft.fuse(self.model)
             self.explanation = str(tft.explain(self.model))
         self.parameters = list(self.model.parameters())
-        optimizers = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-        self.optimizer = optimizers[recipe.optimizer](self.parameters, lr=recipe.learning_rate)
-        self.criterion = F.cross_entropy if recipe.loss == "cross_entropy" else F.mse_loss
+        self.optimizer: Any = (
+            torch.optim.Adam(self.parameters, recipe.learning_rate)
+            if recipe.optimizer == "adam"
+            else torch.optim.SGD(self.parameters, recipe.learning_rate, recipe.momentum)
+        )
+        losses: dict[str, Any] = {"cross_entropy": F.cross_entropy, "mse": F.mse_loss}
+        logarithms = NETWORKS[network].ends == "log_softmax"
+        self.criterion = F.nll_loss if logarithms else losses[recipe.loss]
 
     def _backward(self, inputs: Array, targets: Array) -> float:
         import torch
 
+        self.model.train()
         self.optimizer.zero_grad()
         loss = self.criterion(self.model(torch.from_numpy(inputs)), torch.from_numpy(targets))
         loss.backward()
@@ -73,12 +82,16 @@ class TorchModel:
         return loss
 
     def gradients(self, inputs: Array, targets: Array) -> list[Array]:
+        import torch
+
+        torch.manual_seed(SEED)  # the same elements are dropped in every model that is asked
         self._backward(inputs, targets)
         return [p.grad.numpy().copy() for p in self.parameters if p.grad is not None]
 
     def predict(self, inputs: Array) -> Array:
         import torch
 
+        self.model.eval()
         with torch.no_grad():
             return self.model(torch.from_numpy(inputs)).double().numpy()
 
@@ -96,33 +109,39 @@ class TorchModel:
 class KerasModel:
     """See `Model`; Keras on TensorFlow."""
 
-    def __init__(self, network: str, features: int, recipe: Recipe, fused: bool) -> None:
+    def __init__(self, network: str, sizes: tuple[int, ...], recipe: Recipe, fused: bool) -> None:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.environ.setdefault("KERAS_BACKEND", "tensorflow")
         import keras
 
         keras.utils.set_random_seed(SEED)
-        self.model = KERAS[network](features)
+        self.model = keras_network(network, sizes)
         self.explanation = ""
         if fused:
             import twinfuse.keras as tfk
 
             self.model = tfk.fuse(self.model)
             self.explanation = str(tfk.explain(self.model))
-        optimizers = {"adam": keras.optimizers.Adam, "sgd": keras.optimizers.SGD}
-        losses = {"cross_entropy": "sparse_categorical_crossentropy", "mse": "mean_squared_error"}
-        self.model.compile(
-            optimizer=optimizers[recipe.optimizer](recipe.learning_rate), loss=losses[recipe.loss]
+        optimizer = (
+            keras.optimizers.Adam(recipe.learning_rate)
+            if recipe.optimizer == "adam"
+            else keras.optimizers.SGD(recipe.learning_rate, recipe.momentum)
         )
+        entropy = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=NETWORKS[network].ends != "softmax"
+        )
+        losses = {"cross_entropy": entropy, "mse": "mean_squared_error"}
+        self.model.compile(optimizer=optimizer, loss=losses[recipe.loss])
 
     def step(self, inputs: Array, targets: Array) -> float:
         # It returns the mean over all batches since the last reset.
         self.model.reset_metrics()
-        return float(self.model.train_on_batch(inputs, targets))
+        return float(self.model.train_on_batch(_channels_last(inputs), targets))
 
     def gradients(self, inputs: Array, targets: Array) -> list[Array]:
         import tensorflow as tf
 
+        inputs = _channels_last(inputs)
         with tf.GradientTape() as tape:
             outputs = self.model(inputs, training=True)
             loss = self.model.compute_loss(x=inputs, y=targets, y_pred=outputs)
@@ -130,7 +149,7 @@ class KerasModel:
         return [np.asarray(g) for g in tape.gradient(loss, weights)]
 
     def predict(self, inputs: Array) -> Array:
-        return np.asarray(self.model(inputs), dtype=np.float64)
+        return np.asarray(self.model(_channels_last(inputs)), dtype=np.float64)
 
     def weights(self) -> list[Array]:
         found: list[Array] = self.model.get_weights()
@@ -140,7 +159,13 @@ class KerasModel:
         self.model.set_weights(weights)
 
 
-def build(framework: str, network: str, features: int, recipe: Recipe, fused: bool) -> Model:
-    """A model of `framework` ("torch" or "keras"); `fused` or as the framework has it."""
+def _channels_last(inputs: Array) -> Array:
+    return np.ascontiguousarray(np.moveaxis(inputs, 1, -1)) if inputs.ndim == 4 else inputs
+
+
+def build(
+    framework: str, network: str, sizes: tuple[int, ...], recipe: Recipe, fused: bool
+) -> Model:
+    """A model of `framework` ("torch" or "keras") for samples of `sizes`; `fused` or native."""
     make = TorchModel if framework == "torch" else KerasModel
-    return make(network, features, recipe, fused)
+    return make(network, sizes, recipe, fused)

@@ -1,14 +1,20 @@
-"""The reference networks, by name, as they are printed in the articles they come from.
+"""The reference networks, by name, with the sizes and the training of the articles they come from.
 
-`TORCH` and `KERAS` map a name to a function that builds it; a framework is imported only when one
-of its networks is built. `features` fits the input layer to other data than the original's.
+`NETWORKS` describes each one once; `torch_network` and `keras_network` build it in either
+framework, which is imported only then. Other data than the original's change the first layer, and
+the first Linear behind convolutions, whose size follows from the image's.
+
+Two are printed with sizes that do not fit together. `small_cnn_mnist` has 6*7*7 = 294 values before
+its first Linear, as 16x16 images give (28x28 would give 6*13*13): it is a network for 16x16 images
+here. `cnn2_mnist` has 64*12*12 = 9216, as one pooling of 28x28 images leaves: the second pooling
+that is printed as well is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import keras
@@ -17,85 +23,172 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained."""
+    """How a network is trained. `momentum` is for SGD."""
 
     epochs: int
     batch: int
     optimizer: Literal["adam", "sgd"]
     learning_rate: float
-    loss: Literal["cross_entropy", "mse"]
+    loss: Literal["cross_entropy", "mse"] = "cross_entropy"
+    momentum: float = 0.0
 
 
-def mlp_784(features: int = 784) -> torch.nn.Module:
-    """Logits [M, 10] of inputs [M, features]; weights drawn by `xavier_uniform_`."""
+@dataclass(frozen=True)
+class Conv:
+    """Square windows, no padding, and a ReLU."""
+
+    filters: int
+    kernel: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The largest of each square."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class Dropout:
+    rate: float
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """An image as features."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """In torch a softmax is left to the cross entropy, which takes logits."""
+
+    units: int
+    activation: Literal["", "relu", "softmax", "log_softmax"] = "relu"
+
+
+Layer = Conv | Pool | Dropout | Flatten | Dense
+
+
+@dataclass(frozen=True)
+class Network:
+    """`inputs` are the sizes of one sample: features, or channels, height and width."""
+
+    inputs: tuple[int, ...]
+    layers: tuple[Layer, ...]
+    recipe: Recipe
+    xavier: bool = False  # weights drawn by torch's `xavier_uniform_`
+
+    @property
+    def ends(self) -> str:
+        """The activation of the last layer."""
+        last = self.layers[-1]
+        return last.activation if isinstance(last, Dense) else ""
+
+    @property
+    def fusible(self) -> dict[str, int]:
+        """How many layers with a ReLU there are of each op."""
+        linears = sum(
+            isinstance(layer, Dense) and layer.activation == "relu" for layer in self.layers
+        )
+        convolutions = sum(isinstance(layer, Conv) for layer in self.layers)
+        return {"linear_relu": linears, "conv_relu": convolutions}
+
+
+ADAM = Recipe(10, 32, "adam", 1e-3)
+FLAT_128 = (Flatten(), Dense(128))
+
+NETWORKS = {
+    "mlp_784": Network((784,), (Dense(128), Dense(64), Dense(10, "")), ADAM, xavier=True),
+    "mlp_784_keras": Network((784,), (Dense(128), Dense(64), Dense(10, "softmax")), ADAM),
+    "mlp_regression": Network((1,), (Dense(10), Dense(1, "")), Recipe(100, 1, "adam", 1e-3, "mse")),
+    "linear_regression": Network((1,), (Dense(1, ""),), Recipe(1000, 100, "sgd", 0.01, "mse")),
+    "lenet_cifar": Network(
+        (3, 32, 32),
+        (
+            *(Conv(6, 5), Pool(2), Conv(16, 5), Pool(2)),
+            *(Flatten(), Dense(120), Dense(84), Dense(10, "")),
+        ),
+        Recipe(10, 4, "sgd", 1e-3, momentum=0.9),
+    ),
+    "convnet_mnist": Network(
+        (1, 28, 28), (Conv(32, 3), *FLAT_128, Dense(10, "")), Recipe(10, 64, "sgd", 0.01)
+    ),
+    "small_cnn_mnist": Network(
+        (1, 16, 16),
+        (Conv(6, 3), Pool(2), Flatten(), Dense(120), Dense(84), Dense(10, "")),
+        Recipe(2, 64, "sgd", 1e-3, momentum=0.9),
+    ),
+    "cnn_mnist_keras": Network((1, 28, 28), (Conv(32, 3), Pool(2), *FLAT_128, Dense(10, "")), ADAM),
+    "cnn2_mnist_keras": Network(
+        (1, 28, 28),
+        (Conv(32, 3), Pool(2), Conv(64, 3), Pool(2), *FLAT_128, Dense(10, "softmax")),
+        ADAM,
+    ),
+    "cnn2_mnist": Network(
+        (1, 28, 28),
+        (
+            *(Conv(32, 3), Conv(64, 3), Pool(2), Dropout(0.25), Dropout(0.5)),
+            *(*FLAT_128, Dense(10, "log_softmax")),
+        ),
+        Recipe(10, 100, "adam", 1e-3),
+    ),
+}
+
+
+def torch_network(name: str, inputs: tuple[int, ...] = ()) -> torch.nn.Module:
+    """Network `name` for samples of sizes `inputs`, its own without; images are [M, C, H, W].
+
+    Returns values, logits or log probabilities [M, units of the last layer].
+    """
     from torch import nn
 
-    model = nn.Sequential(
-        nn.Linear(features, 128),
-        nn.ReLU(),
-        nn.Linear(128, 64),
-        nn.ReLU(),
-        nn.Linear(64, 10),
-    )
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-    return model
+    network = NETWORKS[name]
+    sizes = inputs or network.inputs
+    modules: list[nn.Module] = []
+    for layer in network.layers:
+        match layer:
+            case Conv(filters, kernel):
+                modules += [nn.Conv2d(sizes[0], filters, kernel), nn.ReLU()]
+                sizes = (filters, *(size - kernel + 1 for size in sizes[1:]))
+            case Pool(size):
+                modules.append(nn.MaxPool2d(size))
+                sizes = (sizes[0], *(s // size for s in sizes[1:]))
+            case Dropout(rate):
+                modules.append(nn.Dropout(rate))
+            case Flatten():
+                modules.append(nn.Flatten())
+                sizes = (math.prod(sizes),)
+            case Dense(units, activation):
+                modules.append(nn.Linear(sizes[0], units))
+                sizes = (units,)
+                if activation == "relu":
+                    modules.append(nn.ReLU())
+                elif activation == "log_softmax":
+                    modules.append(nn.LogSoftmax(1))
+    for module in modules if network.xavier else ():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    return nn.Sequential(*modules)
 
 
-def mlp_784_keras(features: int = 784) -> keras.Model:
-    """Probabilities [M, 10] of inputs [M, features]."""
+def keras_network(name: str, inputs: tuple[int, ...] = ()) -> keras.Model:
+    """As `torch_network`, in Keras: images are [M, H, W, C], and a softmax is in the model."""
     import keras
     from keras import layers
 
-    return keras.Sequential(
-        [
-            keras.Input((features,)),
-            layers.Dense(128, activation="relu"),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10, activation="softmax"),
-        ],
-        name="mlp_784_keras",
-    )
-
-
-def mlp_regression(features: int = 1) -> torch.nn.Module:
-    """Values [M, 1] of inputs [M, features]."""
-    from torch import nn
-
-    return nn.Sequential(nn.Linear(features, 10), nn.ReLU(), nn.Linear(10, 1))
-
-
-def linear_regression(features: int = 1) -> torch.nn.Module:
-    """Values [M, 1] of inputs [M, features]. Nothing here can be fused."""
-    from torch import nn
-
-    return nn.Sequential(nn.Linear(features, 1))
-
-
-def linear_regression_keras(features: int = 1) -> keras.Model:
-    """As `linear_regression`, in Keras."""
-    import keras
-    from keras import layers
-
-    return keras.Sequential(
-        [keras.Input((features,)), layers.Dense(1)],
-        name="linear_regression",
-    )
-
-
-TORCH: dict[str, Callable[..., torch.nn.Module]] = {
-    "mlp_784": mlp_784,
-    "mlp_regression": mlp_regression,
-    "linear_regression": linear_regression,
-}
-KERAS: dict[str, Callable[..., keras.Model]] = {
-    "mlp_784_keras": mlp_784_keras,
-    "linear_regression": linear_regression_keras,
-}
-RECIPES = {
-    "mlp_784": Recipe(10, 32, "adam", 1e-3, "cross_entropy"),
-    "mlp_784_keras": Recipe(10, 32, "adam", 1e-3, "cross_entropy"),
-    "mlp_regression": Recipe(100, 1, "adam", 1e-3, "mse"),
-    "linear_regression": Recipe(1000, 100, "sgd", 0.01, "mse"),
-}
+    network = NETWORKS[name]
+    channels, *size = inputs or network.inputs
+    found: list[Any] = [keras.Input((*size, channels))]
+    for layer in network.layers:
+        match layer:
+            case Conv(filters, kernel):
+                found.append(layers.Conv2D(filters, kernel, activation="relu"))
+            case Pool(pool):
+                found.append(layers.MaxPooling2D(pool))
+            case Dropout(rate):
+                found.append(layers.Dropout(rate))
+            case Flatten():
+                found.append(layers.Flatten())
+            case Dense(units, activation):
+                found.append(layers.Dense(units, activation=activation or None))
+    return keras.Sequential(found, name=name)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
 
-from examples.comparison import compare, finish
+from examples.comparison import parser, run
 from examples.models import SEED
-from examples.training import FRAMEWORKS, Data
+from examples.training import Data
 
-NETWORKS = {
-    "mlp_regression": {"torch": "mlp_regression"},
-    "linear_regression": {"torch": "linear_regression", "keras": "linear_regression"},
-}
-FUSIBLE = {"mlp_regression": 1, "linear_regression": 0}
+NETWORKS = ("mlp_regression", "linear_regression")
 
 
 def load() -> Data:
@@ -32,23 +26,8 @@ def load() -> Data:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m examples.regression", description=__doc__)
-    parser.add_argument("--epochs", type=int, help="instead of each network's own number")
-    parser.add_argument("--framework", choices=(*FRAMEWORKS, "both"), default="both")
-    parser.add_argument("--network", choices=(*NETWORKS, "all"), default="all")
-    chosen = parser.parse_args(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    names = list(NETWORKS) if chosen.network == "all" else [chosen.network]
-    problems: list[str] = []
-    for name in names:
-        networks = NETWORKS[name]
-        if chosen.framework != "both" and chosen.framework not in networks:
-            console.print(f"left out: {name} is not a {chosen.framework} network", style="yellow")
-            continue
-        problems += compare(
-            console, networks, load(), chosen.framework, name, FUSIBLE[name], chosen.epochs
-        )
-    return finish(console, problems)
+    chosen = parser("regression", __doc__, NETWORKS).parse_args(arguments)
+    return run(chosen, NETWORKS, lambda name: load(), "points of a line")
 
 
 if __name__ == "__main__":

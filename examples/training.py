@@ -6,7 +6,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,15 +18,43 @@ from examples.networks import Recipe
 FRAMEWORKS = {"torch": "torch", "keras": "tensorflow"}
 CHECKPOINTS = 10
 
+Labelled = tuple[Any, Any]  # images and labels
+
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs [n, features] float32 with targets [n] int64 (classes) or [n, 1] float32 (values)."""
+    """Inputs [n, features] or [n, channels, height, width] float32, with targets [n] int64
+    (classes) or [n, 1] float32 (values).
+    """
 
     inputs: NDArray[np.float32]
     targets: NDArray[Any]
     test_inputs: NDArray[np.float32]
     test_targets: NDArray[Any]
+
+    @classmethod
+    def of_images(cls, train: Labelled, test: Labelled, inputs: Callable[[Any], Any]) -> Data:
+        """Images and their labels; `inputs` makes the inputs of images.
+
+        Raises ValueError when there are not as many labels as images.
+        """
+        arrays: list[NDArray[Any]] = []
+        for images, labels in (train, test):
+            if len(images) != len(labels):
+                got = f"{len(labels)}, {len(images)}"
+                raise ValueError(f"expected as many labels as images, got {got}")
+            arrays += [inputs(images), np.asarray(labels, np.int64).reshape(-1)]
+        return cls(*arrays)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return self.inputs.shape[1:]
+
+    def shaped(self, *sizes: int) -> Data:
+        """The same samples in other sizes, of as many elements."""
+        inputs, test_inputs = (a.reshape(-1, *sizes) for a in (self.inputs, self.test_inputs))
+        return replace(self, inputs=inputs, test_inputs=test_inputs)
 
     def batches(self, epoch: int, size: int) -> list[NDArray[np.int64]]:
         """Indices of each batch of `epoch`; the same ones whoever asks."""
@@ -106,7 +134,7 @@ def _run(
     recipe: Recipe,
     on_epoch: Callable[[], object],
 ) -> Curve:
-    model = build(framework, network, data.inputs.shape[1], recipe, fused)
+    model = build(framework, network, data.sizes, recipe, fused)
     curve = Curve(explanation=model.explanation, checkpoints={0: model.weights()})
     every = max(1, recipe.epochs // CHECKPOINTS)
     with launches(curve.kernels):
@@ -131,8 +159,7 @@ def _run(
 def _gradient_distance(
     framework: str, network: str, data: Data, recipe: Recipe, curve: Curve
 ) -> float:
-    features = data.inputs.shape[1]
-    models = [build(framework, network, features, recipe, fused) for fused in (False, True)]
+    models = [build(framework, network, data.sizes, recipe, fused) for fused in (False, True)]
     worst = []
     for epoch, weights in curve.checkpoints.items():
         batch = data.batches(epoch, recipe.batch)[0]

@@ -7,16 +7,20 @@ misaligned and dirty, and tasks run in any order on any number of threads.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import random
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tests.cases import STORAGE, Array, Operand, Problem, encode, lay_out
+from tests.arrays import STORAGE, Array, Operand, encode, lay_out
 from tests.conftest import skip
+from tests.conv_cases import ConvCase
 from tests.mxcsr import mxcsr
+from tests.problem import OPERANDS, Case, Problem
 from twinfuse import _core
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY = range(4)
@@ -54,14 +58,44 @@ class CContext(ctypes.Structure):
     ]
 
 
+class CConv(ctypes.Structure):
+    _fields_ = [
+        ("stride", ctypes.c_int64 * 2),
+        ("dilation", ctypes.c_int64 * 2),
+        ("padding_low", ctypes.c_int64 * 2),
+        ("padding_high", ctypes.c_int64 * 2),
+        ("groups", ctypes.c_int64),
+    ]
+
+
+# What each op takes between its tensors and the rest.
+SETTINGS: dict[str, list[type]] = {"linear_relu": [], "conv_relu": [ctypes.POINTER(CConv)]}
+
+
 def load() -> ctypes.CDLL:
     library, reason = _core.load()
     if library is None:
         skip("core", reason)
     tensor, context = ctypes.POINTER(CTensor), ctypes.POINTER(CContext)
-    library.twinfuse_linear_relu_forward.argtypes = [tensor] * 4 + [context]
-    library.twinfuse_linear_relu_backward.argtypes = [tensor] * 7 + [ctypes.c_int32, context]
+    for op, settings in SETTINGS.items():
+        getattr(library, f"twinfuse_{op}_forward").argtypes = [tensor] * 4 + settings + [context]
+        backward = getattr(library, f"twinfuse_{op}_backward")
+        backward.argtypes = [tensor] * 7 + settings + [ctypes.c_int32, context]
+    library.twinfuse_conv_output_size.argtypes = [ctypes.c_int64] * 6
+    library.twinfuse_conv_output_size.restype = ctypes.c_int64
     return library
+
+
+def settings(case: Case) -> list[CConv]:
+    """The arguments of `SETTINGS` for a case; what is behind the last dimension is garbage."""
+    if not isinstance(case, ConvCase):
+        return []
+
+    def each(values: Iterable[int]) -> ctypes.Array[ctypes.c_int64]:
+        return (ctypes.c_int64 * 2)(*[*values, -(1 << 62)][:2])
+
+    low, high = zip(*case.padding, strict=True)
+    return [CConv(each(case.stride), each(case.dilation), each(low), each(high), case.groups)]
 
 
 def last_error() -> str:
@@ -80,6 +114,32 @@ def tensor(
 def operand_tensor(operand: Operand, dtype: str) -> CTensor:
     address = operand.base.ctypes.data + operand.offset * operand.base.itemsize
     return tensor(address, dtype, operand.sizes, operand.strides)
+
+
+def guarded(operand: Operand, at_end: bool) -> Operand:
+    """A copy of `operand` whose last (or first) element touches a page that may not be accessed."""
+    width = operand.base.itemsize
+    reach = sum(
+        (size - 1) * stride for size, stride in zip(operand.sizes, operand.strides, strict=True)
+    )
+    extent = reach + 1 if 0 not in operand.sizes else 0
+    pages = -(-max(extent * width, 1) // mmap.PAGESIZE)
+    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    for guard in (address, address + (pages + 1) * mmap.PAGESIZE):
+        result = protect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), 0)
+        assert result == 0, os.strerror(ctypes.get_errno())
+    start = mmap.PAGESIZE + (pages * mmap.PAGESIZE - extent * width if at_end else 0)
+    base = np.frombuffer(memory, operand.base.dtype, extent, start)
+    base[...] = operand.base[operand.offset : operand.offset + extent]
+    return Operand(base, operand.sizes, operand.strides, 0)
+
+
+def guarded_problem(problem: Problem, at_end: bool) -> Problem:
+    """`problem` with all its operands guarded."""
+    named = {name: getattr(problem, name) for name in OPERANDS}
+    return replace(problem, **{name: guarded(a, at_end) for name, a in named.items() if a})
 
 
 @dataclass
@@ -210,15 +270,15 @@ def forward(
     """Output of the core for `problem`, in storage dtype."""
     lender = lender or Lender()
     case, dtype = problem.case, problem.dtype
-    output = make_output((*case.leading, case.n), dtype, output_layout)
+    output = make_output(case.output_sizes, dtype, output_layout)
     bias = None if problem.bias is None else operand_tensor(problem.bias, dtype)
-    context = lender.context()
-    status = load().twinfuse_linear_relu_forward(
+    status = getattr(load(), f"twinfuse_{case.op}_forward")(
         output.tensor,
         operand_tensor(problem.input, dtype),
         operand_tensor(problem.weight, dtype),
         bias,
-        context,
+        *settings(case),
+        lender.context(),
     )
     if status != OK:
         raise CallFailed(status, f"{case.id} {dtype}")
@@ -237,28 +297,29 @@ def backward(
     output_layout: str = "contiguous",
     wanted: tuple[str, ...] = GRADIENTS,
     make_output: MakeOutput = Output.poisoned,
+    grad_layout: str | None = None,
 ) -> dict[str, Array]:
-    """Gradients of the core, by name; `output_layout` holds for `output` and all gradients."""
+    """Gradients of the core, by name; `output` and, if not told else, they have `output_layout`."""
     lender = lender or Lender()
     case, dtype = problem.case, problem.dtype
-    sizes = {
-        "grad_input": (*case.leading, case.k),
-        "grad_weight": (case.n, case.k),
-        "grad_bias": (case.n,),
+    sizes = (case.input_sizes, case.weight_sizes, case.weight_sizes[:1])
+    grads = {
+        name: make_output(size, dtype, grad_layout or output_layout)
+        for name, size in zip(GRADIENTS, sizes, strict=True)
+        if name in wanted
     }
-    grads = {name: make_output(sizes[name], dtype, output_layout) for name in wanted}
-    saved = make_output((*case.leading, case.n), dtype, output_layout)
+    saved = make_output(case.output_sizes, dtype, output_layout)
     saved.operand.view[...] = output
-    context = lender.context()
-    status = load().twinfuse_linear_relu_backward(
+    status = getattr(load(), f"twinfuse_{case.op}_backward")(
         *(grads[name].tensor if name in grads else None for name in GRADIENTS),
         operand_tensor(problem.grad_output, dtype),
         saved.tensor,
         # What no gradient asked for reads is not lent.
         operand_tensor(problem.input, dtype) if "grad_weight" in wanted else None,
         operand_tensor(problem.weight, dtype) if "grad_input" in wanted else None,
+        *settings(case),
         RELU_GRADS[relu_grad],
-        context,
+        lender.context(),
     )
     if status != OK:
         raise CallFailed(status, f"{case.id} {dtype}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from tests.cases import ROUNDOFF, SMALLEST, Array, decode, encode, flushed
+from tests.arrays import ROUNDOFF, SMALLEST, Array, decode, encode, flushed
 
 
 def assert_within_twice(

@@ -36,8 +36,8 @@ assert library is not None, reason
 assert '/$base/' in str(_core.LIBRARY), _core.LIBRARY
 "
 if [ $# -eq 0 ]; then
-  set -- -q -m "not slow" tests/test_core*.py tests/test_isa.py tests/test_linear_relu*.py \
-    tests/test_cross_framework.py
+  set -- -q -m "not slow" tests/test_core*.py tests/test_properties.py tests/test_isa.py \
+    tests/test_linear_relu*.py tests/test_conv_relu*.py tests/test_cross_framework.py
 fi
 # A report of the sanitizer ends the process: it must not be in a file of pytest's by then.
 exec "$python" -m pytest -p no:cacheprovider --capture=sys "$@"

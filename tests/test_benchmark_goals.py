@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("rich")
 
-from benchmarks import linear_relu
+from benchmarks import conv_relu, linear_relu
 from benchmarks.goals import ALL_PEERS, MEMORY_RESOLUTION, Goal, judge, memory_ratio
 from benchmarks.harness import Candidate, Timing
 from benchmarks.limits import Limits
+from benchmarks.linear_relu import LinearShape
 from benchmarks.operands import Section, Shape
 from benchmarks.results import CaseResult, MemoryUse, RunResult, SectionResult
 
@@ -49,7 +50,7 @@ def synthetic_run(
     return RunResult("linear_relu", {}, limits or machine_limits(), [section])
 
 
-A, B = (8, 8, 8), (16, 16, 16)
+A, B = LinearShape(8, 8, 8), LinearShape(16, 16, 16)
 # Against eager 2x and 4x; against the best peer 0.5x and 2x.
 TIMES = {A: {OWN: 1.0, EAGER: 2.0, FUSED: 0.5}, B: {OWN: 1.0, EAGER: 4.0, FUSED: 2.0}}
 
@@ -108,8 +109,14 @@ def test_memory_ratio_takes_the_worse_view_and_ignores_noise() -> None:
     assert memory_ratio(MemoryUse(10 << 20, 300), MemoryUse(20 << 20, 200)) == 1.5
 
 
-def test_the_goals_name_sections_candidates_and_shapes_that_exist() -> None:
-    sections = {s.name: s for s in linear_relu.SECTIONS}
-    for goal in linear_relu.GOALS:
-        assert set(goal.shapes) <= set(sections[goal.section].shapes), goal.sentence
-    assert len({s.name for s in linear_relu.SECTIONS}) == len(linear_relu.SECTIONS)
+@pytest.mark.parametrize("op", [linear_relu, conv_relu], ids=["linear_relu", "conv_relu"])
+def test_the_goals_name_sections_and_shapes_that_exist(op: Any) -> None:
+    sections = {s.name: s for s in op.SECTIONS}
+    for goal in op.GOALS:
+        shapes = sections[goal.section].shapes
+        assert set(goal.shapes) <= set(shapes), goal.sentence
+        # A shape where its candidate is not measured would keep a goal from ever being reached.
+        framework = "tensorflow" if "TF" in goal.own or "tf" in goal.own else "torch"
+        served = [framework in op.frameworks_of(shape) for shape in goal.shapes or shapes]
+        assert all(served), goal.sentence
+    assert len({s.name for s in op.SECTIONS}) == len(op.SECTIONS)

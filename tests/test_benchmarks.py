@@ -16,7 +16,8 @@ import pytest
 
 pytest.importorskip("rich")
 
-from benchmarks import linear_relu, memory, operands
+from benchmarks import conv_relu, linear_relu, memory, operands
+from benchmarks.candidates import NATIVE
 from benchmarks.goals import MEMORY_RESOLUTION
 from benchmarks.harness import (
     Candidate,
@@ -165,7 +166,7 @@ def test_no_compiler_is_said_and_gives_no_share(
     limits.probe()
     load.cache_clear()
     assert "no-such-compiler" in limits.error
-    run = synthetic_run({(4, 4, 4): {OWN: 1.0}}, limits)
+    run = synthetic_run({linear_relu.LinearShape(4, 4, 4): {OWN: 1.0}}, limits)
     value, unit, bound, share = rate(run.sections[0].cases[0], OWN, limits, "float32")
     assert (unit, bound) == ("GFLOP/s", "") and math.isnan(share) and value > 0
 
@@ -176,7 +177,10 @@ def test_check_drops_what_fails_or_is_wrong_and_reports_missing_kernels() -> Non
 
     right = np.full((2, 2), 3.0)
     case = Case(
-        [
+        reference=[right],
+        flops=1.0,
+        traffic=1,
+        candidates=[
             Candidate("right", "PyTorch", lambda: [right]),
             Candidate("wrong", "PyTorch", lambda: [right + 1]),
             Candidate("NaN", "PyTorch", lambda: [right * np.nan]),
@@ -184,10 +188,6 @@ def test_check_drops_what_fails_or_is_wrong_and_reports_missing_kernels() -> Non
             Candidate("fails", "PyTorch", fail),
             Candidate(OWN, "PyTorch", lambda: [right], own=True),
         ],
-        reference=[right],
-        outputs=lambda candidate, result: result,
-        flops=1.0,
-        traffic=1,
     )
     sound, kernels = check(case, "float32", "linear_relu")
     assert [c.name for c in sound] == ["right", OWN]
@@ -198,16 +198,28 @@ def test_check_drops_what_fails_or_is_wrong_and_reports_missing_kernels() -> Non
     assert synthetic_run(TIMES).problems() == []
 
 
-def test_reference_gradients_are_derivatives() -> None:
-    own = linear_relu.Operands.random((3, 5, 4))
-    _, grad_input, grad_weight, grad_bias = own.reference("training")
+@pytest.mark.parametrize(
+    ("op", "text"),
+    [
+        (linear_relu, "3x5x4"),
+        (conv_relu, "N2 C6 7x5 K4 3x2 s2 p1 g2 NCHW"),
+        (conv_relu, "N2 C4 9 K3 4 NWC"),
+        (conv_relu, "N2 C3 5x5 K4 3x3 NHWC"),
+    ],
+)
+def test_reference_gradients_are_derivatives(op: Any, text: str) -> None:
+    own = op.Operands.random(op.parse_shape(text))
+    _, *grads = own.reference("training")
+    names = ("input", "weight", "bias")[-len(grads) :]
+    assert names == (("weight", "bias") if "C3" in text else ("input", "weight", "bias"))
     step = 1e-6
-    for name, grad in (("input", grad_input), ("weight", grad_weight), ("bias", grad_bias)):
+    for name, grad in zip(names, grads, strict=True):
         value = getattr(own, name)
-        for index in [(0,) * value.ndim, tuple(s - 1 for s in value.shape)]:
+        assert grad.shape == value.shape
+        for index in [(0,) * value.ndim, tuple(s // 2 for s in value.shape)]:
             moved = {**vars(own), name: value.copy()}
             moved[name][index] += step
-            after = linear_relu.Operands(**moved).reference("forward")[0]
+            after = op.Operands(**moved).reference("forward")[0]
             change = ((after - own.reference("forward")[0]) * own.grad_output).sum() / step
             assert change == pytest.approx(grad[index], abs=1e-4)
 
@@ -245,20 +257,22 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("framework", "peers"),
+    ("op", "framework", "peers"),
     [
-        ("torch", {"torch eager", "oneDNN fused"}),
-        ("tensorflow", {"TF eager", "tf.function", "XLA", "Keras Dense eager"}),
+        (linear_relu, "torch", {"torch eager", "oneDNN fused"}),
+        (linear_relu, "tensorflow", {"TF eager", "tf.function", "XLA", "Keras Dense eager"}),
+        (conv_relu, "torch", {"torch eager", "oneDNN fused", "oneDNN prepacked"}),
+        (conv_relu, "tensorflow", {"TF eager", "tf.function", "XLA", "Keras Conv graph"}),
     ],
 )
-def test_a_real_run(framework: str, peers: set[str], tmp_path: Path) -> None:
+def test_a_real_run(op: Any, framework: str, peers: set[str], tmp_path: Path) -> None:
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")
     if not operands.installed([framework]):
         pytest.skip(f"{framework} is not installed")
     data, page = tmp_path / "run.json", tmp_path / "run.html"
     done = run_cli(
-        *("--quick", "--section", "tiny,tiny_training", "--framework", framework),
+        *(op.OP, "--quick", "--section", "tiny,tiny_training", "--framework", framework),
         *("--threads", "1", "--json", str(data), "--html", str(page)),
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -266,7 +280,7 @@ def test_a_real_run(framework: str, peers: set[str], tmp_path: Path) -> None:
         assert word in done.stdout
 
     run = json.loads(data.read_text())
-    assert run["schema"] == 1 and run["op"] == "linear_relu" and run["problems"] == []
+    assert run["schema"] == 1 and run["op"] == op.OP and run["problems"] == []
     environment = run["environment"]
     assert environment["threads"] == 1 and environment["versions"]["twinfuse"]
     assert {"cpu", "isa", "cpu_flags", "commit", "date", "python"} <= set(environment)
@@ -276,7 +290,9 @@ def test_a_real_run(framework: str, peers: set[str], tmp_path: Path) -> None:
         (case,) = section["cases"]
         names = set(case["candidates"])
         missing = peers - names - set(case["skipped"])
-        assert missing <= ({"oneDNN fused"} if section["kind"] == "training" else set())
+        forward_only = {peer for peer in peers if peer.startswith("oneDNN")}
+        assert missing == (forward_only if section["kind"] == "training" else set())
+        assert set(case["notes"]) == {peer for peer in names if peer.endswith("prepacked")}
         own = {n: c for n, c in case["candidates"].items() if c["own"]}
         assert own
         for candidate in case["candidates"].values():
@@ -287,7 +303,7 @@ def test_a_real_run(framework: str, peers: set[str], tmp_path: Path) -> None:
             assert sum(candidate["kernels"].values()) >= 1
             assert set(candidate["ratios"]) == {n for n in names if n not in own}
         assert set(section["geometric_means"]) == set(own)
-    assert len(run["goals"]) == len(linear_relu.GOALS)
+    assert len(run["goals"]) == len(op.GOALS)
     assert {g["reached"] for g in run["goals"]} <= {True, False, None}
 
     parsed = Page()
@@ -297,16 +313,23 @@ def test_a_real_run(framework: str, peers: set[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_peak_memory_of_torch_holds_at_least_the_results() -> None:
+@pytest.mark.parametrize(
+    ("op", "text", "elements"),
+    [
+        (linear_relu, "2048x256x256", 2048 * 256 + 2048 * 256 + 256 * 256 + 256),
+        (conv_relu, "N8 C64 28x28 K64 1x1 NCHW", 2 * 8 * 64 * 28 * 28 + 64 * 64 + 64),
+    ],
+)
+def test_peak_memory_of_torch_holds_at_least_the_results(op: Any, text: str, elements: int) -> None:
     pytest.importorskip("torch")
-    m, k, n = shape = (2048, 256, 256)
-    use = memory.measure("torch eager", "torch", shape, "float32", threads=1)
-    results = 4 * (m * n + m * k + n * k + n)
+    shape = op.parse_shape(text)
+    use = memory.measure(op.OP, NATIVE, "torch", shape, "float32", threads=1)
+    results = 4 * elements
     assert use.allocator is not None and results <= use.allocator <= 4 * results
     assert use.resident is not None and use.resident <= 6 * results
     assert use.resident >= results - MEMORY_RESOLUTION
     with pytest.raises(RuntimeError, match="no candidate 'nobody'"):
-        memory.measure("nobody", "torch", shape, "float32", threads=1)
+        memory.measure(op.OP, "nobody", "torch", shape, "float32", threads=1)
 
 
 def test_a_busy_machine_is_named() -> None:
@@ -318,8 +341,14 @@ def test_a_busy_machine_is_named() -> None:
 
 
 def test_command_line_refuses_what_it_does_not_know() -> None:
-    assert "tiny_training" in run_cli("--list").stdout
-    unknown = run_cli("--section", "nothing")
-    assert unknown.returncode and "expected some of forward" in unknown.stderr
-    shapes = run_cli("--shapes", "64x784")
-    assert shapes.returncode and "expected MxKxN" in shapes.stderr
+    listed = run_cli("--list").stdout
+    assert "Sections of linear_relu" in listed and "Sections of conv_relu" in listed
+    assert "[s<stride>]" in listed
+    for arguments, message in (
+        (["--section", "nothing"], "expected some of forward"),
+        (["linear_relu", "--shapes", "64x784"], "expected MxKxN"),
+        (["conv_relu", "--shapes", "N8 C64 56x56 K64 3x3"], "expected N8 C64 56x56 K64 3x3 [s"),
+        (["--shapes", "64x784x128"], "expected an op"),
+    ):
+        refused = run_cli(*arguments)
+        assert refused.returncode and message in refused.stderr, arguments

@@ -9,18 +9,11 @@ import pytest
 
 import twinfuse
 from tests import conftest
-from tests.cases import (
-    CASES,
-    DTYPES,
-    ROUNDOFF,
-    LinearCase,
-    build,
-    decode,
-    encode,
-    flushed,
-    lay_out,
-    reference64,
-)
+from tests.arrays import DTYPES, ROUNDOFF, decode, encode, flushed, lay_out
+from tests.cases import CASES as LINEAR
+from tests.conv_cases import CASES as CONV
+from tests.core_cases import BY_ID
+from tests.problem import Case, build, reference64
 from tests.rule import assert_same_bits, assert_within_twice
 
 NUMBERS = np.array([[1.0, -2.0, 3.5], [0.25, 8.0, -0.125]])
@@ -111,6 +104,12 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
         ("broadcast_rows", (0, 0, 1), 0),
         ("broadcast_columns", (15, 5, 0), 0),
         ("scalar", (0, 0, 0), 0),
+        ("channels_last", (15, 1, 3), 0),
+        ("channels_last padded", (60, 1, 12), 0),
+        ("channels_last misaligned", (15, 1, 3), 1),
+        ("channels_last broadcast_columns", (15, 0, 3), 0),
+        ("hwio", (1, 2, 6), 0),
+        ("broadcast_batch", (0, 5, 1), 0),
     ],
 )
 def test_layouts(layout: str, strides: tuple[int, ...], offset: int, dtype: str) -> None:
@@ -125,22 +124,32 @@ def test_layouts(layout: str, strides: tuple[int, ...], offset: int, dtype: str)
         assert operand.values[0, 0, 0] == -7 and np.isfinite(operand.values).all()
 
 
-def test_case_names_are_unique_and_arrays_reproducible() -> None:
-    assert len({case.id for case in CASES}) == len(CASES)
-    first, second = (build(CASES[-1], "float32") for _ in range(2))
+def test_overlapping_layouts_share_elements() -> None:
+    operand = lay_out(np.arange(30.0).reshape(2, 3, 5), "overlapping", "float32")
+    assert (operand.sizes, operand.strides) == ((2, 3, 5), (5, 3, 1))
+    assert np.isfinite(operand.values).all()
+    np.testing.assert_array_equal(operand.values[:, 0, 3:], operand.values[:, 1, :2])
+
+
+@pytest.mark.parametrize("table", [LINEAR, CONV], ids=["linear_relu", "conv_relu"])
+def test_case_names_are_unique_and_arrays_reproducible(table: tuple[Case, ...]) -> None:
+    assert len({case.id for case in table}) == len(table)
+    first, second = (build(table[-1], "float32") for _ in range(2))
     assert_same_bits(first.input.base, second.input.base, "input")
     assert first.input.base is not second.input.base
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_cases_say_something(case: LinearCase, dtype: str) -> None:
+@pytest.mark.parametrize("case", BY_ID.values(), ids=[name.replace(" ", "-") for name in BY_ID])
+def test_cases_say_something(case: Case, dtype: str) -> None:
     problem = build(case, dtype)
     output = reference64(problem, "select").output
-    if output.size == 0 or case.k == 0 or (case.values == "denormal" and flushed(dtype)):
+    if output.size == 0 or case.terms[0] == 0 or (case.values == "denormal" and flushed(dtype)):
         return
     gradient = problem.grad_output.values
-    assert (gradient != 0).mean() > 0.9, "too much of the gradient was zeroed at the kink"
+    # Without a bias, windows that lie in the padding are exactly at the kink.
+    seen = case.pre_activation(np.ones(case.input_sizes), np.ones(case.weight_sizes), None) > 0
+    assert (gradient != 0)[seen].mean() > 0.9, "too much of the gradient was zeroed at the kink"
     if case.values == "dead":
         assert (output == 0).all()
     elif output.size > 20:
@@ -157,21 +166,22 @@ def test_cases_say_something(case: LinearCase, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_of_the_table_do_not_hang_on_the_kink(dtype: str) -> None:
     """A mask from outputs that are wrong by some roundings gives the same gradients."""
-    for case in CASES:
+    for case in BY_ID.values():
         if case.values in ("normal", "large"):
             problem = build(case, dtype)
             exact = reference64(problem, "select")
-            x, w = np.abs(problem.input.values), np.abs(problem.weight.values)
-            shift = ROUNDOFF["float64" if dtype == "float64" else "float32"] * (x @ w.T)
-            z = np.asarray(problem.input.values) @ problem.weight.values.T
-            z = z if problem.bias is None else z + problem.bias.values
+            x, w = problem.input.values, problem.weight.values
+            bias = None if problem.bias is None else problem.bias.values
+            magnitude = case.pre_activation(np.abs(x), np.abs(w), None)
+            shift = ROUNDOFF["float64" if dtype == "float64" else "float32"] * magnitude
+            z = case.pre_activation(x, w, bias)
             for moved in (z + shift, z - shift):
                 other = reference64(problem, "select", output=np.maximum(moved, 0))
                 np.testing.assert_array_equal(other.grad_bias, exact.grad_bias)
 
 
 def test_relu_rules_differ_only_at_nan_and_masked_nonfinite_gradients() -> None:
-    case = next(case for case in CASES if case.id == "nonfinite")
+    case = BY_ID["linear_relu nonfinite"]
     problem = build(case, "float32")
     select, multiply = (reference64(problem, rule) for rule in ("select", "multiply"))
     assert not np.array_equal(select.grad_bias, multiply.grad_bias, equal_nan=True)

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import mmap
-import os
+import re
 import threading
 
 import numpy as np
 import pytest
 
-from tests.cases import (
-    CASES,
-    DTYPES,
-    STORAGE,
-    LinearCase,
-    Operand,
-    Problem,
-    build,
-    encode,
-)
+from tests.arrays import DTYPES, STORAGE, Operand, encode, lay_out
+from tests.cases import LinearCase
 from tests.conftest import skip
+from tests.conv_cases import ConvCase
 from tests.core_api import (
     GRADIENTS,
     OK,
@@ -32,39 +24,19 @@ from tests.core_api import (
     Output,
     backward,
     forward,
+    guarded,
+    guarded_problem,
     last_error,
     load,
     operand_tensor,
     tensor,
 )
+from tests.core_cases import BY_ID, every_case, every_dtype, parametrize
+from tests.problem import OPERANDS, Case, build
 from tests.rule import assert_same_bits
 from twinfuse import _core
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-BY_ID = {case.id: case for case in CASES}
-
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-
-
-def guarded(operand: Operand, at_end: bool) -> Operand:
-    """A copy of `operand` whose last (or first) element touches a page that may not be accessed."""
-    width = operand.base.itemsize
-    reach = sum(
-        (size - 1) * stride for size, stride in zip(operand.sizes, operand.strides, strict=True)
-    )
-    extent = reach + 1 if 0 not in operand.sizes else 0
-    pages = -(-max(extent * width, 1) // mmap.PAGESIZE)
-    memory = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    protect = ctypes.CDLL(None, use_errno=True).mprotect
-    for guard in (address, address + (pages + 1) * mmap.PAGESIZE):
-        result = protect(ctypes.c_void_p(guard), ctypes.c_size_t(mmap.PAGESIZE), 0)
-        assert result == 0, os.strerror(ctypes.get_errno())
-    start = mmap.PAGESIZE + (pages * mmap.PAGESIZE - extent * width if at_end else 0)
-    base = np.frombuffer(memory, operand.base.dtype, extent, start)
-    base[...] = operand.base[operand.offset : operand.offset + extent]
-    return Operand(base, operand.sizes, operand.strides, 0)
 
 
 @dataclasses.dataclass
@@ -78,7 +50,7 @@ class PlainOutput(Output):
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "start"])
 @every_dtype
 @every_case
-def test_no_access_outside_any_tensor(case: LinearCase, dtype: str, at_end: bool) -> None:
+def test_no_access_outside_any_tensor(case: Case, layout: str, dtype: str, at_end: bool) -> None:
     """An access one element beyond a tensor ends the process."""
 
     def make_output(sizes: tuple[int, ...], dtype: str, layout: str) -> Output:
@@ -86,19 +58,14 @@ def test_no_access_outside_any_tensor(case: LinearCase, dtype: str, at_end: bool
         return PlainOutput(guarded(operand, at_end), dtype)
 
     problem = build(case, dtype)
-    tight = dataclasses.replace(
-        problem,
-        input=guarded(problem.input, at_end),
-        weight=guarded(problem.weight, at_end),
-        bias=guarded(problem.bias, at_end) if problem.bias else None,
-        grad_output=guarded(problem.grad_output, at_end),
-    )
-    output = forward(problem)
-    assert_same_bits(forward(tight, make_output=make_output), output, "output")
-    grads = backward(problem, output)
-    got = backward(tight, output, make_output=make_output)
+    tight = guarded_problem(problem, at_end)
+    output = forward(problem, output_layout=layout)
+    got = forward(tight, output_layout=layout, make_output=make_output)
+    assert_same_bits(got, output, "output")
+    grads = backward(problem, output, output_layout=layout)
+    tight_grads = backward(tight, output, output_layout=layout, make_output=make_output)
     for name in GRADIENTS:
-        assert_same_bits(got[name], grads[name], name)
+        assert_same_bits(tight_grads[name], grads[name], name)
 
 
 def sparse(size: int) -> mmap.mmap:
@@ -111,11 +78,20 @@ def sparse(size: int) -> mmap.mmap:
         raise
 
 
+FAR = [
+    (LinearCase("far", (5,), 4, 3), 0),
+    (LinearCase("far", (3,), 4, 5), 1),
+    *(
+        (ConvCase("far", 2, 3, (4, 5), 4, (3, 3), (2, 1), ((1, 1), (1, 1)), (1, 1)), dimension)
+        for dimension in range(4)
+    ),
+]
+
+
 @every_dtype
-@pytest.mark.parametrize("dimension", [0, 1], ids=["rows", "columns"])
-def test_strides_beyond_32_bits(dimension: int, dtype: str) -> None:
+@pytest.mark.parametrize(("case", "dimension"), FAR, ids=[f"{c.op}-{d}" for c, d in FAR])
+def test_strides_beyond_32_bits(case: Case, dimension: int, dtype: str) -> None:
     """Neighbours in one dimension lie 2^33 bytes apart, in inputs and outputs alike."""
-    case = LinearCase("far", (5,), 4, 3) if dimension == 0 else LinearCase("far", (3,), 4, 5)
     problem = build(case, dtype)
     memory = sparse(5 << 33)
     base = np.frombuffer(memory, STORAGE[dtype])
@@ -124,8 +100,9 @@ def test_strides_beyond_32_bits(dimension: int, dtype: str) -> None:
 
     def spread(sizes: tuple[int, ...]) -> Operand:
         nonlocal used
-        strides = (far, 1) if dimension == 0 else (1, far)
-        operand = Operand(base, sizes, strides[-len(sizes) :] if len(sizes) > 1 else (far,), used)
+        strides = list(lay_out(np.zeros(sizes), "contiguous", dtype).strides)
+        strides[dimension if len(sizes) > 1 else 0] = far
+        operand = Operand(base, sizes, tuple(strides), used)
         used += 4096  # each operand in pages of its own
         return operand
 
@@ -140,13 +117,8 @@ def test_strides_beyond_32_bits(dimension: int, dtype: str) -> None:
         return PlainOutput(operand, dtype)
 
     assert problem.bias is not None
-    wide = Problem(
-        case,
-        dtype,
-        moved(problem.input),
-        moved(problem.weight),
-        moved(problem.bias),
-        moved(problem.grad_output),
+    wide = dataclasses.replace(
+        problem, **{name: moved(getattr(problem, name)) for name in OPERANDS}
     )
     output = forward(problem)
     assert_same_bits(forward(wide, make_output=make_output), output, "output")
@@ -188,28 +160,36 @@ def test_a_view_of_2_to_60_elements_with_an_empty_output(dtype: str) -> None:
     assert status in (OK, OUT_OF_MEMORY), last_error()
 
 
-FAILING = ("odd_everywhere", "row_keras_weight", "several_blocks", "all_transposed", "grad_of_sum")
+FAILING = parametrize(
+    [
+        *(f"linear_relu {name}" for name in ("odd_everywhere", "row_keras_weight", "grad_of_sum")),
+        *(f"linear_relu {name}" for name in ("several_blocks", "all_transposed")),
+        *(f"conv_relu {name}" for name in ("stem", "several_blocks", "depthwise", "1d")),
+        *(f"conv_relu {name}" for name in ("many_pixels", "groups", "input_nhwc_strided")),
+        *(f"conv_relu {name}" for name in ("several_blocks_of_filters", "pointwise_stride")),
+    ]
+)
 
 
 @every_dtype
-@pytest.mark.parametrize("name", FAILING)
-def test_a_failing_allocator_gives_a_status(name: str, dtype: str) -> None:
+@FAILING
+def test_a_failing_allocator_gives_a_status(case: Case, layout: str, dtype: str) -> None:
     """Each allocation of the call fails once; a call that makes none succeeds."""
-    problem = build(BY_ID[name], dtype)
-    output = forward(problem)
-    backward(problem, output)
+    problem = build(case, dtype)
+    output = forward(problem, output_layout=layout)
+    backward(problem, output, output_layout=layout)
     for role in ("forward", "backward"):
         for failing in range(16):
             lender = Lender("forward", 2, fail_allocation=failing)
             launches = _core.launches()
             try:
                 if role == "forward":
-                    forward(problem, lender)
+                    forward(problem, lender, layout)
                 else:
-                    backward(problem, output, lender=lender)
+                    backward(problem, output, lender=lender, output_layout=layout)
             except CallFailed as failed:
                 assert failed.status == OUT_OF_MEMORY, failed
-                assert last_error().startswith("linear_relu"), last_error()
+                assert re.match(r"(linear|conv\dd)_relu: .*memory", last_error()), last_error()
                 assert _core.launches() == launches, "a kernel that never ran was counted"
                 lender.check()
             else:
@@ -220,19 +200,24 @@ def test_a_failing_allocator_gives_a_status(name: str, dtype: str) -> None:
 
 
 @every_dtype
-def test_a_packed_problem_takes_scratch_from_the_framework(dtype: str) -> None:
+@parametrize(["linear_relu odd_everywhere", "conv_relu several_blocks", "conv_relu stem"])
+def test_a_packed_problem_takes_scratch_from_the_framework(
+    case: Case, layout: str, dtype: str
+) -> None:
     """Without this, the test above could pass without one failing allocation."""
     lender = Lender("forward", 2)
-    problem = build(BY_ID["odd_everywhere"], dtype)
-    output = forward(problem, lender)
-    backward(problem, output, lender=lender)
+    problem = build(case, dtype)
+    output = forward(problem, lender, layout)
+    backward(problem, output, lender=lender, output_layout=layout)
     assert lender.scratch
 
 
 def test_16_threads_call_at_once() -> None:
     """Different cases and dtypes, good calls and bad ones, each thread with its own error text."""
     names = ("row_keras_weight", "seven_rows", "several_blocks", "weight_keras", "denormal")
-    problems = [build(BY_ID[name], dtype) for name in names for dtype in DTYPES]
+    cases = [BY_ID[f"linear_relu {name}"] for name in names]
+    cases += [BY_ID[f"conv_relu {name}"] for name in ("stem", "groups_nhwc", "1d", "denormal")]
+    problems = [build(case, dtype) for case in cases for dtype in DTYPES]
     expected = []
     for problem in problems:
         output = forward(problem)
@@ -278,13 +263,15 @@ def test_16_threads_call_at_once() -> None:
     assert sum(_core.launches().values()) - before == 16 * 10 * 2
 
 
-def test_bias_may_not_be_read_when_it_is_absent() -> None:
+@parametrize(["linear_relu odd_everywhere", "conv_relu three_by_three_no_bias"])
+def test_bias_may_not_be_read_when_it_is_absent(case: Case, layout: str) -> None:
     """A NULL bias and one of zeros give the same bits."""
-    problem = build(BY_ID["odd_everywhere"], "float32")
-    zeros = Operand(np.zeros(problem.case.n, np.float32), (problem.case.n,), (1,), 0)
+    problem = build(case, "float32")
+    zeros = lay_out(np.zeros(case.weight_sizes[0]), "contiguous", "float32")
     with_zeros = dataclasses.replace(problem, bias=zeros)
     assert problem.bias is None and operand_tensor(zeros, "float32").data
-    assert_same_bits(forward(problem), forward(with_zeros), "output")
+    without = forward(problem, output_layout=layout)
+    assert_same_bits(without, forward(with_zeros, output_layout=layout), "output")
 
 
 @pytest.mark.parametrize("k", [3, 4, 8])

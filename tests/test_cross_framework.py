@@ -14,20 +14,28 @@ from pathlib import Path
 import pytest
 
 import twinfuse
-from tests.both import THROUGH, comparable, through_tensorflow, through_torch
-from tests.cases import (
-    CASES,
-    DTYPES,
-    LinearCase,
-    build,
-    decode,
+from tests.arrays import DTYPES, decode
+from tests.both import (
+    TABLES,
+    THROUGH,
+    Arrays,
+    comparable,
+    output_layout,
+    problem_in,
+    through_tensorflow,
+    through_torch,
 )
+from tests.cases import CASES
 from tests.conftest import Launched, require
-from tests.core_api import kernel, load
+from tests.conv_cases import CASES as CONV
+from tests.conv_cases import ConvCase
+from tests.core_api import backward, forward, kernel, load
+from tests.problem import Case, build
 from tests.rule import assert_same_bits
 
 ROOT = Path(__file__).resolve().parent.parent
-BY_ID = {case.id: case for case in CASES}
+LINEAR = {case.id: case for case in CASES}
+CONVOLUTIONS = {case.id: case for case in CONV}
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -51,27 +59,44 @@ def run_process(*arguments: str, **env: str) -> str:
 
 
 @every_dtype
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_same_bits(case: LinearCase, dtype: str, launched: Launched) -> None:
-    problem = build(case, dtype)
-    results = {}
+@pytest.mark.parametrize(
+    ("case", "layout"), TABLES, ids=[f"{c.op}-{c.id}-{layout}".strip("-") for c, layout in TABLES]
+)
+def test_same_bits(case: Case, layout: str, dtype: str, launched: Launched) -> None:
+    problem = problem_in(case, dtype, layout)
+    results: dict[str, Arrays] = {}
     for framework, through in THROUGH.items():
         with (
-            launched(kernel("linear_relu_forward", dtype), times=1),
-            launched(kernel("linear_relu_backward", dtype), times=1),
+            launched(kernel(f"{case.op}_forward", dtype), times=1),
+            launched(kernel(f"{case.op}_backward", dtype), times=1),
         ):
-            results[framework] = comparable(problem, through(problem))
+            # torch decides about the layout of the output, TensorFlow does as it is told.
+            layout = output_layout(problem, results["torch"]) if results else ""
+            results[framework] = comparable(problem, through(problem, layout))
     assert results["torch"].keys() == results["tensorflow"].keys()
     for name, expected in results["torch"].items():
         assert_same_bits(results["tensorflow"][name], expected, f"{name}: TensorFlow")
 
 
 @every_dtype
-def test_denormals_survive_in_both(dtype: str) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("case", CONV, ids=lambda case: case.id)
+def test_tensorflow_has_the_bits_of_the_core(case: ConvCase, layout: str, dtype: str) -> None:
+    """In the layouts, too, that torch gives no output: all of one dimension and of float64."""
+    problem = build(case, dtype)
+    output = forward(problem, output_layout=layout)
+    grads = backward(problem, output, "multiply", output_layout=layout)
+    for name, got in through_tensorflow(problem, layout).items():
+        assert_same_bits(got, {"output": output, **grads}[name], name)
+
+
+@every_dtype
+@pytest.mark.parametrize("case", [LINEAR["denormal"], CONVOLUTIONS["denormal"]], ids=lambda c: c.op)
+def test_denormals_survive_in_both(case: Case, dtype: str) -> None:
     """TensorFlow runs kernels with denormals flushed, torch when told to: neither reaches ours."""
     import torch
 
-    problem = build(BY_ID["denormal"], dtype)
+    problem = build(case, dtype)
     expected = through_torch(problem)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush denormals")
@@ -93,6 +118,7 @@ def test_denormals_survive_in_both(dtype: str) -> None:
 def test_import_order_and_threads_do_not_change_bits(order: str, threads: str) -> None:
     found = json.loads(run_process("-m", "tests.both", order, threads, TWINFUSE_STRICT="1"))
     assert list(found) == order.split(",")
+    # TensorFlow's hold layouts of outputs that torch never gives.
     different = [
         name for name in found["torch"] if found["torch"][name] != found["tensorflow"][name]
     ]
@@ -109,7 +135,9 @@ def test_import_order_and_threads_do_not_change_bits(order: str, threads: str) -
 def test_concurrent_calls_from_both() -> None:
     """16 threads, torch and TensorFlow calls mixed."""
     names = ("seven_rows", "several_blocks", "weight_keras", "denormal", "row_keras_weight")
-    problems = [build(BY_ID[name], dtype) for name in names for dtype in DTYPES]
+    cases = [LINEAR[name] for name in names]
+    cases += [CONVOLUTIONS[name] for name in ("stem", "groups", "1d", "denormal")]
+    problems = [build(case, dtype) for case in cases for dtype in DTYPES]
     expected = [through_torch(problem) for problem in problems]
     failures: list[BaseException] = []
     start = threading.Barrier(16)
@@ -138,7 +166,7 @@ def test_concurrent_calls_from_both() -> None:
 
 def test_one_copy_of_the_core() -> None:
     """Both bindings found the library that Python reads its counters from."""
-    problem = build(BY_ID["seven_rows"], "float32")
+    problem = build(LINEAR["seven_rows"], "float32")
     before = sum(twinfuse.launches().values())
     through_torch(problem)
     through_tensorflow(problem)

@@ -69,7 +69,27 @@ def subclassed() -> Any:
     return model
 
 
-MODELS = [sequential, deferred_sequential, functional, nested, subclassed]
+def convolutional() -> Any:
+    return keras.Sequential(
+        [
+            keras.Input((7,)),
+            layers.Reshape((7, 1)),
+            layers.Conv1D(4, 2, padding="causal", activation="relu"),
+            layers.Reshape((7, 2, 2)),
+            layers.Conv2D(3, 2, 2, padding="same", activation="relu"),
+            layers.Conv2D(3, 1),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+MODELS = [sequential, deferred_sequential, functional, nested, subclassed, convolutional]
+FUSED = {
+    layers.Dense: tfk.layers.Dense,
+    layers.Conv1D: tfk.layers.Conv1D,
+    layers.Conv2D: tfk.layers.Conv2D,
+}
 
 
 def made(build: Any) -> Any:
@@ -100,32 +120,39 @@ def state(model: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("build", MODELS)
 def test_fuse_in_the_middle_of_training(build: Any, launched: Launched) -> None:
+    kernels = "conv_relu" if build is convolutional else "linear_relu"
     native = made(build)
     expected = fit(native, epochs=5)
 
     model = made(build)
-    with launched("linear_relu_", times=0):
+    with launched("linear_relu_", times=0), launched("conv_relu_", times=0):
         losses = fit(model, epochs=2)
     weights = model.get_weights()
     before = state(model)
+    found = [layer for layer in model._flatten_layers() if type(layer) in FUSED]
+    natives = [type(layer) for layer in found]
     assert tfk.fuse(model) is model
     after = state(model)
-    dense = [layer for layer in model._flatten_layers() if isinstance(layer, layers.Dense)]
-    assert [type(d) is tfk.layers.Dense for d in dense] == [True, True, False][-len(dense) :]
+    for layer, cls in zip(found, natives, strict=True):
+        assert type(layer) is (FUSED[cls] if layer.activation is keras.activations.relu else cls)
     assert {k: v for k, v in after.items() if k != "configs"} == {
         k: v for k, v in before.items() if k != "configs"
     }
     for one, other in zip(weights, model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    with launched("linear_relu_forward_", times=16), launched("linear_relu_backward_", times=16):
+    with (
+        launched(f"{kernels}_forward_", times=16),
+        launched(f"{kernels}_backward_", times=16),
+    ):
         losses += fit(model, epochs=2)
-    with launched("linear_relu_forward_", times=2):
+    with launched(f"{kernels}_forward_", times=2):
         fused = model.predict(data(4, 7), verbose=0)
 
     assert tfk.unfuse(model) is model
-    assert all(type(d) is layers.Dense and d.supports_jit for d in dense)
+    assert [type(layer) for layer in found] == natives
+    assert all(layer.supports_jit for layer in found)
     assert not any("_twinfuse_original" in vars(layer) for layer in model._flatten_layers())
-    with launched("linear_relu_", times=0):
+    with launched("linear_relu_", times=0), launched("conv_relu_", times=0):
         np.testing.assert_allclose(model.predict(data(4, 7), verbose=0), fused, atol=1e-5)
         losses += fit(model, epochs=1)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
@@ -141,6 +168,16 @@ def test_unfuse_gives_back_exactly_what_was() -> None:
     assert state(model) == before
     assert first.quantize is quantize and first.supports_jit is False
     assert model.layers[1].supports_jit is True
+
+
+def test_unfuse_of_convolutions_built_fused(launched: Launched) -> None:
+    layer = tfk.layers.Conv2D(5, 3, activation="relu")
+    x = data(2, 6, 7, 3)
+    expected = layer(x)
+    tfk.unfuse(layer)
+    assert type(layer) is layers.Conv2D and layer.supports_jit
+    with launched("conv_relu_", times=0):
+        np.testing.assert_allclose(layer(x), expected, atol=1e-5)
 
 
 def test_unfuse_of_layers_built_fused(launched: Launched) -> None:
@@ -195,16 +232,25 @@ def test_lora_after_fuse(launched: Launched) -> None:
         model(data(4, 7))
 
 
-def test_only_exact_dense_layers_are_fused() -> None:
+def test_only_exact_layers_are_fused(launched: Launched) -> None:
     class Shifted(layers.Dense):  # type: ignore[misc]
         def call(self, inputs: Any, training: bool | None = None) -> Any:
             return super().call(inputs, training=training) + 1
+
+    class Doubled(layers.Conv2D):  # type: ignore[misc]
+        def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+            return 2 * super().convolution_op(inputs, kernel)
 
     keras.utils.clear_session()
     model = keras.Sequential(
         [
             keras.Input((8, 8, 1)),
-            layers.Conv2D(2, 3, activation="relu"),
+            layers.Conv2D(2, 3, activation="relu", name="first"),
+            Doubled(2, 1, activation="relu"),
+            layers.Conv2D(2, 1, activation="tanh"),
+            layers.DepthwiseConv2D(2, activation="relu"),
+            layers.SeparableConv2D(2, 2, activation="relu"),
+            layers.Conv2DTranspose(2, 2, activation="relu"),
             layers.Flatten(),
             Shifted(5, "relu"),
             layers.Dense(6, "tanh"),
@@ -217,15 +263,32 @@ def test_only_exact_dense_layers_are_fused() -> None:
     expected = model.predict(x, verbose=0)
     before = {row.where: row for row in tfk.explain(model)}
     assert "not fused" in before["sequential/last"].reason
+    assert "not fused" in before["sequential/first"].reason
     tfk.fuse(model)
-    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
+    with launched("conv_relu_", times=1), launched("linear_relu_", times=1):
+        np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
     report = twinfuse.explain(model)
     rows = {row.op: row for row in report if row.backend == "native"}
-    assert rows["Conv2D"].reason == rows["LSTM"].reason == "not yet fused"
-    assert "subclass" in rows["Shifted"].reason and "tanh" in rows["Dense"].reason
-    (fused,) = [row for row in report if row.backend == "cpu"]
-    assert fused.where == "sequential/last" and fused.kernel.startswith("linear_relu_forward_f32_")
-    assert "sequential/last" in str(report)
+    assert rows["LSTM"].reason == "not yet fused"
+    for name in ("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"):
+        assert rows[name].reason == "no fused kernel computes it"
+    assert rows["Shifted"].reason == "a subclass of Dense may compute something else"
+    assert rows["Doubled"].reason == "a subclass of Conv2D may compute something else"
+    assert "tanh" in rows["Dense"].reason and "tanh" in rows["Conv2D"].reason
+    fused = {row.where: row.kernel for row in report if row.backend == "cpu"}
+    assert fused["sequential/last"].startswith("linear_relu_forward_f32_")
+    assert fused["sequential/first"].startswith("conv_relu_forward_f32_")
+    assert len(fused) == 2 and "sequential/last" in str(report)
+
+
+@pytest.mark.parametrize("relu", [layers.ReLU, lambda: layers.Activation("relu")])
+def test_a_relu_layer_after_a_convolution_is_reported(relu: Any) -> None:
+    keras.utils.clear_session()
+    model = keras.Sequential([keras.Input((7, 2)), layers.Conv1D(5, 3), relu()])
+    tfk.fuse(model)
+    row = tfk.explain(model)[0]
+    assert "layer of its own: use Conv1D(activation='relu')" in row.reason
+    assert row.backend == "native" and type(model.layers[0]) is layers.Conv1D
 
 
 @pytest.mark.parametrize("relu", [layers.ReLU, lambda: layers.Activation("relu")])

@@ -15,7 +15,7 @@ from tests.core_api import load
 from twinfuse import _core
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("test_core.py", "test_core_memory.py", "test_core_errors.py", "test_properties.py")
+MODULES = [*sorted((ROOT / "tests").glob("test_core*.py")), ROOT / "tests" / "test_properties.py"]
 
 # What Linux calls the features that each build may use.
 FEATURES = {
@@ -57,7 +57,7 @@ def test_core_under(isa: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
     env = {**os.environ, "TWINFUSE_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
-        [*command, *(str(ROOT / "tests" / name) for name in MODULES)],
+        [*command, *map(str, MODULES)],
         env=env,
         cwd=ROOT,
         capture_output=True,

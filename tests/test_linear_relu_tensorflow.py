@@ -7,17 +7,11 @@ import threading
 import numpy as np
 import pytest
 
-from tests.cases import (
-    CASES,
-    DTYPES,
-    LinearCase,
-    Problem,
-    Results,
-    build,
-    reference64,
-)
+from tests.arrays import DTYPES
+from tests.cases import CASES, LinearCase
 from tests.conftest import Launched, require
-from tests.rule import assert_same_bits, assert_within_twice
+from tests.problem import build
+from tests.rule import assert_same_bits
 
 tf = require("tensorflow")
 
@@ -33,36 +27,15 @@ SOME = [
 ]
 
 
-def check(problem: Problem, ours: Results, theirs: Results) -> None:
-    names = ["output", "grad_input", "grad_weight"] + ["grad_bias"] * problem.case.bias
-    expected = reference64(problem, "multiply", output=ours.output)
-    for name in names:
-        assert_within_twice(
-            getattr(ours, name),
-            getattr(theirs, name),
-            getattr(expected, name),
-            f"{problem.case.id} {name}",
-            dtype=problem.dtype,
-        )
-
-
-def poison(problem: Problem) -> None:
-    """Leave NaN in the memory that outputs are about to be allocated from."""
-    shapes = (problem.grad_output.sizes, problem.input.sizes, problem.weight.sizes)
-    for shape in shapes:
-        for _ in range(3):
-            tf.fill(shape, tf.cast(np.nan, problem.dtype)).numpy()
-
-
 @every_dtype
 @every_case
 def test_eager(case: LinearCase, dtype: str, launched: Launched) -> None:
     problem = build(case, dtype)
     given = tf_cases.tensors(problem)
-    poison(problem)
+    tf_cases.poison(problem)
     with launched("linear_relu_forward_", times=1), launched("linear_relu_backward_", times=1):
         ours = tf_cases.run(tftf.linear_relu, given)
-    check(problem, ours, tf_cases.run(tf_cases.native, given))
+    tf_cases.check(problem, ours, tf_cases.run(tf_cases.native, given))
 
 
 @every_dtype
@@ -87,7 +60,7 @@ def test_graph_has_the_bits_of_eager(
     with launched("linear_relu_forward_", times=1), launched("linear_relu_backward_", times=1):
         graph = tf_cases.run(function, given)
     eager = tf_cases.run(tftf.linear_relu, given)
-    for name in ("output", "grad_input", "grad_weight", "grad_bias"):
+    for name in tf_cases.RESULTS:
         assert_same_bits(getattr(graph, name), getattr(eager, name), f"{case.id} {name}")
 
 
@@ -97,23 +70,8 @@ def test_graph_has_the_bits_of_eager(
 def test_higher_gradients(leading: tuple[int, ...], with_bias: bool, graph: bool) -> None:
     operands = tf_cases.operands(*leading)[: 2 + with_bias]
 
-    def third(function):  # type: ignore[no-untyped-def]
-        with tf.GradientTape() as t3:
-            t3.watch(operands)
-            with tf.GradientTape(persistent=True) as t2:
-                t2.watch(operands)
-                with tf.GradientTape() as t1:
-                    t1.watch(operands)
-                    y = tf.reduce_sum(tf.sin(function(*operands)))
-                first = t1.gradient(y, operands)
-                norm = tf.add_n([tf.reduce_sum(tf.sin(g)) for g in first])
-            second = t2.gradient(norm, operands)
-            total = tf.add_n([tf.reduce_sum(tf.cos(g)) for g in second])
-        return first, second, t3.gradient(total, operands)
-
-    ours, theirs = (
-        (tf.function(third) if graph else third)(f) for f in (tftf.linear_relu, tf_cases.native)
-    )
+    run = tf.function(tf_cases.derivatives) if graph else tf_cases.derivatives
+    ours, theirs = (run(f, operands) for f in (tftf.linear_relu, tf_cases.native))
     tf_cases.assert_close(ours, theirs)
     assert all(float(tf.reduce_max(tf.abs(g))) > 0 for g in tf.nest.flatten(ours))
 
@@ -194,7 +152,7 @@ def test_sixteen_threads(launched: Launched) -> None:
         try:
             for _ in range(10):
                 got = tf_cases.run(graph if number % 2 else tftf.linear_relu, given)
-                for name in ("output", "grad_input", "grad_weight", "grad_bias"):
+                for name in tf_cases.RESULTS:
                     assert_same_bits(getattr(got, name), getattr(expected, name), name)
         except BaseException as error:  # a thread's exception would be lost
             wrong.append(error)

@@ -38,24 +38,7 @@ def in_fresh_process(code: str) -> str:
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
 def test_forward_accumulator(leading: tuple[int, ...]) -> None:
     operands = tf_cases.operands(*leading)
-    tangents = [tf_cases.random(*t.shape, seed=1) for t in operands]
-
-    def jvps(function: Any) -> list[Any]:
-        together = tf.autodiff.ForwardAccumulator(operands, tangents)
-        with together as accumulator:
-            results = [accumulator.jvp(function(*operands))]
-        for operand, tangent in zip(operands, tangents, strict=True):
-            with tf.autodiff.ForwardAccumulator(operand, tangent) as accumulator:
-                results.append(accumulator.jvp(function(*operands)))
-            # Forward over reverse: a Hessian-vector product.
-            with tf.autodiff.ForwardAccumulator(operand, tangent) as accumulator:
-                with tf.GradientTape() as tape:
-                    tape.watch(operands)
-                    y = tf.reduce_sum(tf.sin(function(*operands)))
-                results += [accumulator.jvp(g) for g in tape.gradient(y, operands)]
-        return results
-
-    ours, theirs = jvps(tftf.linear_relu), jvps(tf_cases.native)
+    ours, theirs = (tf_cases.forward_mode(f, operands) for f in (tftf.linear_relu, tf_cases.native))
     assert float(tf.norm(ours[0])) > 0
     tf_cases.assert_close(ours, theirs)
 
@@ -66,43 +49,20 @@ def test_forward_accumulator(leading: tuple[int, ...]) -> None:
 def test_jacobian_and_hessian(strict: bool, graph: bool, launched: Launched) -> None:
     operands = tf_cases.operands(3)
 
-    def derivatives(function: Any) -> Any:
-        with tf.GradientTape(persistent=True) as outer:
-            outer.watch(operands)
-            with tf.GradientTape(persistent=True) as tape:
-                tape.watch(operands)
-                y = function(*operands)
-                total = tf.reduce_sum(tf.sin(y))
-            grads = tape.gradient(total, operands)
-        return tape.jacobian(y, operands), outer.jacobian(grads[1], operands)
-
-    run = tf.function(derivatives) if graph else derivatives
+    run = tf.function(tf_cases.jacobians) if graph else tf_cases.jacobians
     with twinfuse.strict(strict), launched(f"linear_relu_{'backward' if strict else 'forward'}_"):
-        ours = run(tftf.linear_relu)
-    tf_cases.assert_close(ours, derivatives(tf_cases.native))
+        ours = run(tftf.linear_relu, operands)
+    tf_cases.assert_close(ours, tf_cases.jacobians(tf_cases.native, operands))
 
 
 @pytest.mark.parametrize("mapped", ["x", "kernel", "bias", "x kernel", "kernel bias", "x bias"])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
 @pytest.mark.allow_fallback
 def test_vectorized_map(mapped: str, leading: tuple[int, ...], launched: Launched) -> None:
-    operands = dict(zip(("x", "kernel", "bias"), tf_cases.operands(*leading), strict=True))
-    stacked = {n: tf_cases.random(4, *operands[n].shape, seed=2) for n in mapped.split()}
-
-    def body(function: Any) -> Any:
-        def one(values: dict[str, Any]) -> tuple[Any, Any]:
-            arguments = list({**operands, **values}.values())
-            with tf.GradientTape() as tape:
-                tape.watch(arguments)
-                y = function(*arguments)
-            return y, tape.gradient(y, arguments)
-
-        return one
-
+    operands = tf_cases.operands(*leading)
     with launched("linear_relu_forward_", times=1 if mapped == "x" else 0):
-        ours = tf.vectorized_map(body(tftf.linear_relu), stacked)
-    signature = (tf.float64, [tf.float64] * 3)
-    theirs = tf.map_fn(body(tf_cases.native), stacked, fn_output_signature=signature)
+        ours = tf_cases.mapped(tf.vectorized_map, tftf.linear_relu, operands, mapped)
+    theirs = tf_cases.mapped(tf_cases.one_by_one, tf_cases.native, operands, mapped)
     tf_cases.assert_close(ours, theirs)
 
 

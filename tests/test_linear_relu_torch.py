@@ -8,13 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.cases import (
-    CASES,
-    DTYPES,
-    LinearCase,
-    build,
-)
+from tests.arrays import DTYPES
+from tests.cases import CASES, LinearCase
 from tests.conftest import Launched, require
+from tests.problem import build
 from tests.rule import assert_same_bits
 
 torch = require("torch")

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.cases import (
-    DTYPES,
-    ROUNDOFF,
-    SMALLEST,
-    LinearCase,
-    Problem,
-    build,
-    decode,
-    lay_out,
-    reference64,
-)
-from tests.core_api import GRADIENTS, Lender, backward, forward
+from tests.arrays import DTYPES, ROUNDOFF, SMALLEST, decode
+from tests.cases import LinearCase
+from tests.conv_cases import ConvCase
+from tests.core_api import GRADIENTS, Lender, backward, forward, guarded_problem
+from tests.problem import Case, Problem, build, reference64, relaid
 from tests.rule import assert_same_bits
 
 EXAMPLES = settings(
@@ -51,13 +43,37 @@ read_layouts = st.sampled_from(
         "broadcast_columns",
     ]
 )
+image_layouts = st.sampled_from(
+    [
+        "contiguous",
+        "channels_last",
+        "channels_last padded",
+        "channels_last misaligned",
+        "hwio",
+        "transposed",
+        "strided",
+        "misaligned",
+        "broadcast_batch",
+        "broadcast_rows",
+        "overlapping",
+    ]
+)
+image_outputs = st.sampled_from(
+    [
+        "contiguous",
+        "contiguous misaligned",
+        "channels_last",
+        "channels_last misaligned",
+        "channels_last padded",
+    ]
+)
 written_layouts = st.sampled_from(
     ["contiguous", "transposed", "strided", "padded", "misaligned", "permuted"]
 )
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> LinearCase:
+def linear_cases(draw: st.DrawFn) -> LinearCase:
     return LinearCase(
         f"property_{draw(st.integers(0, 3))}",
         draw(leading_sizes),
@@ -67,6 +83,44 @@ def cases(draw: st.DrawFn) -> LinearCase:
         draw(read_layouts),
         draw(read_layouts),
         draw(read_layouts),
+        draw(st.sampled_from(["contiguous", "strided", "broadcast_columns"])),
+    )
+
+
+@st.composite
+def conv_cases(draw: st.DrawFn) -> ConvCase:
+    spatial = draw(st.integers(1, 2))
+
+    def each(numbers: st.SearchStrategy[int]) -> tuple[int, ...]:
+        return draw(st.tuples(*[numbers] * spatial))
+
+    kernel, dilation = each(st.integers(1, 5)), each(st.sampled_from([1, 1, 2, 3]))
+    # Images without any padding are read in another way.
+    zeros = draw(st.sampled_from([st.just(0), st.integers(0, 3), st.integers(0, 9)]))
+    padding = tuple(draw(st.tuples(zeros, zeros)) for _ in range(spatial))
+    sizes = []
+    for k, d, (low, high) in zip(kernel, dilation, padding, strict=True):
+        # From images that are just large enough to windows that leave a remainder.
+        least = max(d * (k - 1) + 1 - low - high, 1)
+        sizes.append(least + draw(st.one_of(st.integers(0, 3), st.integers(0, 18))))
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 8]))
+    channels = draw(st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 31, 33, 64, 65])))
+    filters = draw(st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 31, 33, 64, 65])))
+    return ConvCase(
+        f"property_{draw(st.integers(0, 3))}",
+        draw(st.integers(0, 4)),
+        channels if groups == 1 else groups * (1 + channels % 5),
+        tuple(sizes),
+        filters if groups == 1 else groups * (1 + filters % 5),
+        kernel,
+        each(st.sampled_from([1, 1, 2, 2, 3, 5])),
+        padding,
+        dilation,
+        groups,
+        draw(st.booleans()),
+        draw(image_layouts),
+        draw(image_layouts),
+        draw(image_layouts),
         draw(st.sampled_from(["contiguous", "strided", "broadcast_columns"])),
     )
 
@@ -84,33 +138,56 @@ def assert_within_bound(
     )
 
 
+threads = {
+    "order": st.sampled_from(["serial", "reversed", "random", "threads"]),
+    "threads": st.integers(1, 9),
+}
+
+
 @EXAMPLES
 @given(
-    case=cases(),
+    case=linear_cases(),
     dtype=st.sampled_from(DTYPES),
     relu_grad=st.sampled_from(["select", "multiply"]),
-    output_layout=written_layouts,
-    order=st.sampled_from(["serial", "reversed", "random", "threads"]),
-    threads=st.integers(1, 9),
+    layout=written_layouts,
+    **threads,
 )
 def test_any_shape_and_layout(
-    case: LinearCase, dtype: str, relu_grad: str, output_layout: str, order: str, threads: int
+    case: LinearCase, dtype: str, relu_grad: str, layout: str, order: str, threads: int
 ) -> None:
-    problem = build(case, dtype)
-    output = forward(problem, Lender(order, threads), output_layout)
-    grads = backward(problem, output, relu_grad, Lender(order, threads), output_layout)
-    _check_numbers(problem, relu_grad, output, grads)
+    _check(case, dtype, relu_grad, layout, "contiguous", Lender(order, threads))
 
-    plain = dataclasses.replace(
-        problem,
-        **{
-            name: lay_out(getattr(problem, name).values, "contiguous", dtype)
-            for name in ("input", "weight", "bias", "grad_output")
-            if getattr(problem, name) is not None
-        },
-    )
-    assert_same_bits(forward(plain), output, "output of contiguous copies")
-    for name, got in backward(plain, output, relu_grad).items():
+
+@settings(EXAMPLES, max_examples=400)
+@given(
+    case=conv_cases(),
+    dtype=st.sampled_from(DTYPES),
+    relu_grad=st.sampled_from(["select", "multiply"]),
+    layout=image_outputs,
+    **threads,
+)
+def test_any_convolution(
+    case: ConvCase, dtype: str, relu_grad: str, layout: str, order: str, threads: int
+) -> None:
+    _check(case, dtype, relu_grad, layout, layout.split()[0], Lender(order, threads))
+
+
+def _check(
+    case: Case, dtype: str, relu_grad: str, layout: str, plain_layout: str, lender: Lender
+) -> None:
+    """Numbers within the bound, and the bits of `plain_layout` on one thread.
+
+    An access beyond the end of what is read (or before its start) ends the process.
+    """
+    problem = guarded_problem(build(case, dtype), at_end=case.id != "property_0")
+    output = forward(problem, lender, layout)
+    grads = backward(problem, output, relu_grad, lender, layout)
+    _check_numbers(problem, relu_grad, output, grads)
+    plain = relaid(problem, "contiguous")
+    again = forward(plain, output_layout=plain_layout)
+    assert_same_bits(again, output, "output of contiguous copies")
+    again_grads = backward(plain, output, relu_grad, output_layout=plain_layout)
+    for name, got in again_grads.items():
         assert_same_bits(got, grads[name], f"{name} of contiguous copies")
 
 
@@ -120,13 +197,13 @@ def _check_numbers(
     case, dtype = problem.case, problem.dtype
     exact = reference64(problem, relu_grad, output=output)
     x, w, g = (np.abs(a.values) for a in (problem.input, problem.weight, problem.grad_output))
-    g = np.where(decode(output) > 0, g, 0)
-    rows, columns = g.reshape(case.rows, case.n), x.reshape(case.rows, case.k)
-    bias = 0 if problem.bias is None else np.abs(problem.bias.values)
-    assert_within_bound(output, exact.output, x @ w.T + bias, case.k + 1, dtype, "output")
-    magnitudes = (g @ w, rows.T @ columns, rows.sum(axis=0))
+    bias = None if problem.bias is None else np.abs(problem.bias.values)
+    into_output, into_input, into_weight = case.terms
+    magnitude = case.pre_activation(x, w, bias)
+    assert_within_bound(output, exact.output, magnitude, into_output + 1, dtype, "output")
+    magnitudes = case.gradients(np.where(decode(output) > 0, g, 0), x, w)
     for name, magnitude, terms in zip(
-        GRADIENTS, magnitudes, (case.n, case.rows, case.rows), strict=True
+        GRADIENTS, magnitudes, (into_input, into_weight, into_weight), strict=True
     ):
         expected = getattr(exact, name)
         assert_within_bound(grads[name], expected, magnitude, terms, dtype, name)

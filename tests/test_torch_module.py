@@ -176,7 +176,10 @@ def test_explain_lists_it() -> None:
 
 def train(replicate: Any, fused: bool, rank: int) -> tuple[list[Any], int]:
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 1))
+    model = nn.Sequential(
+        *(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1)),
+    )
     replica = replicate(tft.fuse(model) if fused else model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     torch.manual_seed(2 + rank)
@@ -210,7 +213,7 @@ def test_two_processes_train_alike() -> None:
         results = manager.dict()
         torch.multiprocessing.spawn(train_in_process, (port, results), nprocs=2)
         trained = dict(results)
-    for fused, launches in ((True, 8), (False, 0)):
+    for fused, launches in ((True, 16), (False, 0)):
         (first, ran), (second, _) = trained[0, fused], trained[1, fused]
         assert all(torch.equal(a, b) for a, b in zip(first, second))
         assert ran == launches

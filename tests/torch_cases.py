@@ -1,4 +1,4 @@
-"""The cases of `tests.cases` as torch tensors, and the native op they are compared with."""
+"""The cases of the tables as torch tensors, and the native ops they are compared with."""
 
 from __future__ import annotations
 
@@ -6,20 +6,16 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.cases import (
-    LinearCase,
-    Operand,
-    Problem,
-    Results,
-    build,
-    reference64,
-)
+from tests.arrays import Operand
+from tests.conv_cases import ConvCase
+from tests.problem import Case, Problem, Results, build, reference64
 from tests.rule import assert_within_twice
 
 Op = Callable[..., Tensor]
@@ -30,6 +26,36 @@ _PATTERN = 0x80  # new memory is filled with its complement: 3.4e38 in float32, 
 
 def native(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.relu(F.linear(input, weight, bias))
+
+
+def native_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any
+) -> Tensor:
+    conv = F.conv1d if weight.dim() == 3 else F.conv2d
+    return F.relu(conv(input, weight, bias, *args, **options))
+
+
+def conv_calls(case: ConvCase) -> tuple[Op, Op]:
+    """The op with the options of `case`, ours and native.
+
+    Where the padding differs between the two ends, only our operator can say it.
+    """
+    import twinfuse.torch
+
+    low, high = map(list, zip(*case.padding))
+    rest = (case.dilation, case.groups)
+    symmetric = case.symmetric
+    ours = getattr(twinfuse.torch if symmetric else torch.ops.twinfuse, case.name)
+    pads = [n for pair in reversed(case.padding) for n in pair]
+
+    def our_call(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        return ours(x, w, b, case.stride, low if symmetric else low + high, *rest)
+
+    def native_call(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
+        x = x if symmetric else F.pad(x, pads)
+        return native_conv(x, w, b, case.stride, low if symmetric else 0, *rest)
+
+    return our_call, native_call
 
 
 def tensor(operand: Operand, dtype: str) -> Tensor:
@@ -54,16 +80,16 @@ def run(op: Op, problem: Problem) -> Results:
     inputs = arguments(problem)
     output = op(*inputs)
     gradients = torch.autograd.grad(output, inputs, tensor(problem.grad_output, problem.dtype))
-    grad_bias = array(gradients[2]) if problem.bias else np.zeros(problem.case.n)
+    grad_bias = array(gradients[2]) if problem.bias else np.zeros(problem.case.weight_sizes[0])
     return Results(array(output), array(gradients[0]), array(gradients[1]), grad_bias)
 
 
-def check(op: Op, case: LinearCase, dtype: str) -> None:
-    """The op's outputs and gradients are at most twice as far off as the native ones."""
+def check(op: Op, case: Case, dtype: str, rival: Op = native) -> None:
+    """The op's outputs and gradients are at most twice as far off as those of `rival`."""
     problem = build(case, dtype)
     with poisoned_memory():
         ours = run(op, problem)
-    theirs = run(native, problem)
+    theirs = run(rival, problem)
     expected = reference64(problem, "select", output=ours.output)
     for name in ("output", "grad_input", "grad_weight", "grad_bias")[: 4 if case.bias else 3]:
         values = (getattr(results, name) for results in (ours, theirs, expected))

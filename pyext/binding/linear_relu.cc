@@ -12,13 +12,6 @@ namespace twinfuse {
 namespace {
 
 constexpr const char* kOp = "linear_relu";
-constexpr const char* kDtypeReason = "no kernel takes this dtype";
-
-void CheckRank(const View& view, bool fits, const char* expected) {
-  if (fits) return;
-  throw std::runtime_error(std::string(kOp) + ": " + view.name + ": expected " + expected +
-                           ", got shape " + Shape(view.sizes, view.ndim));
-}
 
 Handle ReferenceForward(const Handle& input, const Handle& weight, const Handle& bias) {
   using torch::stable::Tensor;
@@ -44,8 +37,8 @@ Handle Forward(const Handle& input, const Handle& weight, const Handle& bias) {
     return result;
   };
   if (x.dtype < 0) return fall_back(kDtypeReason);
-  CheckRank(x, x.ndim >= 1, "[..., K]");
-  CheckRank(w, w.ndim == 2, "[N, K]");
+  CheckRank(kOp, x, x.ndim >= 1, "[..., K]");
+  CheckRank(kOp, w, w.ndim == 2, "[N, K]");
 
   std::vector<int64_t> sizes(x.sizes, x.sizes + x.ndim);
   sizes.back() = w.sizes[0];
@@ -58,22 +51,11 @@ Handle Forward(const Handle& input, const Handle& weight, const Handle& bias) {
   return output;
 }
 
-struct Gradients {
-  Handle input, weight, bias;
-};
-
 Gradients ReferenceBackward(const Handle& grad_output, const Handle& output, const Handle& input,
                             const Handle& weight, bool want_input, bool want_weight,
                             bool want_bias) {
   using torch::stable::Tensor;
-  using torch::stable::detail::from;
-  const Tensor grad = grad_output.share();
-  const Tensor zeros = torch::stable::new_zeros(grad, {});
-  StableIValue dead[] = {from(output.share()), from(zeros)};
-  Check(torch_call_dispatcher("aten::le", "Tensor", dead, TORCH_ABI_VERSION), "run aten::le");
-  StableIValue masked[] = {dead[0], from(zeros), from(grad)};
-  Check(torch_call_dispatcher("aten::where", "self", masked, TORCH_ABI_VERSION), "run aten::where");
-  const Tensor g = torch::stable::detail::to<Tensor>(masked[0]);
+  const Tensor g = MaskedGradient(grad_output, output);
   const auto rows = [](const Tensor& tensor) {
     return tensor.dim() == 1 ? torch::stable::unsqueeze(tensor, 0)
                              : torch::stable::flatten(tensor, 0, -2);
@@ -108,9 +90,9 @@ Gradients Backward(const Handle& grad_output, const Handle& output, const Handle
     return result;
   };
   if (g.dtype < 0) return fall_back(kDtypeReason);
-  CheckRank(g, g.ndim >= 1, "[..., N]");
-  if (x) CheckRank(*x, x->ndim >= 1, "[..., K]");
-  if (w) CheckRank(*w, w->ndim == 2, "[N, K]");
+  CheckRank(kOp, g, g.ndim >= 1, "[..., N]");
+  if (x) CheckRank(kOp, *x, x->ndim >= 1, "[..., K]");
+  if (w) CheckRank(kOp, *w, w->ndim == 2, "[N, K]");
 
   Gradients gradients;
   std::optional<View> gx, gw, gb;
@@ -121,7 +103,7 @@ Gradients Backward(const Handle& grad_output, const Handle& output, const Handle
     gx.emplace("grad_input", gradients.input, /*written=*/true);
   }
   if (want_weight) {
-    gradients.weight = w ? EmptyLikeMatrix(kOp, "grad_weight", *w)
+    gradients.weight = w ? EmptyLike(kOp, "grad_weight", *w)
                          : Empty(kOp, "grad_weight", g, {g.last_size(), x->last_size()});
     gw.emplace("grad_weight", gradients.weight, /*written=*/true);
   }
@@ -149,13 +131,9 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
   const Handle output = PopTensor(stack[1]);
   const Handle input = PopOptionalTensor(stack[2]);
   const Handle weight = PopOptionalTensor(stack[3]);
-  Gradients gradients = Backward(grad_output, output, input, weight, PopBool(stack[4]),
-                                 PopBool(stack[5]), PopBool(stack[6]));
-  Handle* const results[] = {&gradients.input, &gradients.weight, &gradients.bias};
-  for (size_t i = 0; i < 3; ++i) {
-    if (!*results[i]) *results[i] = UndefinedTensor();
-    stack[i] = results[i]->release();
-  }
+  Backward(grad_output, output, input, weight, PopBool(stack[4]), PopBool(stack[5]),
+           PopBool(stack[6]))
+      .Push(stack);
 }
 
 void Implement(torch::stable::detail::StableLibrary& library) {

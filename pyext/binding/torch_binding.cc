@@ -1,5 +1,6 @@
 #include "torch_binding.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 
@@ -26,12 +27,56 @@ void RunRange(int64_t begin, int64_t end, void* opaque) {
   for (int64_t i = begin; i < end; ++i) range->task(range->argument, i);
 }
 
+// Whether the dimensions lie in memory in another order than theirs, with no gap and no overlap.
+// The stride of a dimension of one element means nothing.
+bool IsPermuted(const View& view) {
+  std::vector<int64_t> order;  // from the fastest to the slowest
+  for (int64_t d = view.ndim; d-- > 0;) {
+    if (view.sizes[d] > 1) order.push_back(d);
+  }
+  const std::vector<int64_t> own = order;
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return view.strides[a] < view.strides[b]; });
+  uint64_t step = 1;
+  for (const int64_t d : order) {
+    if (static_cast<uint64_t>(view.strides[d]) != step) return false;
+    step *= static_cast<uint64_t>(view.sizes[d]);
+  }
+  return order != own;
+}
+
 }  // namespace
+
+Handle EmptyLike(const char* op, const char* name, const View& parameter) {
+  const std::vector<int64_t> sizes(parameter.sizes, parameter.sizes + parameter.ndim);
+  if (!IsPermuted(parameter)) return Empty(op, name, parameter, sizes);
+  return EmptyStrided(op, name, parameter, sizes, parameter.strides);
+}
+
+void Gradients::Push(StableIValue* stack) {
+  for (Handle* gradient : {&input, &weight, &bias}) {
+    if (!*gradient) *gradient = UndefinedTensor();
+    *stack++ = gradient->release();
+  }
+}
+
+torch::stable::Tensor MaskedGradient(const Handle& grad_output, const Handle& output) {
+  using torch::stable::detail::from;
+  const torch::stable::Tensor grad = grad_output.share();
+  const torch::stable::Tensor zeros = torch::stable::new_zeros(grad, {});
+  StableIValue dead[] = {from(output.share()), from(zeros)};
+  Check(torch_call_dispatcher("aten::le", "Tensor", dead, TORCH_ABI_VERSION), "run aten::le");
+  StableIValue masked[] = {dead[0], from(zeros), from(grad)};
+  Check(torch_call_dispatcher("aten::where", "self", masked, TORCH_ABI_VERSION), "run aten::where");
+  return torch::stable::detail::to<torch::stable::Tensor>(masked[0]);
+}
 
 void ReportFallback(const char* op, const std::string& reason) {
   const FallbackCallback callback = fallback_callback.load();
   char message[1024] = "";
-  if (callback != nullptr && callback(op, reason.c_str(), message, sizeof(message)) != 0) {
+  const std::string prefix = std::string(op) + ": ";  // the core's texts begin so
+  const size_t start = reason.compare(0, prefix.size(), prefix) == 0 ? prefix.size() : 0;
+  if (callback != nullptr && callback(op, reason.c_str() + start, message, sizeof(message)) != 0) {
     throw std::runtime_error(message);
   }
 }

@@ -69,6 +69,10 @@ inline Handle PopOptionalTensor(StableIValue value) {
 
 inline bool PopBool(StableIValue value) { return torch::stable::detail::to<bool>(value); }
 
+inline std::vector<int64_t> PopInts(StableIValue value) {
+  return torch::stable::detail::to<std::vector<int64_t>>(value);
+}
+
 // The C++ objects behind the stable operators, used on the reference path only.
 inline Handle Own(const torch::stable::Tensor& tensor) {
   AtenTensorHandle copy = nullptr;
@@ -136,6 +140,12 @@ inline std::string Shape(const int64_t* sizes, int64_t ndim) {
   return text.str();
 }
 
+inline void CheckRank(const char* op, const View& view, bool fits, const char* expected) {
+  if (fits) return;
+  throw std::runtime_error(std::string(op) + ": " + view.name + ": expected " + expected +
+                           ", got shape " + Shape(view.sizes, view.ndim));
+}
+
 // The core trusts the binding that all tensors of a call are on the context's device.
 inline void CheckSameDevice(const char* op, const View& first, const View& other) {
   if (other.device_type == first.device_type && other.device_index == first.device_index) return;
@@ -169,14 +179,9 @@ inline Handle Empty(const char* op, const char* name, const View& like,
   return EmptyStrided(op, name, like, sizes, strides.data());
 }
 
-// A gradient of a matrix parameter takes the parameter's own layout, so that accumulating it needs
-// no copy; a layout with gaps or overlaps becomes contiguous.
-inline Handle EmptyLikeMatrix(const char* op, const char* name, const View& matrix) {
-  const std::vector<int64_t> sizes(matrix.sizes, matrix.sizes + 2);
-  const bool transposed = matrix.strides[0] == 1 && matrix.strides[1] == sizes[0] && sizes[0] > 1;
-  if (!transposed || sizes[1] <= 1) return Empty(op, name, matrix, sizes);
-  return EmptyStrided(op, name, matrix, sizes, matrix.strides);
-}
+// A gradient of a parameter takes the parameter's own layout, so that accumulating it needs no
+// copy; a layout with gaps or overlaps becomes contiguous.
+Handle EmptyLike(const char* op, const char* name, const View& parameter);
 
 // The framework's stream for a CUDA device, looked up at run time so that one binary serves CPU and
 // CUDA builds of torch.
@@ -203,6 +208,19 @@ class Context : public TwinfuseContext {
   std::vector<Handle> scratch_;
   bool parallel_failed_ = false;
 };
+
+// The three gradients of an op with a weight and a bias; one that is not asked for stays empty.
+struct Gradients {
+  Handle input, weight, bias;
+
+  // Onto the stack, where an empty one becomes an undefined tensor (None in Python).
+  void Push(StableIValue* stack);
+};
+
+// `grad_output` where `output` is positive or NaN and else zero, by torch's own operators.
+torch::stable::Tensor MaskedGradient(const Handle& grad_output, const Handle& output);
+
+constexpr const char* kDtypeReason = "no kernel takes this dtype";
 
 // Tells Python that `op` runs on torch's own operators; throws in strict mode.
 void ReportFallback(const char* op, const std::string& reason);

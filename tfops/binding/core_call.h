@@ -6,13 +6,16 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <utility>
 
 #include "absl/container/inlined_vector.h"
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "twinfuse/core.h"
 #include "xla/stream_executor/stream.h"
@@ -54,12 +57,14 @@ class TensorView {
     return view;
   }
 
-  // A [K, N] matrix seen as [N, K].
-  static TensorView Transposed(const tensorflow::Tensor* tensor) {
-    TensorView view = Dense(tensor);
+  // Dimension i of the view is dimension order[i] of the tensor: {1, 0} transposes a matrix.
+  static TensorView Permuted(const tensorflow::Tensor* tensor, absl::Span<const int> order) {
+    TensorView dense = Dense(tensor), view = dense;
     if (tensor == nullptr) return view;
-    std::swap(view.sizes_[0], view.sizes_[1]);
-    std::swap(view.strides_[0], view.strides_[1]);
+    for (size_t i = 0; i < order.size(); ++i) {
+      view.sizes_[i] = dense.sizes_[order[i]];
+      view.strides_[i] = dense.strides_[order[i]];
+    }
     return view;
   }
 
@@ -192,6 +197,17 @@ class CoreCall {
   absl::InlinedVector<tensorflow::Tensor, 2> scratch_;
 };
 
+inline absl::Status Mismatch(absl::string_view op, absl::string_view argument,
+                             absl::string_view expected, absl::string_view got) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(op, ": ", argument, ": expected ", expected, ", got ", got));
+}
+
+inline absl::Status Mismatch(absl::string_view op, absl::string_view argument,
+                             absl::string_view expected, const tensorflow::TensorShape& got) {
+  return Mismatch(op, argument, expected, got.DebugString());
+}
+
 // Base of this shim's kernels: refuses a core built from other headers, which could only crash.
 class CoreOpKernel : public tensorflow::OpKernel {
  public:
@@ -201,6 +217,39 @@ class CoreOpKernel : public tensorflow::OpKernel {
                     "twinfuse: the TensorFlow binding and libtwinfuse.so come from different "
                     "versions: reinstall twinfuse"));
   }
+
+ protected:
+  // Attributes that count optional tensors: a graph from elsewhere may hold any number.
+  static absl::Status CheckOptional(tensorflow::OpKernelConstruction* construction,
+                                    absl::string_view op,
+                                    std::initializer_list<const char*> names) {
+    for (const char* name : names) {
+      int count = 0;
+      TF_RETURN_IF_ERROR(construction->GetAttr(name, &count));
+      if (count > 1) return Mismatch(op, name, "0 or 1", absl::StrCat(count));
+    }
+    return absl::OkStatus();
+  }
+
+  // Leaves `grad` null when the graph does not ask for this gradient.
+  static absl::Status AllocateGrad(tensorflow::OpKernelContext* op, const char* name,
+                                   const tensorflow::TensorShape& shape,
+                                   tensorflow::Tensor** grad) {
+    tensorflow::OpOutputList outputs;
+    TF_RETURN_IF_ERROR(op->output_list(name, &outputs));
+    return outputs.size() == 0 ? absl::OkStatus() : outputs.allocate(0, shape, grad);
+  }
 };
 
 }  // namespace twinfuse
+
+// The GPU kernels make the same call: the core knows what it has for a device and says so.
+#define TWINFUSE_REGISTER_KERNEL(NAME, CLASS, T)                                            \
+  REGISTER_KERNEL_BUILDER(Name(NAME).Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
+                          CLASS);                                                           \
+  REGISTER_KERNEL_BUILDER(Name(NAME).Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"), CLASS);
+#define TWINFUSE_REGISTER_KERNELS(NAME, CLASS)                \
+  TWINFUSE_REGISTER_KERNEL(NAME, CLASS, float)                \
+  TWINFUSE_REGISTER_KERNEL(NAME, CLASS, double)               \
+  TWINFUSE_REGISTER_KERNEL(NAME, CLASS, tensorflow::bfloat16) \
+  TWINFUSE_REGISTER_KERNEL(NAME, CLASS, Eigen::half)

@@ -18,10 +18,8 @@
 namespace twinfuse {
 namespace {
 
-using tensorflow::OpInputList;
 using tensorflow::OpKernelConstruction;
 using tensorflow::OpKernelContext;
-using tensorflow::OpOutputList;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 using tensorflow::shape_inference::DimensionHandle;
@@ -97,37 +95,27 @@ REGISTER_OP("TwinfuseLinearReluGrad")
     .Attr("num_bias: int >= 0")
     .SetShapeFn(BackwardShape);
 
-absl::Status Mismatch(const char* argument, const std::string& expected, const TensorShape& got) {
-  return absl::InvalidArgumentError(absl::StrCat("linear_relu: ", argument, ": expected ", expected,
-                                                 ", got ", got.DebugString()));
-}
+constexpr const char* kOp = "linear_relu";
+constexpr int kTransposed[] = {1, 0};
 
 // The core checks again; what it takes for granted is only that sizes can be read: the ranks.
 absl::Status CheckRanks(const Tensor& x, const Tensor& kernel) {
-  if (x.dims() < 1) return Mismatch("x", "[..., K]", x.shape());
-  if (kernel.dims() != 2) return Mismatch("kernel", "[K, N]", kernel.shape());
+  if (x.dims() < 1) return Mismatch(kOp, "x", "[..., K]", x.shape());
+  if (kernel.dims() != 2) return Mismatch(kOp, "kernel", "[K, N]", kernel.shape());
   const int64_t inner = kernel.dim_size(0);
   if (x.dim_size(x.dims() - 1) != inner) {
     return Mismatch(
-        "x",
+        kOp, "x",
         absl::StrCat("[..., ", inner, "] for a kernel of shape ", kernel.shape().DebugString()),
         x.shape());
   }
   return absl::OkStatus();
 }
 
-absl::Status CheckOptional(const char* name, int count) {
-  if (count <= 1) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("linear_relu: ", name, ": expected 0 or 1, got ", count));
-}
-
 class LinearReluOp : public CoreOpKernel {
  public:
   explicit LinearReluOp(OpKernelConstruction* construction) : CoreOpKernel(construction) {
-    int num_bias = 0;
-    OP_REQUIRES_OK(construction, construction->GetAttr("num_bias", &num_bias));
-    OP_REQUIRES_OK(construction, CheckOptional("num_bias", num_bias));
+    OP_REQUIRES_OK(construction, CheckOptional(construction, kOp, {"num_bias"}));
   }
 
   void Compute(OpKernelContext* op) override {
@@ -137,7 +125,7 @@ class LinearReluOp : public CoreOpKernel {
     OP_REQUIRES_OK(op, CheckRanks(x, kernel));
     const int64_t units = kernel.dim_size(1);
     OP_REQUIRES(op, !bias || (bias->dims() == 1 && bias->dim_size(0) == units),
-                Mismatch("bias", absl::StrCat("[", units, "]"), bias->shape()));
+                Mismatch(kOp, "bias", absl::StrCat("[", units, "]"), bias->shape()));
 
     TensorShape shape = x.shape();
     OP_REQUIRES_OK(op, shape.SetDimWithStatus(shape.dims() - 1, units));
@@ -147,19 +135,16 @@ class LinearReluOp : public CoreOpKernel {
     CoreCall call(op);
     OP_REQUIRES_OK(op, call.Finish(twinfuse_linear_relu_forward(
                            TensorView::Dense(y).get(), TensorView::Dense(&x).get(),
-                           TensorView::Transposed(&kernel).get(), TensorView::Dense(bias).get(),
-                           call.context())));
+                           TensorView::Permuted(&kernel, kTransposed).get(),
+                           TensorView::Dense(bias).get(), call.context())));
   }
 };
 
 class LinearReluGradOp : public CoreOpKernel {
  public:
   explicit LinearReluGradOp(OpKernelConstruction* construction) : CoreOpKernel(construction) {
-    for (const char* name : {"num_x", "num_kernel", "num_bias"}) {
-      int count = 0;
-      OP_REQUIRES_OK(construction, construction->GetAttr(name, &count));
-      OP_REQUIRES_OK(construction, CheckOptional(name, count));
-    }
+    OP_REQUIRES_OK(construction,
+                   CheckOptional(construction, kOp, {"num_x", "num_kernel", "num_bias"}));
   }
 
   void Compute(OpKernelContext* op) override {
@@ -170,8 +155,8 @@ class LinearReluGradOp : public CoreOpKernel {
     OP_REQUIRES_OK(op, CheckRanks(x, kernel));
     TensorShape rows = x.shape();
     OP_REQUIRES_OK(op, rows.SetDimWithStatus(rows.dims() - 1, kernel.dim_size(1)));
-    OP_REQUIRES(op, grad.shape() == rows, Mismatch("grad", rows.DebugString(), grad.shape()));
-    OP_REQUIRES(op, y.shape() == rows, Mismatch("y", rows.DebugString(), y.shape()));
+    OP_REQUIRES(op, grad.shape() == rows, Mismatch(kOp, "grad", rows.DebugString(), grad.shape()));
+    OP_REQUIRES(op, y.shape() == rows, Mismatch(kOp, "y", rows.DebugString(), y.shape()));
 
     Tensor *grad_x = nullptr, *grad_kernel = nullptr, *grad_bias = nullptr;
     OP_REQUIRES_OK(op, AllocateGrad(op, "grad_x", x.shape(), &grad_x));
@@ -179,44 +164,18 @@ class LinearReluGradOp : public CoreOpKernel {
     OP_REQUIRES_OK(op, AllocateGrad(op, "grad_bias", {kernel.dim_size(1)}, &grad_bias));
 
     CoreCall call(op);
-    OP_REQUIRES_OK(
-        op,
-        call.Finish(twinfuse_linear_relu_backward(
-            TensorView::Dense(grad_x).get(), TensorView::Transposed(grad_kernel).get(),
-            TensorView::Dense(grad_bias).get(), TensorView::Dense(&grad).get(),
-            TensorView::Dense(&y).get(), TensorView::Dense(&x).get(),
-            TensorView::Transposed(&kernel).get(), TWINFUSE_RELU_GRAD_MULTIPLY, call.context())));
-  }
-
- private:
-  // Leaves `grad` null when the graph does not ask for this gradient.
-  static absl::Status AllocateGrad(OpKernelContext* op, const char* name, const TensorShape& shape,
-                                   Tensor** grad) {
-    OpOutputList outputs;
-    TF_RETURN_IF_ERROR(op->output_list(name, &outputs));
-    return outputs.size() == 0 ? absl::OkStatus() : outputs.allocate(0, shape, grad);
+    OP_REQUIRES_OK(op, call.Finish(twinfuse_linear_relu_backward(
+                           TensorView::Dense(grad_x).get(),
+                           TensorView::Permuted(grad_kernel, kTransposed).get(),
+                           TensorView::Dense(grad_bias).get(), TensorView::Dense(&grad).get(),
+                           TensorView::Dense(&y).get(), TensorView::Dense(&x).get(),
+                           TensorView::Permuted(&kernel, kTransposed).get(),
+                           TWINFUSE_RELU_GRAD_MULTIPLY, call.context())));
   }
 };
 
-// The GPU kernels make the same call: the core knows what it has for a device and says so.
-#define REGISTER_KERNELS(T)                                                                 \
-  REGISTER_KERNEL_BUILDER(                                                                  \
-      Name("TwinfuseLinearRelu").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"),     \
-      LinearReluOp);                                                                        \
-  REGISTER_KERNEL_BUILDER(                                                                  \
-      Name("TwinfuseLinearRelu").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"),     \
-      LinearReluOp);                                                                        \
-  REGISTER_KERNEL_BUILDER(                                                                  \
-      Name("TwinfuseLinearReluGrad").Device(tensorflow::DEVICE_CPU).TypeConstraint<T>("T"), \
-      LinearReluGradOp);                                                                    \
-  REGISTER_KERNEL_BUILDER(                                                                  \
-      Name("TwinfuseLinearReluGrad").Device(tensorflow::DEVICE_GPU).TypeConstraint<T>("T"), \
-      LinearReluGradOp);
-REGISTER_KERNELS(float)
-REGISTER_KERNELS(double)
-REGISTER_KERNELS(tensorflow::bfloat16)
-REGISTER_KERNELS(Eigen::half)
-#undef REGISTER_KERNELS
+TWINFUSE_REGISTER_KERNELS("TwinfuseLinearRelu", LinearReluOp)
+TWINFUSE_REGISTER_KERNELS("TwinfuseLinearReluGrad", LinearReluGradOp)
 
 }  // namespace
 }  // namespace twinfuse

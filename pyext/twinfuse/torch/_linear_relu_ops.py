@@ -1,34 +1,16 @@
-"""What torch must know about the `linear_relu` operators besides their kernels.
-
-The public operator, `torch.ops.twinfuse.linear_relu`, has fake, autograd, autocast, vmap and FLOP
-rules. The private ones, `_linear_relu` and `_linear_relu_backward`, know no autograd: they are what
-`torch.autograd.Function` calls.
-"""
+"""The `linear_relu` operators: what torch must know about them besides their kernels."""
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from twinfuse.torch import _binding
-
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-_SCHEMAS = (
-    "linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
-    "_linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
-    "_linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, "
-    "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
-)
-
-transforms_active = torch._C._are_functorch_transforms_active
+from twinfuse.torch import _operators
+from twinfuse.torch._operators import Gradients
 
 
 def reference(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,15 +47,16 @@ def reference_backward(
     return grad_input, grad_weight, grad_bias
 
 
-# Without the compiled binding the operators still exist, so that a program exported with them runs.
-missing = _binding.load()
-_library = torch.library.Library("twinfuse", "FRAGMENT")
-if missing:
-    for schema in _SCHEMAS:
-        _library.define(schema)
-    _library.impl("linear_relu", reference, "CompositeImplicitAutograd")
-    _library.impl("_linear_relu", reference, "CompositeExplicitAutograd")
-    _library.impl("_linear_relu_backward", reference_backward, "CompositeExplicitAutograd")
+_operators.define(
+    {
+        "linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor": reference,
+        "_linear_relu(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor": reference,
+        "_linear_relu_backward(Tensor grad_output, Tensor output, Tensor? input, Tensor? weight, "
+        "bool needs_input, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)": (
+            reference_backward
+        ),
+    }
+)
 
 public = torch.ops.twinfuse.linear_relu.default
 # The builtin below an OpOverload skips a Python call.
@@ -98,7 +81,7 @@ class LinearReLU(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Gradients:
         output, input, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if transforms_active():  # torch.autograd.grad(..., is_grads_batched=True)
+        if _operators.transforms_active():  # torch.autograd.grad(..., is_grads_batched=True)
             return reference_backward(grad_output, output, input, weight, *needs)
         if torch.is_grad_enabled():
             # The mask is constant: without `detach` the engine would come back here with zeros.
@@ -153,48 +136,8 @@ class LinearReLUBackward(torch.autograd.Function):
 apply = super(torch.autograd.Function, LinearReLU).apply
 
 
-def _autograd(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if transforms_active() or forward_ad._current_level >= 0:
-        return reference(input, weight, bias)
-    if torch.is_grad_enabled() and (
-        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return apply(input, weight, bias)
-    with torch._C._AutoDispatchBelowAutograd():
-        return public(input, weight, bias)
-
-
-def _autocast(device: str) -> Any:
-    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-    keys = torch._C.DispatchKeySet(key)
-
-    def kernel(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            return public(
-                _cast(input, device, dtype),
-                _cast(weight, device, dtype),
-                None if bias is None else _cast(bias, device, dtype),
-            )
-
-    return kernel
-
-
-def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
-    # The rule of torch's own autocast for linear.
-    wanted = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if wanted and tensor.device.type == device else tensor
-
-
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise as the kernels do, so that a wrong call fails when it is traced."""
-    named = [("weight", weight)] + ([] if bias is None else [("bias", bias)])
-    for name, tensor in named:
-        if tensor.dtype != input.dtype or tensor.device != input.device:
-            raise RuntimeError(
-                f"linear_relu: {name}: expected {input.dtype} on {input.device} like input, got "
-                f"{tensor.dtype} on {tensor.device}"
-            )
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    _operators.check_alike("linear_relu", input, weight, bias)
     torch._check(
         input.dim() >= 1,
         lambda: f"linear_relu: input: expected [..., K], got shape {list(input.shape)}",
@@ -210,17 +153,7 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{list(input.shape)}, got shape {list(weight.shape)}"
         ),
     )
-    if bias is not None:
-        torch._check(
-            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
-            lambda: (
-                f"linear_relu: bias: expected [{weight.shape[0]}], got shape {list(bias.shape)}"
-            ),
-        )
-
-
-def _fake(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check(input, weight, bias)
+    _operators.check_bias("linear_relu", weight, bias)
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
@@ -239,10 +172,9 @@ def _fake_backward(
         grad_input = grad_output.new_empty((*grad_output.shape[:-1], weight.shape[1]))
     if needs_weight:
         assert input is not None
-        n, k = grad_output.shape[-1], input.shape[-1]
-        transposed = weight is not None and weight.stride() == (1, n) and n > 1 and k > 1
+        sizes = (grad_output.shape[-1], input.shape[-1])
         grad_weight = (
-            grad_output.new_empty((k, n)).t() if transposed else grad_output.new_empty((n, k))
+            grad_output.new_empty(sizes) if weight is None else _operators.empty_like(weight)
         )
     if needs_bias:
         grad_bias = grad_output.new_empty((grad_output.shape[-1],))
@@ -299,39 +231,8 @@ def _flops_backward(
     return (needs_input + needs_weight) * _flops(grad_output, (grad_output[-1], k))
 
 
-def _flop_registration() -> Callable[..., Any]:
-    # The flop counter imports Triton if it can, and Triton crashes the process when it is loaded
-    # after TensorFlow 2.21. Without it the counter only loses its view of Triton kernels.
-    hide = "tensorflow" in sys.modules and "triton" not in sys.modules
-    log = logging.getLogger("torch.utils.flop_counter")
-    try:
-        if hide:
-            log.disabled = True
-            sys.modules["triton"] = None  # type: ignore[assignment]
-        from torch.utils.flop_counter import register_flop_formula
-    finally:
-        if hide:
-            log.disabled = False
-            del sys.modules["triton"]
-    return register_flop_formula
-
-
-def _register() -> None:
-    ops = torch.ops.twinfuse
-    register_flop_formula = _flop_registration()
-    register_flop_formula([ops.linear_relu, ops._linear_relu])(_flops)
-    register_flop_formula(ops._linear_relu_backward)(_flops_backward)
-    if missing:
-        return
-    for name in ("linear_relu", "_linear_relu"):
-        torch.library.register_fake(f"twinfuse::{name}", _fake, lib=_library)
-    torch.library.register_fake("twinfuse::_linear_relu_backward", _fake_backward, lib=_library)
-    _library.impl("linear_relu", _autograd, "Autograd")
-    for name in ("_linear_relu", "_linear_relu_backward"):
-        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
-    for device in ("cpu", "cuda"):
-        _library.impl("linear_relu", _autocast(device), f"Autocast{device.upper()}")
-    torch.library.register_vmap("twinfuse::linear_relu", _vmap, lib=_library)
-
-
-_register()
+_operators.register_flops([torch.ops.twinfuse.linear_relu, torch.ops.twinfuse._linear_relu])(_flops)
+_operators.register_flops(torch.ops.twinfuse._linear_relu_backward)(_flops_backward)
+_operators.register("linear_relu", fake=_fake, vmap=_vmap, reference=reference, apply=apply)
+_operators.register_private("_linear_relu", fake=_fake)
+_operators.register_private("_linear_relu_backward", fake=_fake_backward)

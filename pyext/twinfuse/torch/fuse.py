@@ -6,17 +6,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
 from twinfuse.torch import _usage
+from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.linear_relu import linear_relu
-from twinfuse.torch.nn import LinearReLU
+from twinfuse.torch.nn import ConvReLU1d, ConvReLU2d, LinearReLU
 
 __all__ = ["explain", "fuse", "unfuse"]
 
@@ -28,7 +31,14 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# Set on a module whose class `fuse` changed, so that `unfuse` leaves other LinearReLUs alone.
+# What a layer becomes when the ReLU behind it is fused into it, and what reports call it.
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: LinearReLU,
+    nn.Conv1d: ConvReLU1d,
+    nn.Conv2d: ConvReLU2d,
+}
+_NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
+# Set on a module whose class `fuse` changed, so that `unfuse` leaves other fused layers alone.
 _MARK = "_twinfuse_fused"
 
 
@@ -52,7 +62,7 @@ class FusedReLU(nn.Module):
 
 
 def fuse(model: Model, deferred: bool = False) -> Model:
-    """Replace each Linear followed by a ReLU with one fused layer, in place; returns `model`.
+    """Replace each Linear, Conv1d and Conv2d followed by a ReLU with one fused layer, in place.
 
     Pairs are found in `nn.Sequential` (its subclasses too, unless they have a forward method of
     their own), and in modules whose forward method does nothing but pass tensors from one child to
@@ -64,19 +74,22 @@ def fuse(model: Model, deferred: bool = False) -> Model:
     architecture of the model, or add hooks to a pair, before fusing or after `unfuse`.
 
     Args:
-        model: any module; its own class is never changed, except that of a Linear.
+        model: any module; its own class is never changed, except that of such a layer.
         deferred: also fuse what only a running model shows (ReLU called as a function, forward
             methods with branches). Not available yet: True raises NotImplementedError.
     """
     if deferred:
         raise NotImplementedError(
             "fuse(deferred=True) is not available in this version: write the layer as "
-            "twinfuse.torch.nn.LinearReLU, or as an nn.Linear and an nn.ReLU in an nn.Sequential"
+            "twinfuse.torch.nn.LinearReLU (ConvReLU1d, ConvReLU2d), or as an nn.Linear and an "
+            "nn.ReLU in an nn.Sequential"
         )
     for group in _survey(model).groups:
-        for linear in group.linears:
-            _swap_class(linear, nn.Linear, LinearReLU)
-            setattr(linear, _MARK, True)
+        for layer in group.layers:
+            kind = _kind(layer)
+            assert kind is not None
+            _swap_class(layer, kind, _FUSED[kind])
+            setattr(layer, _MARK, True)
         group.parent._modules[group.key] = FusedReLU(group.relu)
     return model
 
@@ -85,7 +98,9 @@ def unfuse(model: Model) -> Model:
     """Undo `fuse`, in place: every layer is of its former class again; returns `model`."""
     for module in list(model.modules()):
         if vars(module).pop(_MARK, False):
-            _swap_class(module, LinearReLU, nn.Linear)
+            for native, fused in _FUSED.items():
+                if isinstance(module, fused):
+                    _swap_class(module, fused, native)
         for key, child in module._modules.items():
             if isinstance(child, FusedReLU):
                 module._modules[key] = child.original
@@ -93,19 +108,20 @@ def unfuse(model: Model) -> Model:
 
 
 def explain(model: nn.Module) -> Report:
-    """One row for each Linear and ReLU of `model`: fused, or native and why."""
+    """One row for each Linear, Conv1d, Conv2d and ReLU of `model`: fused, or native and why."""
     survey = _survey(model)
-    fusible = {id(m) for group in survey.groups for m in (*group.linears, group.relu)}
+    fusible = {id(m) for group in survey.groups for m in (*group.layers, group.relu)}
     report = Report()
     for name, module in model.named_modules():
-        if isinstance(module, LinearReLU):
+        if isinstance(module, tuple(_FUSED.values())):
             report.append(_explain_fused(name, module))
         elif isinstance(module, FusedReLU):
             reason = "in the layer before"
             report.append(Choice(where=name, op="relu", backend="fused", reason=reason))
-        elif isinstance(module, (nn.Linear, nn.ReLU)):
-            op = "linear" if isinstance(module, nn.Linear) else "relu"
-            default = "no ReLU follows" if op == "linear" else "no Linear before it"
+        elif isinstance(module, (*_NAMES, nn.ReLU)):
+            op = next((op for kind, op in _NAMES.items() if isinstance(module, kind)), "relu")
+            before = "no Linear, Conv1d or Conv2d before it"
+            default = before if op == "relu" else "no ReLU follows"
             reason = survey.reasons.get(id(module), default)
             if id(module) in fusible:
                 reason = "can be fused: call fuse(model)"
@@ -113,11 +129,18 @@ def explain(model: nn.Module) -> Report:
     return report
 
 
-def _explain_fused(name: str, layer: LinearReLU) -> Choice:
+def _explain_fused(name: str, layer: Any) -> Choice:
     with torch.no_grad():
         weight, bias = layer.weight, layer.bias
-        example = weight.new_empty((1, layer.in_features))
-        choice = linear_relu.__twinfuse_explain__(example, weight, bias)[0]  # type: ignore[attr-defined]
+        if isinstance(layer, LinearReLU):
+            example = weight.new_empty((1, layer.in_features))
+            (choice,) = explain_call(linear_relu, example, weight, bias)
+        else:
+            op = conv1d_relu if isinstance(layer, ConvReLU1d) else conv2d_relu
+            window = (d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size))
+            example = weight.new_empty((1, layer.in_channels, *window))
+            options = (layer.stride, "valid", layer.dilation, layer.groups)
+            (choice,) = explain_call(op, example, weight, bias, *options)
     return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
 
 
@@ -131,6 +154,11 @@ def _swap_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -
     module.__class__ = type(f"Parametrized{new.__name__}", (new,), members)
 
 
+def _kind(module: nn.Module | None) -> type[nn.Module] | None:
+    """Which of the classes that can be fused a module is of, if it is of no subclass."""
+    return next((kind for kind in _FUSED if _is_exactly(module, kind)), None)
+
+
 def _is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     if module is None or "forward" in vars(module):
         return False
@@ -140,9 +168,9 @@ def _is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
 
 @dataclass
 class _Group:
-    """Linears that one ReLU follows, and where in the model that ReLU is."""
+    """Layers that one ReLU follows, and where in the model that ReLU is."""
 
-    linears: list[nn.Module]
+    layers: list[nn.Module]
     relu: nn.Module
     parent: nn.Module
     key: str
@@ -174,7 +202,7 @@ def _survey(model: nn.Module) -> _Survey:
 
     for parent in model.modules():
         if _usage.is_plain_sequential(parent):
-            groups = _groups_in_sequence(parent)
+            groups = _groups_in_sequence(parent, survey)
             reach = _reach_into_sequential
         elif _usage.calls_nothing(parent):
             continue
@@ -183,12 +211,12 @@ def _survey(model: nn.Module) -> _Survey:
             reach = _reach_into_module
         for group in groups:
             reasons = (
-                *(_why_not(linear, group.relu, uses) for linear in group.linears),
+                *(_why_not(layer, group.relu, uses) for layer in group.layers),
                 *(reach(path, group) for path in paths[id(parent)]),
             )
             reason = next(filter(None, reasons), "")
             if reason:
-                survey.refuse((*group.linears, group.relu), reason)
+                survey.refuse((*group.layers, group.relu), reason)
             else:
                 survey.groups.append(group)
     return survey
@@ -202,11 +230,13 @@ def _walk(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
             yield from _walk(child, (*path, (module, key)))
 
 
-def _why_not(linear: nn.Module, relu: nn.Module, uses: Counter[int]) -> str:
-    if uses[id(linear)] > 1:
-        return "the Linear is used in more than one place"
-    if any(getattr(linear, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks"):
-        return "hooks of the Linear would see the value after the ReLU"
+def _why_not(layer: nn.Module, relu: nn.Module, uses: Counter[int]) -> str:
+    kind = _kind(layer)
+    assert kind is not None
+    if uses[id(layer)] > 1:
+        return f"the {kind.__name__} is used in more than one place"
+    if any(getattr(layer, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks"):
+        return f"hooks of the {kind.__name__} would see the value after the ReLU"
     if any(getattr(relu, hooks) for hooks in _HOOKS):
         return "the ReLU has hooks"
     return ""
@@ -230,7 +260,7 @@ def _reach_into_sequential(path: Path, group: _Group) -> str:
 def _reach_into_module(path: Path, group: _Group) -> str:
     """Why a method but `forward`, or a module above, may call one of the pair by itself."""
     names = {id(child): key for key, child in group.parent._modules.items() if child is not None}
-    for key in (group.key, *(names[id(linear)] for linear in group.linears)):
+    for key in (group.key, *(names[id(layer)] for layer in group.layers)):
         reasons = [_usage.used_outside_forward(group.parent, key)]
         reasons += [_usage.used_from_above(above, key) for above, _ in path]
         if any(reasons):
@@ -238,38 +268,49 @@ def _reach_into_module(path: Path, group: _Group) -> str:
     return ""
 
 
-def _groups_in_sequence(parent: nn.Module) -> Iterator[_Group]:
+def _groups_in_sequence(parent: nn.Module, survey: _Survey) -> Iterator[_Group]:
     children = list(parent._modules.items())
-    for (_, linear), (key, relu) in pairwise(children):
-        if linear and relu and _is_exactly(linear, nn.Linear) and _is_exactly(relu, nn.ReLU):
-            yield _Group([linear], relu, parent, key)
+    for (_, layer), (key, relu) in pairwise(children):
+        if layer and relu and _kind(layer) and _is_exactly(relu, nn.ReLU):
+            yield _Group([layer], relu, parent, key)
+    for (_, layer), (_, norm), (_, relu) in zip(children, children[1:], children[2:]):
+        if layer and isinstance(norm, _BatchNorm) and isinstance(relu, nn.ReLU):
+            survey.refuse((layer, relu), _between(norm))
+
+
+def _between(norm: nn.Module) -> str:
+    return f"a {type(norm).__name__} stands before the ReLU"
 
 
 def _groups_in_forward(parent: nn.Module, survey: _Survey) -> Iterator[_Group]:
     """Direct children of which every call of one is followed by the other, and none else."""
     children = parent._modules
-    linears = {k: m for k, m in children.items() if m and _is_exactly(m, nn.Linear)}
+    layers = {k: m for k, m in children.items() if m and _kind(m)}
     relus = {k: m for k, m in children.items() if m and _is_exactly(m, nn.ReLU)}
-    if not linears:
+    if not layers:
         return
     graph, reason = _usage.trace(parent)
     if graph is None:
-        survey.refuse((*linears.values(), *relus.values()), reason)
+        survey.refuse((*layers.values(), *relus.values()), reason)
         return
 
     calls: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_module":
             calls[str(node.target)].append(node)
-    for key, linear in linears.items():
-        if any(_is_functional_relu(user) for call in calls[key] for user in call.users):
-            survey.refuse([linear], "its ReLU is a function call, not an nn.ReLU")
+    for key, layer in layers.items():
+        users = [user for call in calls[key] for user in call.users]
+        if any(map(_is_functional_relu, users)):
+            survey.refuse([layer], "its ReLU is a function call, not an nn.ReLU")
+        for user in users:
+            norm = children.get(str(user.target))
+            after = [relus[key] for last in user.users if (key := str(last.target)) in relus]
+            if isinstance(norm, _BatchNorm) and after:
+                survey.refuse((layer, *after), _between(norm))
     for relu_key, relu in relus.items():
         before = {node for call in calls[relu_key] for node in call.all_input_nodes}
-        keys = sorted(
-            {str(node.target) for node in before if node.op == "call_module"} & {*linears}
-        )
-        group = [linears[key] for key in keys]
+        keys = sorted({str(node.target) for node in before if node.op == "call_module"} & {*layers})
+        group = [layers[key] for key in keys]
         values = {node for key in keys for node in calls[key]}
         if sum(child is relu for child in children.values()) > 1:
             survey.refuse((*group, relu), f"its ReLU '{relu_key}' has a second name")

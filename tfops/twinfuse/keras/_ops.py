@@ -13,33 +13,46 @@ BACKEND: str = keras.backend.backend()
 
 _RELUS: list[Any] = [keras.activations.relu, keras.ops.relu]
 
-_linear_relu: Callable[[Any, Any, Any], Any] | None = None
+# Of inputs, kernel and bias; a convolution's also of strides, padding, data_format and dilations.
+_linear_relu: Callable[..., Any] | None = None
+_conv_relu: dict[int, Callable[..., Any]] = {}  # by the number of spatial dimensions
 # A backend whose compiler meets our ops and cannot compile them.
 xla_refuses_ops = BACKEND == "tensorflow"
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
-    from twinfuse.tensorflow import _binding
+    from twinfuse.tensorflow import _binding, conv1d_relu, conv2d_relu
     from twinfuse.tensorflow.linear_relu import linear_relu as _linear_relu
 
+    _conv_relu = {1: conv1d_relu, 2: conv2d_relu}
     _RELUS.append(tf.nn.relu)
 
 elif BACKEND == "torch":
     import torch
 
-    import twinfuse.torch
+    from twinfuse.keras import _torch_ops
 
+    _linear_relu = _torch_ops.linear_relu
+    _conv_relu = dict.fromkeys((1, 2), _torch_ops.conv_relu)
     _RELUS += [torch.relu, torch.nn.functional.relu]
-
-    def _linear_relu(x: Any, kernel: Any, bias: Any) -> Any:
-        # A view: the torch op takes [N, K] in any strides.
-        return twinfuse.torch.linear_relu(x, kernel.T, bias)
 
 
 def is_relu(activation: Any) -> bool:
     """Whether `activation` computes max(x, 0) and nothing else."""
     return any(activation is relu for relu in _RELUS)
+
+
+def keep_from_xla(layer: Any) -> None:
+    """Keep Keras from compiling models with `layer` where XLA would meet its op."""
+    if xla_refuses_ops and is_relu(layer.activation):
+        layer.supports_jit = False
+
+
+def own_convolution(layer: Any) -> str:
+    """Why a convolution of a subclass cannot be fused: it uses the hook that Keras has for that."""
+    native = type(layer).convolution_op is keras.layers.Conv2D.convolution_op
+    return "" if native else "its convolution_op is overridden"
 
 
 def missing() -> str:
@@ -52,21 +65,62 @@ def linear_relu(op: str, inputs: Any, kernel: Any, bias: Any) -> Any | None:
 
     Returns None where only the native layer can serve the call; `op` is then named in the warning.
     """
-    if _backend.requested == "reference":
+    if not _serves(op, inputs):
         return None
-    if _linear_relu is None:
-        _backend.fall_back(op, missing())
-        return None
-    if BACKEND == "tensorflow" and isinstance(inputs, tf.SparseTensor):
-        _backend.fall_back(op, "its input is a SparseTensor")
-        return None
-    inputs, kernel = map(keras.ops.convert_to_tensor, (inputs, kernel))
-    bias = None if bias is None else keras.ops.convert_to_tensor(bias)
+    assert _linear_relu is not None
+    inputs, kernel, bias = _tensors(inputs, kernel, bias)
     dtypes = [keras.backend.standardize_dtype(t.dtype) for t in (inputs, kernel)]
     if keras.backend.result_type(*dtypes) != dtypes[1]:
         _backend.fall_back(op, f"its input is {dtypes[0]} and its kernel {dtypes[1]}")
         return None
     return _linear_relu(keras.ops.cast(inputs, dtypes[1]), kernel, bias)
+
+
+def conv_relu(layer: Any, inputs: Any) -> Any | None:
+    """`relu(conv(inputs, kernel) + bias)` with the settings of a `keras.layers.Conv1D` or `Conv2D`.
+
+    Returns None where only the native layer can serve the call.
+    """
+    op = type(layer).__name__
+    if not _serves(op, inputs):
+        return None
+    if reason := own_convolution(layer):
+        _backend.fall_back(op, reason)
+        return None
+    inputs, kernel, bias = _tensors(inputs, layer.kernel, layer.bias)
+    if len(inputs.shape) != layer.rank + 2:
+        _backend.fall_back(op, f"its input has {len(inputs.shape)} dimensions")
+        return None
+    if inputs.dtype != kernel.dtype:
+        dtypes = [keras.backend.standardize_dtype(t.dtype) for t in (inputs, kernel)]
+        _backend.fall_back(op, f"its input is {dtypes[0]} and its kernel {dtypes[1]}")
+        return None
+    outputs = _conv_relu[layer.rank](
+        *(inputs, kernel, bias),
+        strides=layer.strides,
+        padding=layer.padding,
+        data_format=layer.data_format,
+        dilations=layer.dilation_rate,
+    )
+    # The native layer refuses an input that is smaller than a window.
+    return None if 0 in outputs.shape and 0 not in inputs.shape else outputs
+
+
+def _serves(op: str, inputs: Any) -> bool:
+    if _backend.requested == "reference":
+        return False
+    if missing():
+        _backend.fall_back(op, missing())
+        return False
+    if BACKEND == "tensorflow" and isinstance(inputs, tf.SparseTensor):
+        _backend.fall_back(op, "its input is a SparseTensor")
+        return False
+    return True
+
+
+def _tensors(inputs: Any, kernel: Any, bias: Any) -> tuple[Any, Any, Any]:
+    inputs, kernel = map(keras.ops.convert_to_tensor, (inputs, kernel))
+    return inputs, kernel, None if bias is None else keras.ops.convert_to_tensor(bias)
 
 
 def find_kernel(role: str, layer: Any) -> tuple[str, str, str]:
@@ -79,6 +133,6 @@ def find_kernel(role: str, layer: Any) -> tuple[str, str, str]:
         device = _binding.device_type()
         kernel, reason = _binding.find_kernel(role, tf.as_dtype(layer.compute_dtype), device)
     else:
-        device = layer.kernel.value.device.type if layer.built else "cpu"
+        device = layer._kernel.value.device.type if layer.built else "cpu"
         kernel, reason = _core.find_kernel(role, layer.compute_dtype, device)
     return (device if kernel else "reference"), kernel, reason

@@ -11,15 +11,19 @@ import keras
 
 from twinfuse._backend import Choice, Report
 from twinfuse.keras import _ops
-from twinfuse.keras.layers import Dense
+from twinfuse.keras.layers import Conv1D, Conv2D, Dense
 
 Model = TypeVar("Model", bound=keras.layers.Layer)
 
 # Native class -> fused class. A class is swapped only on an exact match: a subclass may compute
 # something else.
-_FUSED = {keras.layers.Dense: Dense}
+_FUSED = {
+    keras.layers.Dense: Dense,
+    keras.layers.Conv1D: Conv1D,
+    keras.layers.Conv2D: Conv2D,
+}
 _NATIVE = {fused: native for native, fused in _FUSED.items()}
-_NOT_YET = ("Conv1D", "Conv2D", "LSTM", "LSTMCell")
+_NOT_YET = ("LSTM", "LSTMCell")
 
 
 @dataclass
@@ -40,9 +44,12 @@ def fuse(model: Model) -> Model:
     layers = list(_flatten(model))
     fused = [layer for layer in layers if _native_reason(layer) == "" and type(layer) in _FUSED]
     for layer in fused:
-        _change(layer, {"quantize": _without_type_check(layer.quantize)})
+        changes: dict[str, Any] = {}
+        if isinstance(layer, keras.layers.Dense):
+            changes["quantize"] = _without_type_check(layer.quantize)
         if _ops.xla_refuses_ops:
-            _change(layer, {"supports_jit": False})
+            changes["supports_jit"] = False
+        _change(layer, changes)
         object.__setattr__(layer, "__class__", _FUSED[type(layer)])
     if fused:
         _retrace(layers)
@@ -74,7 +81,8 @@ def explain(model: keras.layers.Layer) -> Report:
         if reason or type(layer) in _FUSED:
             choice = ("native", "", reason or "not fused: call twinfuse.keras.fuse(model)")
         else:
-            choice = _ops.find_kernel("linear_relu_forward", layer)
+            stem = "linear_relu" if isinstance(layer, Dense) else "conv_relu"
+            choice = _ops.find_kernel(f"{stem}_forward", layer)
         rows.append(Choice(op, *choice, where=layer.path or layer.name))
     return Report(rows)
 
@@ -100,20 +108,25 @@ def _leaves(layer: keras.layers.Layer, seen: set[int]) -> Iterator[keras.layers.
 
 def _native_reason(layer: keras.layers.Layer) -> str:
     """Why `layer` computes natively, fused or not; empty when it can be fused or is."""
-    if not isinstance(layer, keras.layers.Dense):
+    native = next((native for native in _FUSED if isinstance(layer, native)), None)
+    if native is None:
         name = type(layer).__name__
         return "not yet fused" if name in _NOT_YET else "no fused kernel computes it"
-    if type(layer) not in _FUSED and not isinstance(layer, Dense):
-        return "a subclass of Dense may compute something else"
+    if type(layer) not in _FUSED and not isinstance(layer, _FUSED[native]):
+        return f"a subclass of {native.__name__} may compute something else"
     if not _ops.is_relu(layer.activation):
         if any(_is_relu_layer(node.operation) for node in layer._outbound_nodes):
             # Its own output, before the ReLU, may be read at any time (as the output of another
             # model, or by activity_regularizer), so it has to exist.
-            return "the ReLU after it is a layer of its own: use Dense(activation='relu')"
+            return (
+                f"the ReLU after it is a layer of its own: use {native.__name__}(activation='relu')"
+            )
         name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
         return f"its activation is {name}"
     if layer.quantization_mode is not None:
         return f"it is quantized to {layer.quantization_mode}"
+    if native is not keras.layers.Dense and (reason := _ops.own_convolution(layer)):
+        return reason
     return _ops.missing()
 
 

@@ -7,6 +7,7 @@ under `use_backend("reference")` loads anywhere.
 from __future__ import annotations
 
 from twinfuse._backend import use_backend
+from twinfuse.tensorflow.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.tensorflow.linear_relu import linear_relu
 
-__all__ = ["linear_relu", "use_backend"]
+__all__ = ["conv1d_relu", "conv2d_relu", "linear_relu", "use_backend"]

@@ -1,7 +1,8 @@
 """How `tf.vectorized_map` and `GradientTape.jacobian` turn many iterations of an op into one.
 
 Iterations that share kernel and bias become one more leading dimension of the fused op. Where each
-has its own, and for gradients, the work is a batch of products: TensorFlow's batched matmul.
+has its own, and for gradients, the work of linear_relu is a batch of products: TensorFlow's batched
+matmul. That of a convolution is one with more groups, which the fused ops have.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from tensorflow.python.ops.parallel_for import pfor
 
 from twinfuse import _backend
 from twinfuse.tensorflow import _binding
+from twinfuse.tensorflow._windows import Windows
 
 
 def _fall_back(reason: str) -> None:
@@ -78,3 +80,71 @@ def _convert_linear_relu_grad(call: Any) -> list[Any]:
     if call.get_attr("num_bias"):
         outputs.append(pfor.wrap(tf.reduce_sum(g, 1), True))
     return outputs
+
+
+def _merged(call: Any, value: Any, dim: int, rank: int) -> tf.Tensor:
+    """The iterations of a tensor next to each other along its dimension `dim`."""
+    tensor = value.t
+    if not value.is_stacked:
+        iterations = tf.reshape(call.pfor.loop_len_vector, [1])
+        tensor = tf.broadcast_to(tensor, tf.concat([iterations, tf.shape(tensor)], 0))
+    tensor = tf.transpose(tensor, [*range(1, dim + 1), 0, *range(dim + 1, rank + 1)])
+    shape = tf.shape(tensor)
+    merged = [shape[dim] * shape[dim + 1]]
+    return tf.reshape(tensor, tf.concat([shape[:dim], merged, shape[dim + 2 :]], 0))
+
+
+def _divided(call: Any, tensor: tf.Tensor, dim: int, like: tf.Tensor) -> Any:
+    """Undo `_merged`; `like` is the tensor of one iteration."""
+    iterations = tf.reshape(call.pfor.loop_len_vector, [])
+    shape, rank = tf.shape(tensor), like.shape.rank
+    each = [iterations, shape[dim] // iterations]
+    tensor = tf.reshape(tensor, tf.concat([shape[:dim], each, shape[dim + 1 :]], 0))
+    tensor = tf.transpose(tensor, [dim, *range(dim), *range(dim + 1, rank + 1)])
+    tensor.set_shape([None, *like.shape])
+    return pfor.wrap(tensor, True)
+
+
+@pfor.RegisterPFor("TwinfuseConvRelu")
+def _convert_conv_relu(call: Any) -> Any:
+    assert _binding.ops is not None
+    fused, how = _binding.ops.twinfuse_conv_relu, Windows.of(call.op)
+    x, kernel, *bias = call.inputs
+    (like,) = call.op.outputs
+    if not any(value.is_stacked for value in (kernel, *bias)):
+        shape = tf.shape(x.t)
+        together = tf.reshape(x.t, tf.concat([[shape[0] * shape[1]], shape[2:]], 0))
+        y = fused(together, kernel.t, [value.t for value in bias], *how)
+        y = tf.reshape(y, tf.concat([shape[:2], tf.shape(y)[1:]], 0))
+        y.set_shape([None, *like.shape])
+        return pfor.wrap(y, True)
+    rank = how.spatial + 2
+    y = fused(
+        _merged(call, x, rank + how.channels, rank),
+        _merged(call, kernel, rank - 1, rank),
+        [_merged(call, value, 0, 1) for value in bias],
+        *how,
+    )
+    return _divided(call, y, rank + how.channels, like)
+
+
+@pfor.RegisterPFor("TwinfuseConvReluGrad")
+def _convert_conv_relu_grad(call: Any) -> list[Any]:
+    assert _binding.ops is not None
+    how = Windows.of(call.op)
+    rank = how.spatial + 2
+    dims = {"num_x": rank + how.channels, "num_kernel": rank - 1, "num_bias": 0}
+    wanted = {name: call.get_attr(name) for name in dims}
+    grad, y, x, kernel = call.inputs
+    outputs = _binding.ops.twinfuse_conv_relu_grad(
+        *(_merged(call, value, rank + how.channels, rank) for value in (grad, y, x)),
+        _merged(call, kernel, rank - 1, rank),
+        **wanted,
+        **how._asdict(),
+    )
+    places = [dim for name, dim in dims.items() for _ in range(wanted[name])]
+    flat = [tensor for listed in outputs for tensor in listed]
+    return [
+        _divided(call, tensor, dim, like)
+        for tensor, dim, like in zip(flat, places, call.op.outputs)
+    ]

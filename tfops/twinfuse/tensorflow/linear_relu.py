@@ -8,10 +8,10 @@ import tensorflow as tf
 from tensorflow.python.framework.ops import EagerTensor
 
 from twinfuse import _backend
-from twinfuse.tensorflow import _binding, _gradients, _vectorize  # noqa: F401
+from twinfuse.tensorflow import _binding, _calls, _gradients, _vectorize  # noqa: F401
 
-_ROLE = "linear_relu_forward"
-_REFUSED = (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError, TypeError, ValueError)
+_NAME = "linear_relu"
+_REFUSED = _calls.REFUSED
 _fused = None if _binding.ops is None else _binding.ops.twinfuse_linear_relu
 
 
@@ -42,7 +42,7 @@ def linear_relu(x: Any, kernel: Any, bias: Any = None) -> tf.Tensor:
             return _fused(x, kernel, () if bias is None else (bias,))
         except _REFUSED:
             pass
-    return _checked(x, kernel, bias)
+    return _calls.run(_op(), x, kernel, bias)
 
 
 def reference(x: Any, kernel: Any, bias: Any = None) -> tf.Tensor:
@@ -51,40 +51,8 @@ def reference(x: Any, kernel: Any, bias: Any = None) -> tf.Tensor:
     return tf.nn.relu(y if bias is None else y + bias)
 
 
-def _checked(x: Any, kernel: Any, bias: Any) -> tf.Tensor:
-    if _backend.requested == "reference":
-        return reference(x, kernel, bias)
-    for name, value in (("x", x), ("kernel", kernel), ("bias", bias)):
-        if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
-            _backend.fall_back("linear_relu", f"{name} is a {type(value).__name__}")
-            return reference(x, kernel, bias)
-    x, kernel, bias = _convert(x, kernel, bias)
-    _, reason = _choose(x, kernel, bias)
-    if not reason:
-        assert _fused is not None
-        try:
-            return _fused(x, kernel, () if bias is None else (bias,))
-        except tf.errors.UnimplementedError as error:
-            reason = error.message
-    _backend.fall_back("linear_relu", reason)
-    return reference(x, kernel, bias)
-
-
-def _convert(x: Any, kernel: Any, bias: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
-    x = tf.convert_to_tensor(x, name="x")
-    hint = x.dtype.base_dtype
-    kernel = tf.convert_to_tensor(kernel, dtype_hint=hint, name="kernel")
-    if bias is not None:
-        bias = tf.convert_to_tensor(bias, dtype_hint=hint, name="bias")
-    return x, kernel, bias
-
-
-def _choose(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None) -> tuple[str, str]:
-    """`(kernel name, "")`, or `("", why the reference path serves it)`; raises if none can."""
-    reason = _check(x, kernel, bias)
-    if reason:
-        return "", reason
-    return _binding.find_kernel(_ROLE, x.dtype, _binding.device_type(x))
+def _op() -> _calls.Op:
+    return _calls.Op(_NAME, "linear_relu_forward", _fused, reference, _check)
 
 
 def _check(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None) -> str:
@@ -101,7 +69,7 @@ def _check(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None) -> str:
         return "kernel is not known to be a matrix"
     inner, units = kernel.shape
     if x.shape.rank is not None and not x.shape[-1:].is_compatible_with([inner]):
-        _refuse("x", f"[..., {inner}] for kernel {_text(kernel)}", _text(x))
+        _refuse("x", f"[..., {inner}] for kernel {_calls.text(kernel)}", _calls.text(x))
     if bias is None:
         return ""
     if bias.shape.rank == 1 and units is not None and bias.shape[0] == units:
@@ -111,31 +79,16 @@ def _check(x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None) -> str:
         and None not in (bias.shape[0], units)
         and 1 not in (*bias.shape, units)
     ):
-        _refuse("bias", f"[{units}] for kernel {_text(kernel)}", _text(bias))
+        _refuse("bias", f"[{units}] for kernel {_calls.text(kernel)}", _calls.text(bias))
     return f"bias is not known to be of shape [{units}], so it may have to be broadcast"
 
 
-def _text(tensor: tf.Tensor) -> str:
-    return str(tensor.shape.as_list() if tensor.shape.rank is not None else "an unknown shape")
-
-
 def _refuse(argument: str, expected: str, got: str, kind: type[Exception] = ValueError) -> NoReturn:
-    message = f"linear_relu: {argument}: expected {expected}, got {got}"
-    if tf.executing_eagerly():
-        raise tf.errors.InvalidArgumentError(None, None, message)
-    raise kind(message)
+    _calls.refuse(_NAME, argument, expected, got, kind)
 
 
 def _explain(x: Any, kernel: Any, bias: Any = None) -> _backend.Report:
-    if _backend.requested == "reference":
-        name, reason = "", "asked for by use_backend"
-    elif any(isinstance(t, (tf.RaggedTensor, tf.SparseTensor)) for t in (x, kernel, bias)):
-        name, reason = "", "an argument is a ragged or sparse tensor"
-    else:
-        x, kernel, bias = _convert(x, kernel, bias)
-        name, reason = _choose(x, kernel, bias)
-    backend = _binding.device_type(x) if name else "reference"
-    return _backend.Report([_backend.Choice("linear_relu", backend, name, reason)])
+    return _calls.explain(_op(), x, kernel, bias)
 
 
 linear_relu.__twinfuse_explain__ = _explain  # type: ignore[attr-defined]

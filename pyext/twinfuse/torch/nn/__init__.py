@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from twinfuse.torch.nn.conv_relu import ConvReLU1d, ConvReLU2d
 from twinfuse.torch.nn.linear_relu import LinearReLU
 
-__all__ = ["LinearReLU"]
+__all__ = ["ConvReLU1d", "ConvReLU2d", "LinearReLU"]

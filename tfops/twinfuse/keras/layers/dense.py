@@ -19,8 +19,7 @@ class Dense(keras.layers.Dense):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if _ops.xla_refuses_ops and _ops.is_relu(self.activation):
-            self.supports_jit = False
+        _ops.keep_from_xla(self)
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         if _ops.is_relu(self.activation):

@@ -1,0 +1,306 @@
+// Depthwise convolutions: every channel has a filter of its own, so there is no product of matrices
+// in it, and vectors run over channels.
+#pragma once
+
+#include "cpu/epilogue.h"
+#include "cpu/parallel.h"
+#include "cpu/windows.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// One filter per channel.
+inline bool is_depthwise(const Images& weight, int64_t groups) {
+  return groups > 1 && weight.size[kChannel] == 1 && weight.size[0] == groups;
+}
+
+// Slabs of whole rows of windows, one at a time, in the type of the sums.
+template <class T>
+struct DepthwiseSlab {
+  using Acc = typename Convert<T>::Acc;
+  Source<T> source;
+  Slab slab;
+
+  DepthwiseSlab(const Images& image, const Images* mask, int32_t relu_grad, const Windows& rows,
+                const Windows& columns)
+      : source(image_source<T>(image, mask, relu_grad)),
+        slab(slab_of(image, mask, image.size[kChannel], rows, columns, true, false, false)) {
+    slab.height = min64(rows.count, 8);
+    while (slab.height > 1 && bytes() > kSlabBytes) slab.height /= 2;
+  }
+  // With room for the vectors that are read past the last window. There may be no taps at all.
+  int64_t bytes() const {
+    const int64_t elements = max64(slab.size(), 0) + Simd<Acc>::kWidth;
+    return round_up(elements * static_cast<int64_t>(sizeof(Acc)), 64);
+  }
+};
+
+// out[n, p, q, c] = epilogue(sum over taps of image(n, p, q, tap, c) * weight(c, tap)).
+template <class T, class Epilogue>
+class DepthwiseProduct {
+  using Acc = typename Convert<T>::Acc;
+  using S = Simd<Acc>;
+  static constexpr int kWidth = S::kWidth, kPixels = 8;
+  static constexpr int64_t kRun = MultiplyAdd<Acc>::kRun;
+
+ public:
+  DepthwiseProduct(const Images& image, const Images* mask, int32_t relu_grad, const Images& weight,
+                   const Images& out, const Windows& rows, const Windows& columns)
+      : image_(image, mask, relu_grad, rows, columns), weight_(weight), out_(out) {}
+
+  // What the output starts with, and how far its rows and columns are apart.
+  void place(int64_t offset, int64_t row, int64_t column) {
+    offset_ = offset, row_ = row, column_ = column;
+  }
+  void set_bias(const void* bias, int64_t stride) {
+    bias_ = static_cast<const T*>(bias), bias_stride_ = stride;
+  }
+
+  int64_t workers(const TwinfuseContext& context) const {
+    return max64(1, min64(context.num_threads, tasks()));
+  }
+  int64_t bytes(const TwinfuseContext& context) const {
+    return shared_bytes() + image_.bytes() * workers(context);
+  }
+
+  void run(const TwinfuseContext& context, char* space) const {
+    const Windows &rows = image_.slab.rows, &columns = image_.slab.columns;
+    if (tasks() == 0 || columns.count == 0 || channels() == 0) return;
+    Acc* filters = reinterpret_cast<Acc*>(space);
+    Acc* bias = filters + taps() * padded();
+    int64_t* offsets = reinterpret_cast<int64_t*>(bias + padded());
+    prepare(filters, bias, offsets);
+    const int64_t workers = this->workers(context), blocks = ceil_div(rows.count, height());
+    parallel_for(context, workers, [&](int64_t worker) {
+      Acc* slab = reinterpret_cast<Acc*>(space + shared_bytes() + worker * image_.bytes());
+      for (int64_t task = tasks() * worker / workers; task < tasks() * (worker + 1) / workers;
+           task++) {
+        const int64_t image = task / blocks, first = task % blocks * height();
+        const int64_t count = min64(height(), rows.count - first);
+        if (taps()) fill_slab(image_.slab, image_.source, image, first, count, slab);
+        for (int64_t p = 0; p < count; p++)
+          for (int64_t q = 0; q < columns.count; q += kPixels) {
+            const Acc* from = slab + p * image_.slab.window_row() + q * image_.slab.window_step();
+            T* to = static_cast<T*>(out_.data) + offset_ + image * out_.stride[kBatch] +
+                    (first + p) * row_ + q * column_;
+            const int pixels = static_cast<int>(min64(kPixels, columns.count - q));
+            if (pixels == kPixels)
+              pixels_of<kPixels>(from, to, pixels, filters, bias, offsets);
+            else
+              pixels_of<1>(from, to, pixels, filters, bias, offsets);
+          }
+      }
+    });
+  }
+
+ private:
+  int64_t channels() const { return image_.slab.channels; }
+  int64_t padded() const { return round_up(channels(), kWidth); }
+  int64_t taps() const { return image_.slab.rows.taps * image_.slab.columns.taps; }
+  int64_t height() const { return image_.slab.height; }
+  int64_t tasks() const { return out_.size[kBatch] * ceil_div(image_.slab.rows.count, height()); }
+  int64_t shared_bytes() const {
+    const int64_t numbers = (taps() + 1) * padded();
+    return round_up(numbers * sizeof(Acc) + taps() * sizeof(int64_t), 64);
+  }
+
+  void prepare(Acc* filters, Acc* bias, int64_t* offsets) const {
+    const Windows &rows = image_.slab.rows, &columns = image_.slab.columns;
+    for (int64_t t = 0; t < taps(); t++) {
+      const int64_t r = t / columns.taps, s = t % columns.taps;
+      offsets[t] = image_.slab.tap(0, r, s);
+      const T* from = static_cast<const T*>(weight_.data) +
+                      (rows.first_tap + r * rows.tap_step) * weight_.stride[kRow] +
+                      (columns.first_tap + s * columns.tap_step) * weight_.stride[kColumn];
+      fetch_run(from, weight_.stride[0], static_cast<const T*>(nullptr), 0, 0, channels(),
+                filters + t * padded());
+    }
+    for (int64_t c = 0; c < padded(); c++) bias[c] = 0;
+    if (bias_)
+      fetch_run(bias_, bias_stride_, static_cast<const T*>(nullptr), 0, 0, channels(), bias);
+  }
+
+  // `kAtOnce` windows at a time, for every vector of channels.
+  template <int kAtOnce>
+  void pixels_of(const Acc* from, T* to, int pixels, const Acc* filters, const Acc* bias,
+                 const int64_t* offsets) const {
+    const int64_t step = image_.slab.window_step();
+    for (int64_t c = 0; c < channels(); c += kWidth)
+      for (int first = 0; first < pixels; first += kAtOnce) {
+        typename S::V sum[kAtOnce];
+#pragma GCC unroll 8
+        for (int i = 0; i < kAtOnce; i++) sum[i] = S::zero();
+        for (int64_t t = 0; t < taps();) {
+          typename S::V run[kAtOnce];
+#pragma GCC unroll 8
+          for (int i = 0; i < kAtOnce; i++) run[i] = S::zero();
+          for (const int64_t end = min64(taps(), t + kRun); t < end; t++) {
+            const typename S::V filter = S::load(filters + t * padded() + c);
+            const Acc* p = from + first * step + offsets[t] + c;
+#pragma GCC unroll 8
+            for (int i = 0; i < kAtOnce; i++)
+              run[i] = S::fma(S::load(p + i * step), filter, run[i]);
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < kAtOnce; i++) sum[i] = S::add(sum[i], run[i]);
+        }
+        const typename S::V shift = S::load(bias + c);
+#pragma GCC unroll 8
+        for (int i = 0; i < kAtOnce; i++) sum[i] = Epilogue::template apply<S>(sum[i], shift);
+        store<kAtOnce>(to + first * column_ + c * out_.stride[kChannel], sum,
+                       static_cast<int>(min64(kWidth, channels() - c)));
+      }
+  }
+
+  template <int kAtOnce>
+  void store(T* to, const typename S::V* x, int count) const {
+    if (out_.stride[kChannel] == 1) {
+      for (int i = 0; i < kAtOnce; i++) {
+        if (count == kWidth)
+          Convert<T>::store(to + i * column_, x[i]);
+        else
+          Convert<T>::store(to + i * column_, x[i], count);
+      }
+      return;
+    }
+    T each[kAtOnce][kWidth];
+    for (int i = 0; i < kAtOnce; i++) Convert<T>::store(each[i], x[i]);
+    for (int c = 0; c < count; c++)
+      for (int i = 0; i < kAtOnce; i++) to[c * out_.stride[kChannel] + i * column_] = each[i][c];
+  }
+
+  DepthwiseSlab<T> image_;
+  const Images &weight_, &out_;
+  int64_t offset_ = 0, row_ = 0, column_ = 0;
+  const T* bias_ = nullptr;
+  int64_t bias_stride_ = 0;
+};
+
+// The gradient of the weight. Sums run over stretches of a row of windows, then over rows, then
+// over images; images are cut into splits, by their number alone.
+template <class T>
+class DepthwiseGradWeight {
+  using Acc = typename Convert<T>::Acc;
+  using S = Simd<Acc>;
+  static constexpr int kWidth = S::kWidth, kTaps = 12;
+  static constexpr int64_t kRun = MultiplyAdd<Acc>::kRun, kMostSplits = 16;
+
+ public:
+  DepthwiseGradWeight(const Images& input, const Images& grad, const Images& output,
+                      int32_t relu_grad, const Images& weight, const Windows& rows,
+                      const Windows& columns)
+      : input_(input, nullptr, 0, rows, columns),
+        grad_(grad, &output, relu_grad, {rows.count, 1, 0, 1, 1, 0, 1},
+              {columns.count, 1, 0, 1, 1, 0, 1}),
+        weight_(weight),
+        images_(grad.size[kBatch]) {
+    grad_.slab.height = input_.slab.height;
+  }
+
+  int64_t workers(const TwinfuseContext& context) const {
+    return max64(1, min64(context.num_threads, splits()));
+  }
+  int64_t bytes(const TwinfuseContext& context) const {
+    return sum_bytes() * splits() + slab_bytes() * workers(context);
+  }
+
+  void run(const TwinfuseContext& context, char* space) const {
+    if (channels() == 0) return;
+    const int64_t workers = this->workers(context);
+    char* slabs = space + sum_bytes() * splits();
+    parallel_for(context, workers, [&](int64_t worker) {
+      Acc* input = reinterpret_cast<Acc*>(slabs + worker * slab_bytes());
+      Acc* grad = reinterpret_cast<Acc*>(slabs + worker * slab_bytes() + input_.bytes());
+      for (int64_t split = worker; split < splits(); split += workers)
+        sum_split(split, sums(space, split), input, grad);
+    });
+    DefaultFloatMode mode;
+    Acc* all = sums(space, 0);
+    for (int64_t split = 1; split < splits(); split++) add(all, sums(space, split));
+    write(all);
+  }
+
+ private:
+  int64_t channels() const { return grad_.slab.channels; }
+  int64_t padded() const { return round_up(channels(), kWidth); }
+  int64_t taps() const { return input_.slab.rows.taps * input_.slab.columns.taps; }
+  int64_t splits() const { return max64(1, min64(images_, kMostSplits)); }
+  int64_t numbers() const { return taps() * padded(); }
+  int64_t sum_bytes() const { return round_up(numbers() * static_cast<int64_t>(sizeof(Acc)), 64); }
+  int64_t slab_bytes() const { return input_.bytes() + grad_.bytes(); }
+  Acc* sums(char* space, int64_t split) const {
+    return reinterpret_cast<Acc*>(space + split * sum_bytes());
+  }
+
+  void add(Acc* to, const Acc* from) const {
+    for (int64_t i = 0; i < numbers(); i += kWidth)
+      S::store(to + i, S::add(S::load(to + i), S::load(from + i)));
+  }
+
+  void sum_split(int64_t split, Acc* sums, Acc* input, Acc* grad) const {
+    const int64_t rows = grad_.slab.rows.count, height = grad_.slab.height;
+    for (int64_t i = 0; i < numbers(); i += kWidth) S::store(sums + i, S::zero());
+    for (int64_t n = images_ * split / splits(); n < images_ * (split + 1) / splits(); n++)
+      for (int64_t first = 0; first < rows; first += height) {
+        const int64_t count = min64(height, rows - first);
+        fill_slab(grad_.slab, grad_.source, n, first, count, grad);
+        fill_slab(input_.slab, input_.source, n, first, count, input);
+        for (int64_t p = 0; p < count; p++)
+          sum_row(input + p * input_.slab.window_row(), grad + p * grad_.slab.window_row(), sums);
+      }
+  }
+
+  void sum_row(const Acc* input, const Acc* grad, Acc* sums) const {
+    const int64_t columns = grad_.slab.columns.count;
+    for (int64_t q = 0; q < columns; q += kRun) {
+      const int64_t count = min64(kRun, columns - q);
+      const Acc* g = grad + q * grad_.slab.window_step();
+      const Acc* x = input + q * input_.slab.window_step();
+      for (int64_t c = 0; c < channels(); c += kWidth) {
+        int64_t t = 0;
+        for (; t + kTaps <= taps(); t += kTaps) sum_taps<kTaps>(x, g, count, c, t, sums);
+        for (; t + 3 <= taps(); t += 3) sum_taps<3>(x, g, count, c, t, sums);
+        for (; t < taps(); t++) sum_taps<1>(x, g, count, c, t, sums);
+      }
+    }
+  }
+
+  // Of kCount taps from `t` on.
+  template <int kCount>
+  void sum_taps(const Acc* input, const Acc* grad, int64_t pixels, int64_t c, int64_t t,
+                Acc* sums) const {
+    const int64_t step = input_.slab.window_step(), grad_step = grad_.slab.window_step();
+    const Acc* from[kCount];
+    for (int i = 0; i < kCount; i++) {
+      const int64_t per_row = input_.slab.columns.taps;
+      from[i] = input + input_.slab.tap(0, (t + i) / per_row, (t + i) % per_row) + c;
+    }
+    typename S::V sum[kCount];
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; i++) sum[i] = S::zero();
+    for (int64_t q = 0; q < pixels; q++) {
+      const typename S::V g = S::load(grad + q * grad_step + c);
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; i++) sum[i] = S::fma(S::load(from[i] + q * step), g, sum[i]);
+    }
+    for (int i = 0; i < kCount; i++) {
+      Acc* to = sums + (t + i) * padded() + c;
+      S::store(to, S::add(S::load(to), sum[i]));
+    }
+  }
+
+  void write(const Acc* sums) const {
+    const int64_t per_row = input_.slab.columns.taps;
+    for (int64_t t = 0; t < taps(); t++)
+      for (int64_t c = 0; c < channels(); c++) {
+        T* to = static_cast<T*>(weight_.data) + c * weight_.stride[0] +
+                t / per_row * weight_.stride[kRow] + t % per_row * weight_.stride[kColumn];
+        Convert<T>::store(to, S::load(sums + t * padded() + c, 1), 1);
+      }
+  }
+
+  DepthwiseSlab<T> input_, grad_;
+  const Images& weight_;
+  int64_t images_;
+};
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,117 @@
+// Gradient times windows: the gradients of a convolution's weight and bias.
+#pragma once
+
+#include "cpu/grad_bias.h"
+#include "cpu/window_product.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// How the gradient of a weight is computed: what its rows are, and what is copied.
+struct WeightPlan {
+  bool channel_rows;  // and taps are the columns, else the other way round
+  bool reads_slab;
+};
+
+// By vector operations per pixel.
+template <class T>
+WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images) {
+  using E = Engine<T>;
+  constexpr int64_t kWidth = E::S::kWidth;
+  const int64_t taps = slab.rows.taps * slab.columns.taps * slab.channels;
+  const int64_t run = max64(SlabReader<T>::run(slab), 1);
+  const int64_t channel_vectors = ceil_div(channels, kWidth);
+  const int64_t by_channels = channels * ceil_div(taps, kWidth), by_taps = taps * channel_vectors;
+  const bool channel_rows = by_channels <= by_taps;
+  const bool copies_less =
+      slab.rows.taps * slab.columns.taps >= 2 * slab.rows.step * slab.columns.step;
+  const int64_t bytes =
+      SlabReader<T>::block_size(slab, images) * static_cast<int64_t>(sizeof(typename E::Packed));
+  if (E::kGroup != 1 || !copies_less || bytes > kSummedSlabBytes) return {channel_rows, false};
+  // Packing a vector of taps takes as long as so many operations; fewer sums than these at a time
+  // wait for each other.
+  constexpr int64_t kToPack = 10, kFewSums = 8;
+  const int64_t packing = taps * kToPack / kWidth;
+  const int64_t slab_columns = channels * (taps / run) * ceil_div(run, kWidth);
+  const int64_t sums = min64(run, kMaxRows) * min64(channel_vectors, 2);
+  const int64_t slab_rows = by_taps * max64(kFewSums, sums) / max64(sums, 1);
+  if (min64(by_channels, by_taps) + packing < min64(slab_columns, slab_rows))
+    return {channel_rows, false};
+  return {slab_columns <= slab_rows, true};
+}
+
+// The reduced dimension is that of the pixels. `bias_sums`, if given, receives grad_bias.
+template <class T>
+void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* bias_sums,
+                         ConvProblem<T>* problem) {
+  Gemm<T>& g = problem->g;
+  const Images &w = op.grad_weight, &grad = op.grad_output, &input = op.input;
+  const int64_t groups = op.conv.groups, k = w.size[0] / groups, c = w.size[1];
+  const Windows rows = forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0);
+  const Windows columns = forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1);
+  problem->slab = slab_of(input, nullptr, c, rows, columns, true, false, false);
+  const WeightPlan plan = plan_weight<T>(k, problem->slab, grad.size[kBatch]);
+  const bool channel_rows = plan.channel_rows;
+
+  const bool channels_last = plan.reads_slab || input.stride[kChannel] == 1;
+  const Windowed seen(input, nullptr, c, rows, columns, channels_last);
+  const int64_t* s = grad.stride;
+  const int64_t* m = op.output.stride;
+  Axis pixels{{{grad.size[kBatch], s[kBatch], m[kBatch]},
+               {grad.size[kRow], s[kRow], m[kRow]},
+               {grad.size[kColumn], s[kColumn], m[kColumn]}}};
+  pixels.simplify();
+  const Axis channels{{{}, {}, {k, s[kChannel], m[kChannel]}}};
+  const Axis w_channels{{{}, {}, {k, w.stride[0]}}};
+  const Axis w_taps = tap_axis(channels_last, {c, w.stride[1]}, {w.size[kRow], w.stride[kRow]},
+                               {w.size[kColumn], w.stride[kColumn]});
+
+  const bool along_taps = reads_along_taps(seen);
+  const bool along_channels = s[kChannel] == 1 || pixels.stride() != 1;
+  Gather* image_gather = channel_rows ? &problem->b_gather : &problem->a_gather;
+  Gather* grad_gather = channel_rows ? &problem->a_gather : &problem->b_gather;
+  *image_gather = seen.gather;
+  *grad_gather = {};
+  Source<T> windows = source_of<T>(input, nullptr, 0, along_taps ? seen.pixels : seen.taps,
+                                   along_taps ? seen.taps : seen.pixels, image_gather);
+  const Source<T> grads =
+      source_of<T>(grad, &op.output, op.relu_grad, along_channels ? pixels : channels,
+                   along_channels ? channels : pixels, grad_gather);
+  if (plan.reads_slab) {
+    windows = image_source<T>(input, nullptr, 0);
+    (channel_rows ? g.b_slab : g.a_slab) = &problem->slab;
+    if (!channel_rows) g.row_unit = SlabReader<T>::run(problem->slab);
+  }
+
+  g.depth = pixels.size();
+  g.splits = count_splits<T>(k, g.depth);
+  g.a = channel_rows ? grads : windows;
+  g.b = channel_rows ? windows : grads;
+  g.a_rows_outer = channel_rows ? !along_channels : !along_taps;
+  g.b_cols_outer = channel_rows ? !along_taps : !along_channels;
+  (channel_rows ? g.a_sums : g.b_sums) = bias_sums;
+  problem->images = grad.size[kBatch];
+  problem->set_output(static_cast<T*>(w.data), channel_rows ? w_channels : w_taps,
+                      channel_rows ? w_taps : w_channels);
+
+  const int64_t grad_group = k * s[kChannel], mask_group = k * m[kChannel];
+  const int64_t input_group = c * input.stride[kChannel], w_group = k * w.stride[0];
+  g.batch[1] = channel_rows ? Batch{groups, grad_group, mask_group, input_group, 0, w_group, 0, k}
+                            : Batch{groups, input_group, 0, grad_group, mask_group, w_group, 0, k};
+}
+
+// The gradient of the output as a source of lines of channels.
+template <class T>
+Source<T> grad_lines(const ConvReluBackward& op, Gather* gather) {
+  const Images& grad = op.grad_output;
+  const int64_t* s = grad.stride;
+  const int64_t* m = op.output.stride;
+  Axis pixels{{{grad.size[kBatch], s[kBatch], m[kBatch]},
+               {grad.size[kRow], s[kRow], m[kRow]},
+               {grad.size[kColumn], s[kColumn], m[kColumn]}}};
+  pixels.simplify();
+  *gather = {};
+  const Axis channels{{{}, {}, {grad.size[kChannel], s[kChannel], m[kChannel]}}};
+  return source_of<T>(grad, &op.output, op.relu_grad, pixels, channels, gather);
+}
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,0 +1,233 @@
+"""What all ops share about a call: whether the kernels may take it, and where it goes if not.
+
+A call goes, in this order: to torch's own operators under `torch.func` transforms, in forward mode
+and for tensor subclasses; to the public operator where something traces or changes operators
+(compilers, autocast, modes); through an `autograd.Function` where a gradient is needed; else to the
+private operator. What an op's kernels refuse goes to torch's operators too, which decide whether it
+is an error.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+
+from twinfuse import _backend, _core
+from twinfuse.torch import _operators
+
+# Aliases, because a call on a tiny input costs as much as its guards.
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_TRACED = frozenset((FakeTensor, FunctionalTensor))
+_missing = _operators.missing
+_incomplete = bool(_missing)
+_transforms_active = torch._C._are_functorch_transforms_active
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracing = torch._C._get_tracing_state
+_compiling = torch.compiler.is_compiling
+_is_tracing = torch.jit.is_tracing  # type: ignore[attr-defined]
+
+_DTYPES = {getattr(torch, name): name for name in _core.DTYPES}
+
+# Per device type and dtype: the kernel's name, or "" and the reason.
+_Kernels = dict[str, dict[torch.dtype, tuple[str, str]]]
+
+
+def _kernels(role: str) -> _Kernels:
+    return {
+        device: {dtype: _core.find_kernel(role, name, device) for dtype, name in _DTYPES.items()}
+        for device in _core.DEVICES
+    }
+
+
+def is_unusual(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a call must not go straight to the private operators."""
+    return (
+        _incomplete
+        or _compiling()
+        or _backend.requested is not None
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or type(input) not in _PLAIN
+        or type(weight) not in _PLAIN
+        or (bias is not None and type(bias) not in _PLAIN)
+        or _autocast_enabled()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _tracing() is not None  # torch.jit.trace cannot record an autograd.Function
+    )
+
+
+class Op:
+    """One op as users call it: `function(input, weight, bias, *options)`.
+
+    Args:
+        name: the op in errors and reports.
+        stem: of its kernels' names.
+        public: calls the public operator, with the function's arguments.
+        reference: the same by torch's own operators.
+        misfit: why the arguments do not fit together, or "". Called after all else was checked.
+    """
+
+    function: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        name: str,
+        stem: str,
+        public: Callable[..., Tensor],
+        reference: Callable[..., Tensor],
+        misfit: Callable[..., str],
+    ) -> None:
+        self.name = name
+        self._forward = _kernels(f"{stem}_forward")
+        self._backward = _kernels(f"{stem}_backward")
+        self._public, self._reference, self._misfit = public, reference, misfit
+
+    def serve(self, function: Callable[..., Tensor]) -> None:
+        """Name the public function, and let `twinfuse.explain` explain it."""
+        self.function = function
+        signature = inspect.signature(function)
+
+        def explain(*args: Any, **kwargs: Any) -> _backend.Report:
+            call = signature.bind(*args, **kwargs)
+            call.apply_defaults()
+            return self._explain(*call.args)
+
+        function.__twinfuse_explain__ = explain  # type: ignore[attr-defined]
+
+    def unusual(self, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        """The call on a way that `is_unusual` asked for."""
+        proxy = torch.fx.Proxy
+        if isinstance(input, proxy) or isinstance(weight, proxy) or isinstance(bias, proxy):
+            tensors = (input, weight) if bias is None else (input, weight, bias)
+            return torch.overrides.handle_torch_function(
+                self.function, tensors, input, weight, bias, *options
+            )
+        reason = self._why_reference(input, weight, bias, *options)
+        if not reason:
+            return self._public(input, weight, bias, *options)
+        # First the result: what native refuses is no fall-back.
+        output = self._reference(input, weight, bias, *options)
+        if _backend.requested != "reference":
+            _fall_back(self.name, reason)
+        return output
+
+    def refused(
+        self, error: Exception, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    ) -> Tensor:
+        """The native layer decides whether a call that the fused path refused is an error."""
+        if str(error).startswith(f"{self.name} runs on "):
+            raise _backend.FallbackError(str(error)) from None  # from the binding
+        text = str(error).removeprefix(f"{self.name}: ")
+        ours = text != str(error)
+        reason = self._why_reference(input, weight, bias, *options) or (text if ours else "")
+        if not reason:
+            raise error  # not ours: a hook on saved tensors raised it, or a profiler
+        try:
+            output = self._reference(input, weight, bias, *options)
+        except Exception as native:
+            native.__context__ = None  # the two errors say the same
+            raise type(native)(f"{self.name}: {text if ours else reason}") from native
+        _fall_back(self.name, reason)
+        return output
+
+    def _why_reference(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    ) -> str:
+        """Why no kernel serves this call; empty when one does."""
+        requested = _backend.requested
+        if requested == "reference":
+            return "use_backend('reference') is in force"
+        if _missing:
+            return _missing
+        if _inside_transform():
+            return "a torch.func transform is active"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active"
+        named = [("input", input), ("weight", weight)] + ([] if bias is None else [("bias", bias)])
+        for name, tensor in named:
+            if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
+                return f"{name}: expected a plain tensor, got a {type(tensor).__name__}"
+        device = input.device.type
+        dtype = _dtype_of_call(input, device)
+        for name, tensor in named:
+            if reason := _unlike(name, tensor, input, dtype):
+                return reason
+        if requested is not None and requested != device:
+            return f"backend '{requested}' was asked for, and the tensors are on device '{device}'"
+        if device not in self._forward:
+            return f"no kernel runs on device type '{device}'"
+        if dtype not in _DTYPES:
+            return f"input: expected {', '.join(_core.DTYPES)} for a fused kernel, got {dtype}"
+        reason = self._forward[device][dtype][1]
+        if not reason and any(tensor.requires_grad for _, tensor in named):
+            reason = self._backward[device][dtype][1]
+        # A tracer would warn of the comparisons; the operator makes them again.
+        if reason or _is_tracing():
+            return reason
+        return self._misfit(input, weight, bias, *options)
+
+    def _explain(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    ) -> _backend.Report:
+        reason = self._why_reference(input, weight, bias, *options)
+        tensors = (input, weight) if bias is None else (input, weight, bias)
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        kernels = {self.name: self._forward}
+        if trained:
+            kernels[f"{self.name}_backward"] = self._backward
+        if reason:
+            return _backend.Report(
+                _backend.Choice(op=op, backend="reference", reason=reason) for op in kernels
+            )
+        device = input.device.type
+        dtype = _dtype_of_call(input, device)
+        return _backend.Report(
+            _backend.Choice(op=op, backend=device, kernel=names[device][dtype][0])
+            for op, names in kernels.items()
+        )
+
+
+def _unlike(name: str, tensor: Tensor, input: Tensor, dtype: torch.dtype) -> str:
+    """Why a tensor cannot go into one call with `input`, whose dtype in the call is `dtype`."""
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else "quantized" if tensor.is_quantized else "sparse"
+        return f"{name}: expected a dense tensor, got a {kind} one of layout {tensor.layout}"
+    if tensor.device != input.device:
+        return f"{name}: expected device {input.device} like input, got {tensor.device}"
+    if _dtype_of_call(tensor, input.device.type) != dtype:
+        return f"{name}: expected {dtype} like input, got {tensor.dtype}"
+    return ""
+
+
+def _dtype_of_call(tensor: Tensor, device: str) -> torch.dtype:
+    if (
+        torch.is_autocast_enabled(device)
+        and tensor.is_floating_point()
+        and tensor.dtype != torch.float64
+    ):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+def _fall_back(name: str, reason: str) -> None:
+    _backend.fall_back(name, reason)
+
+
+def _inside_transform() -> bool:
+    return _transforms_active()
+
+
+# Dynamo calls these while it traces and keeps the result. This is all that
+# torch.compiler.assume_constant_result does, besides importing the whole compiler.
+_fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
