@@ -17,122 +17,16 @@ import torch.nn.functional as F  # noqa: E402
 
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
+from tests.conv_calls import OPS, Op, every_name, make, native, with_options  # noqa: E402
 from tests.torch_cases import assert_same, native_conv, random  # noqa: E402
 
-Op = Callable[..., Any]
 FORWARD, BACKWARD = "conv_relu_forward_f64", "conv_relu_backward_f64"
-OPS = {
-    "conv1d_function": tft.conv1d_relu,
-    "conv1d_operator": torch.ops.twinfuse.conv1d_relu,
-    "conv2d_function": tft.conv2d_relu,
-    "conv2d_operator": torch.ops.twinfuse.conv2d_relu,
-}
-every_name = pytest.mark.parametrize("name", OPS)
-OPTIONS = {"stride": 2, "padding": 1, "dilation": 1, "groups": 2}
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(7)
     torch._dynamo.reset()
-
-
-def make(name: str, **options: Any) -> tuple[Any, Any, Any]:
-    size, kernel = ((9,), (3,)) if name.startswith("conv1d") else ((5, 6), (3, 2))
-    return random(3, 4, *size, **options), random(6, 2, *kernel, **options), random(6, **options)
-
-
-def with_options(op: Op) -> Op:
-    """Named ones are not for `torch.func.vmap` and `torch.jit.trace`, which split what they get."""
-
-    def call(x: Any, w: Any, b: Any = None) -> Any:
-        return op(x, w, b, **OPTIONS)
-
-    return call
-
-
-native = with_options(native_conv)
-
-
-def transformed(kind: str, op: Op, x: Any, w: Any, b: Any) -> Any:
-    def loss(weight: Any, images: Any) -> Any:
-        return op(images, weight, b).pow(2).sum()
-
-    stacked, f = torch.stack([w, 2 * w]), torch.func
-    return {
-        "grad": lambda: f.grad(loss)(w, x),
-        "vmap_input": lambda: f.vmap(op, (1, None, None))(torch.stack([x, -x], 1), w, b),
-        "vmap_weight": lambda: f.vmap(op, (None, 0, None))(x, stacked, b),
-        "vmap_bias": lambda: f.vmap(op, (None, None, 1))(x, w, torch.stack([b, -b], 1)),
-        "vmap_all": lambda: f.vmap(op)(torch.stack([x, -x]), stacked, torch.stack([b, -b])),
-        "vmap_of_vmap": lambda: f.vmap(
-            f.vmap(op, (0, None, None)), (None, 0, None)
-        )(torch.stack([x, -x]), stacked, b),
-        "per_sample_gradients": lambda: f.vmap(f.grad(loss), (None, 0))(w, x.unsqueeze(1)),
-        "jacrev": lambda: f.jacrev(lambda w: op(x, w, b))(w),
-        "jacfwd": lambda: f.jacfwd(lambda w: op(x, w, b))(w),
-        "hessian": lambda: f.hessian(lambda b: op(x, w, b).pow(2).sum())(b),
-        "jvp": lambda: f.jvp(lambda w: op(x, w, b), (w,), (torch.ones_like(w),)),
-    }[kind]()  # fmt: skip
-
-
-TRANSFORMS = [
-    *("grad", "vmap_input", "vmap_weight", "vmap_bias", "vmap_all", "vmap_of_vmap"),
-    *("per_sample_gradients", "jacrev", "jacfwd", "hessian", "jvp"),
-]
-
-
-@pytest.mark.allow_fallback
-@every_name
-@pytest.mark.parametrize("kind", TRANSFORMS)
-def test_transforms(kind: str, name: str) -> None:
-    tensors = make(name, grad=False)
-    got = transformed(kind, with_options(OPS[name]), *tensors)
-    assert_same(got, transformed(kind, native, *tensors))
-
-
-@pytest.mark.allow_fallback
-@every_name
-@pytest.mark.parametrize("kind", ["per_sample_gradients", "jacfwd"])
-def test_compiled_transforms(kind: str, name: str) -> None:
-    tensors = make(name, grad=False)
-    op = with_options(OPS[name])
-    compiled = torch.compile(
-        lambda *a: transformed(kind, op, *a), fullgraph=True, backend="aot_eager"
-    )
-    assert_same(compiled(*tensors), transformed(kind, native, *tensors))
-
-
-def test_vmap_of_the_operator_is_one_fused_call(launched: Launched) -> None:
-    x, w, b = make("conv2d", grad=False)
-    op = with_options(torch.ops.twinfuse.conv2d_relu)
-    with launched(FORWARD, times=1):
-        got = torch.func.vmap(op, (0, None, None))(torch.stack([x, -x]), w, b)
-    assert_same(got, torch.stack([native(x, w, b), native(-x, w, b)]))
-    plain = torch.ops.twinfuse.conv2d_relu
-    with launched(FORWARD, times=1):
-        got = torch.func.vmap(lambda x: plain(x, w[:, :1].repeat(1, 4, 1, 1)))(x.unsqueeze(1))
-    assert got.shape == (3, 1, 6, 3, 5)
-
-
-def test_transforms_say_that_they_fall_back() -> None:
-    x, w, b = make("conv2d", grad=False)
-    with pytest.raises(twinfuse.FallbackError, match=r"a torch\.func transform is active"):
-        torch.func.grad(lambda w: tft.conv2d_relu(x, w, b, groups=2).sum())(w)
-
-
-@pytest.mark.allow_fallback
-@every_name
-def test_forward_mode_keeps_tangents(name: str) -> None:
-    import torch.autograd.forward_ad as forward_ad
-
-    x, w, b = make(name)
-    op = with_options(OPS[name])
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
-        got, expected = (forward_ad.unpack_dual(f(dual, w, b)).tangent for f in (op, native))
-    assert got is not None
-    assert_same(got, expected)
 
 
 @every_name
