@@ -34,7 +34,7 @@ SOME = [
 
 def ours(case: ConvCase, data_format: str) -> Callable[..., Any]:
     function = getattr(tftf, case.name)
-    return functools.partial(function, **tf_cases.conv_arguments(case, data_format))
+    return functools.partial(function, **case.tensorflow_arguments(data_format))
 
 
 @every_format
@@ -50,7 +50,7 @@ def test_eager(case: ConvCase, dtype: str, data_format: str, launched: Launched)
     # bfloat16 oneDNN makes NaN of infinity.
     no_rival = 0 in (*case.input_sizes, *case.weight_sizes)
     no_rival |= case.values == "nonfinite" and dtype == "bfloat16"
-    arguments = tf_cases.conv_arguments(case, data_format)
+    arguments = case.tensorflow_arguments(data_format)
     native = functools.partial(tf_cases.native_conv, **arguments)
     tf_cases.check(problem, got, None if no_rival else tf_cases.run(native, given))
 

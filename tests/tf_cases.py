@@ -110,21 +110,6 @@ def native_conv(
     return tf.nn.relu(y if bias is None else tf.nn.bias_add(y, bias))
 
 
-def conv_arguments(case: ConvCase, data_format: str) -> dict[str, Any]:
-    """What the public functions take besides tensors."""
-    pads: Any = case.tf_padding
-    if pads == "EXPLICIT":
-        outside = [(0, 0)]
-        inside = list(case.padding)
-        pads = outside + (outside + inside if data_format == "channels_first" else inside + outside)
-    return {
-        "strides": case.stride,
-        "padding": pads,
-        "data_format": data_format,
-        "dilations": case.dilation,
-    }
-
-
 def run(function: Callable[..., Any], given: Tensors) -> Results:
     """Output and gradients, as arrays in the layouts of the table."""
     with tf.GradientTape() as tape:

@@ -42,18 +42,17 @@ def conv_calls(case: ConvCase) -> tuple[Op, Op]:
     """
     import twinfuse.torch
 
-    low, high = map(list, zip(*case.padding))
-    rest = (case.dilation, case.groups)
+    stride, padding, *rest = case.torch_arguments
     symmetric = case.symmetric
     ours = getattr(twinfuse.torch if symmetric else torch.ops.twinfuse, case.name)
     pads = [n for pair in reversed(case.padding) for n in pair]
 
     def our_call(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return ours(x, w, b, case.stride, low if symmetric else low + high, *rest)
+        return ours(x, w, b, stride, padding, *rest)
 
     def native_call(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         x = x if symmetric else F.pad(x, pads)
-        return native_conv(x, w, b, case.stride, low if symmetric else 0, *rest)
+        return native_conv(x, w, b, stride, padding if symmetric else 0, *rest)
 
     return our_call, native_call
 
