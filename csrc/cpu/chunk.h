@@ -41,7 +41,9 @@ class Chunk {
         columns_(reinterpret_cast<Unit*>(scratch + layout.columns)),
         transpose_(reinterpret_cast<Packed*>(scratch + layout.transpose)),
         partial_(reinterpret_cast<Acc*>(scratch + layout.partial)),
-        writer_(g) {}
+        writer_(g) {
+    in_.run = run_of<Arithmetic>(g.depth);
+  }
 
   // With `all_sums`, sums over a part of the reduced dimension go there and no further.
   void run(const Part& part, const Waiting<Acc>* all_sums) {
@@ -54,8 +56,8 @@ class Chunk {
           writer_.waiting = *all_sums;
         else if (!Scratch<T>::sums_in_output(g_))
           writer_.waiting = {partial_, Scratch<T>::partial_stride(cols_), i, j_};
-        for (r_ = part.r0; r_ == part.r0 || r_ < part.r1; r_ += E::kBlock) {
-          depth_ = min64(part.r1 - r_, E::kBlock);
+        for (r_ = part.r0; r_ == part.r0 || r_ < part.r1; r_ += layout_.block) {
+          depth_ = min64(part.r1 - r_, layout_.block);
           tile_.first = r_ == part.r0;
           tile_.last = !all_sums && r_ + depth_ >= part.r1;
           if (slab_kind_ != InSlab::kNone && !g_.slab_reduces_taps) slab_.fill_windows(r_, depth_);
@@ -151,6 +153,8 @@ class Chunk {
         tile_.rows = low + (t < taller);
         writer_.prefetch(tile_);
         in_.a = a + i * in_.a_row;
+        in_.continued = !tile_.first;
+        if (in_.continued) writer_.resume(tile_, vectors, sums);
         if (streaming)
           multiply_streaming(j, sums);
         else
@@ -175,7 +179,7 @@ class Chunk {
   // One tile of one vector with `b` where it lies; the last, incomplete run goes through a packed
   // panel.
   void multiply_streaming(int64_t j, Acc* sums) {
-    const int64_t done = depth_ / (E::kRun * E::kGroup) * E::kRun, r = done * E::kGroup;
+    const int64_t done = depth_ / (in_.run * E::kGroup) * in_.run, r = done * E::kGroup;
     const T* b = g_.b.data + (j_ + j) * g_.b.outer + r_;
     Operands in = in_;
     in.b = reinterpret_cast<const char*>(b);
@@ -189,6 +193,7 @@ class Chunk {
     in.b = reinterpret_cast<const char*>(columns_);
     in.b_step = kWidth * sizeof(Unit);
     in.steps = in_.steps - done;
+    in.continued = in.continued && !done;
     microkernel_for<Arithmetic>(InSlab::kNone, tile_.rows, 1)(in, done ? run : sums);
     for (int i = 0; done && i < tile_.rows * kWidth; i += kWidth)
       E::S::store(sums + i, E::S::add(E::S::load(sums + i), E::S::load(run + i)));
@@ -199,8 +204,9 @@ class Chunk {
     const Source<T>& a = g_.a;
     in_.offsets = slab_.offsets() + (g_.slab_reduces_taps ? r_ / E::kGroup : 0);
     if (g_.a_slab) {
-      if (windows_are_rows_ && tile_.first) slab_.fill_rows(i_, rows_, block_);
-      a_ = slab_.slot(windows_are_rows_ ? block_ : 0);
+      const int64_t slot = windows_are_rows_ ? block_ % layout_.slots : 0;
+      if (windows_are_rows_ && tile_.first) slab_.fill_rows(i_, rows_, slot);
+      a_ = slab_.slot(slot);
       in_.a_row = windows_are_rows_ ? slab_.window_bytes() : static_cast<int64_t>(sizeof(Packed));
     } else if (g_.a_rows_outer) {
       const bool as_is =

@@ -13,8 +13,8 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
   const Windows rows = forward_windows(out.size[kRow], w.size[kRow], op.conv, 0);
   const Windows columns = forward_windows(out.size[kColumn], w.size[kColumn], op.conv, 1);
   if (is_depthwise(w, op.conv.groups)) {
-    DepthwiseProduct<T, BiasRelu> product(op.input, nullptr, 0, w, out, rows, columns);
-    product.place(0, out.stride[kRow], out.stride[kColumn]);
+    DepthwiseProduct<T, BiasRelu> product(op.input, nullptr, 0, w, out, rows, columns, 0,
+                                          out.stride[kRow], out.stride[kColumn]);
     product.set_bias(op.bias, op.bias_stride);
     return with_scratch(context, product.bytes(context),
                         [&](char* space) { product.run(context, space); });
@@ -48,9 +48,9 @@ void each_grad_input(const ConvReluBackward& op, const TwinfuseContext& context,
         transposed_windows(out.size[kColumn], w.size[kColumn], op.conv, 1, column);
     const int64_t offset = row * out.stride[kRow] + column * out.stride[kColumn];
     if (is_depthwise(w, op.conv.groups)) {
-      DepthwiseProduct<T, Identity> product(op.grad_output, &op.output, op.relu_grad, w, out, rows,
-                                            columns);
-      product.place(offset, out.stride[kRow] * stride[0], out.stride[kColumn] * stride[1]);
+      const DepthwiseProduct<T, Identity> product(
+          op.grad_output, &op.output, op.relu_grad, w, out, rows, columns, offset,
+          out.stride[kRow] * stride[0], out.stride[kColumn] * stride[1]);
       body(product.bytes(context), [&](char* space) { product.run(context, space); });
       continue;
     }

@@ -1,6 +1,9 @@
 // Depthwise convolutions: every channel has a filter of its own, so there is no product of matrices
-// in it, and vectors run over channels.
+// in it. Vectors run over channels or, in the product, over the pixels of a row where those lie
+// side by side.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/epilogue.h"
 #include "cpu/parallel.h"
@@ -21,10 +24,11 @@ struct DepthwiseSlab {
   Slab slab;
 
   DepthwiseSlab(const Images& image, const Images* mask, int32_t relu_grad, const Windows& rows,
-                const Windows& columns)
+                const Windows& columns, bool planar = false)
       : source(image_source<T>(image, mask, relu_grad)),
-        slab(slab_of(image, mask, image.size[kChannel], rows, columns, true, false, false)) {
-    slab.height = min64(rows.count, 8);
+        slab(slab_of(image, mask, image.size[kChannel], rows, columns, !planar, false, planar,
+                     false)) {
+    slab.height = min64(rows.count, planar ? 32 : 8);
     while (slab.height > 1 && bytes() > kSlabBytes) slab.height /= 2;
   }
   // With room for the vectors that are read past the last window. There may be no taps at all.
@@ -39,18 +43,24 @@ template <class T, class Epilogue>
 class DepthwiseProduct {
   using Acc = typename Convert<T>::Acc;
   using S = Simd<Acc>;
-  static constexpr int kWidth = S::kWidth, kPixels = 8;
+  static constexpr int kWidth = S::kWidth, kAtOnce = 8;
   static constexpr int64_t kRun = MultiplyAdd<Acc>::kRun;
+  // Shorter rows are copied faster pixel by pixel than line by line.
+  static constexpr int64_t kWideRow = kWidth + kWidth / 2;
 
  public:
+  // The output starts at `offset`; `row` and `column` are its strides.
   DepthwiseProduct(const Images& image, const Images* mask, int32_t relu_grad, const Images& weight,
-                   const Images& out, const Windows& rows, const Windows& columns)
-      : image_(image, mask, relu_grad, rows, columns), weight_(weight), out_(out) {}
+                   const Images& out, const Windows& rows, const Windows& columns, int64_t offset,
+                   int64_t row, int64_t column)
+      : image_(image, mask, relu_grad, rows, columns,
+               column == 1 && out.stride[kChannel] != 1 && columns.count >= kWideRow),
+        weight_(weight),
+        out_(out),
+        offset_(offset),
+        row_(row),
+        column_(column) {}
 
-  // What the output starts with, and how far its rows and columns are apart.
-  void place(int64_t offset, int64_t row, int64_t column) {
-    offset_ = offset, row_ = row, column_ = column;
-  }
   void set_bias(const void* bias, int64_t stride) {
     bias_ = static_cast<const T*>(bias), bias_stride_ = stride;
   }
@@ -77,17 +87,11 @@ class DepthwiseProduct {
         const int64_t image = task / blocks, first = task % blocks * height();
         const int64_t count = min64(height(), rows.count - first);
         if (taps()) fill_slab(image_.slab, image_.source, image, first, count, slab);
-        for (int64_t p = 0; p < count; p++)
-          for (int64_t q = 0; q < columns.count; q += kPixels) {
-            const Acc* from = slab + p * image_.slab.window_row() + q * image_.slab.window_step();
-            T* to = static_cast<T*>(out_.data) + offset_ + image * out_.stride[kBatch] +
-                    (first + p) * row_ + q * column_;
-            const int pixels = static_cast<int>(min64(kPixels, columns.count - q));
-            if (pixels == kPixels)
-              pixels_of<kPixels>(from, to, pixels, filters, bias, offsets);
-            else
-              pixels_of<1>(from, to, pixels, filters, bias, offsets);
-          }
+        T* to = static_cast<T*>(out_.data) + offset_ + image * out_.stride[kBatch] + first * row_;
+        if (image_.slab.planar)
+          planes(slab, to, count, filters, bias, offsets);
+        else
+          rows_of_pixels(slab, to, count, filters, bias, offsets);
       }
     });
   }
@@ -119,42 +123,91 @@ class DepthwiseProduct {
       fetch_run(bias_, bias_stride_, static_cast<const T*>(nullptr), 0, 0, channels(), bias);
   }
 
-  // `kAtOnce` windows at a time, for every vector of channels.
-  template <int kAtOnce>
-  void pixels_of(const Acc* from, T* to, int pixels, const Acc* filters, const Acc* bias,
-                 const int64_t* offsets) const {
-    const int64_t step = image_.slab.window_step();
-    for (int64_t c = 0; c < channels(); c += kWidth)
-      for (int first = 0; first < pixels; first += kAtOnce) {
-        typename S::V sum[kAtOnce];
-#pragma GCC unroll 8
-        for (int i = 0; i < kAtOnce; i++) sum[i] = S::zero();
-        for (int64_t t = 0; t < taps();) {
-          typename S::V run[kAtOnce];
-#pragma GCC unroll 8
-          for (int i = 0; i < kAtOnce; i++) run[i] = S::zero();
-          for (const int64_t end = min64(taps(), t + kRun); t < end; t++) {
-            const typename S::V filter = S::load(filters + t * padded() + c);
-            const Acc* p = from + first * step + offsets[t] + c;
-#pragma GCC unroll 8
-            for (int i = 0; i < kAtOnce; i++)
-              run[i] = S::fma(S::load(p + i * step), filter, run[i]);
-          }
-#pragma GCC unroll 8
-          for (int i = 0; i < kAtOnce; i++) sum[i] = S::add(sum[i], run[i]);
-        }
-        const typename S::V shift = S::load(bias + c);
-#pragma GCC unroll 8
-        for (int i = 0; i < kAtOnce; i++) sum[i] = Epilogue::template apply<S>(sum[i], shift);
-        store<kAtOnce>(to + first * column_ + c * out_.stride[kChannel], sum,
-                       static_cast<int>(min64(kWidth, channels() - c)));
-      }
+  // Calls `body` with the size and the beginning of each group of `n` neighbours. Enough of them at
+  // once hide the latency of a sum; the last group goes over some a second time rather than be
+  // smaller.
+  template <class Body>
+  static void in_groups(int64_t n, const Body& body) {
+    auto groups_of = [&](auto size) {
+      for (int64_t i = 0; i < n; i += size) body(size, min64(i, n - size));
+    };
+    if (n >= kAtOnce)
+      groups_of(std::integral_constant<int, kAtOnce>());
+    else if (n >= kAtOnce / 2)
+      groups_of(std::integral_constant<int, kAtOnce / 2>());
+    else
+      groups_of(std::integral_constant<int, 1>());
   }
 
-  template <int kAtOnce>
+  // Sums of `kCount` vectors of windows, `step` apart; `filter(t)` is that of a tap.
+  template <int kCount, class Filter>
+  void sum_taps(const Acc* from, int64_t step, const int64_t* offsets, const Filter& filter,
+                typename S::V shift, typename S::V* sum) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i++) sum[i] = S::zero();
+    for (int64_t t = 0; t < taps();) {
+      typename S::V run[kCount];
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; i++) run[i] = S::zero();
+      for (const int64_t end = min64(taps(), t + kRun); t < end; t++) {
+        const typename S::V factor = filter(t);
+        const Acc* p = from + offsets[t];
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; i++) run[i] = S::fma(S::load(p + i * step), factor, run[i]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; i++) sum[i] = S::add(sum[i], run[i]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; i++) sum[i] = Epilogue::template apply<S>(sum[i], shift);
+  }
+
+  // `count` rows of windows in an interleaved slab: vectors of channels, groups of pixels.
+  void rows_of_pixels(const Acc* slab, T* out, int64_t count, const Acc* filters, const Acc* bias,
+                      const int64_t* offsets) const {
+    const int64_t step = image_.slab.window_step();
+    for (int64_t p = 0; p < count; p++)
+      in_groups(image_.slab.columns.count, [&](auto size, int64_t q) {
+        const Acc* from = slab + p * image_.slab.window_row() + q * step;
+        T* to = out + p * row_ + q * column_;
+        for (int64_t c = 0; c < channels(); c += kWidth) {
+          typename S::V sum[size];
+          auto filter = [&](int64_t t) { return S::load(filters + t * padded() + c); };
+          sum_taps<size>(from + c, step, offsets, filter, S::load(bias + c), sum);
+          store<size>(to + c * out_.stride[kChannel], sum,
+                      static_cast<int>(min64(kWidth, channels() - c)));
+        }
+      });
+  }
+
+  // `count` rows of windows in a planar slab: vectors of pixels, groups of rows.
+  void planes(const Acc* slab, T* out, int64_t count, const Acc* filters, const Acc* bias,
+              const int64_t* offsets) const {
+    const int64_t pitch = image_.slab.window_row(), columns = image_.slab.columns.count;
+    const int64_t plane = image_.slab.tap(1, 0, 0);
+    for (int64_t c = 0; c < channels(); c++)
+      in_groups(count, [&](auto size, int64_t p) {
+        auto filter = [&](int64_t t) { return S::set(filters[t * padded() + c]); };
+        for (int64_t q = 0; q < columns; q += kWidth) {
+          typename S::V sum[size];
+          sum_taps<size>(slab + c * plane + p * pitch + q, pitch, offsets, filter, S::set(bias[c]),
+                         sum);
+          T* to = out + c * out_.stride[kChannel] + p * row_ + q;
+          const int pixels = static_cast<int>(min64(kWidth, columns - q));
+          for (int i = 0; i < size; i++) {
+            if (pixels == kWidth)
+              Convert<T>::store(to + i * row_, sum[i]);
+            else
+              Convert<T>::store(to + i * row_, sum[i], pixels);
+          }
+        }
+      });
+  }
+
+  template <int kCount>
   void store(T* to, const typename S::V* x, int count) const {
     if (out_.stride[kChannel] == 1) {
-      for (int i = 0; i < kAtOnce; i++) {
+      for (int i = 0; i < kCount; i++) {
         if (count == kWidth)
           Convert<T>::store(to + i * column_, x[i]);
         else
@@ -162,15 +215,15 @@ class DepthwiseProduct {
       }
       return;
     }
-    T each[kAtOnce][kWidth];
-    for (int i = 0; i < kAtOnce; i++) Convert<T>::store(each[i], x[i]);
+    T each[kCount][kWidth];
+    for (int i = 0; i < kCount; i++) Convert<T>::store(each[i], x[i]);
     for (int c = 0; c < count; c++)
-      for (int i = 0; i < kAtOnce; i++) to[c * out_.stride[kChannel] + i * column_] = each[i][c];
+      for (int i = 0; i < kCount; i++) to[c * out_.stride[kChannel] + i * column_] = each[i][c];
   }
 
   DepthwiseSlab<T> image_;
   const Images &weight_, &out_;
-  int64_t offset_ = 0, row_ = 0, column_ = 0;
+  int64_t offset_, row_, column_;
   const T* bias_ = nullptr;
   int64_t bias_stride_ = 0;
 };

@@ -8,9 +8,9 @@ namespace twinfuse::cpu::TWINFUSE_ISA {
 // A step of the main loop multiplies one unit per row with one unit per
 // column: kGroup neighbouring elements of the reduced dimension.
 //
-// The order of every sum, which its bits depend on: runs of kRun steps, one product after another;
-// the runs of a block of kBlock elements one after another; then the blocks. Short runs keep
-// rounding errors as small as those of libraries that split a sum over the lanes of a vector.
+// The order of every sum, which its bits depend on: runs of steps, one product after another, then
+// the runs one after another. Short runs keep rounding errors as small as those of libraries that
+// split a sum over the lanes of a vector. Blocks of the reduced dimension are whole runs.
 template <class A>
 struct MultiplyAdd {
   using Acc = A;   // the type sums run in
@@ -19,7 +19,7 @@ struct MultiplyAdd {
   using V = typename S::V;
   static constexpr int kGroup = 1;
   static constexpr int64_t kBlock = 4096 / sizeof(A);
-  static constexpr int64_t kRun = 32;
+  static constexpr int64_t kRun = 32;  // at least
   static V broadcast(const char* p) { return S::set(*reinterpret_cast<const Unit*>(p)); }
   static V load(const char* p) { return S::load(reinterpret_cast<const Unit*>(p)); }
   static V multiply_add(V a, V b, V c) { return S::fma(a, b, c); }
@@ -67,5 +67,12 @@ struct Engine<Bf16> : DotBf16 {
   using Packed = Bf16;
 };
 #endif
+
+// Steps of a run. Errors are least where a run has as many products as a sum has runs.
+template <class E>
+int64_t run_of(int64_t depth) {
+  const int64_t steps = depth / E::kGroup;
+  return steps < 1024 ? E::kRun : steps < 16384 ? 2 * E::kRun : 4 * E::kRun;
+}
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -23,8 +23,8 @@ struct BiasRelu {
 template <class T>
 struct Destination {
   using Acc = typename Convert<T>::Acc;
-  bool first, last;     // of the blocks of the reduced dimension
-  Acc* partial;         // sums of the blocks before; may be `out` itself
+  bool last;            // of the blocks of the reduced dimension
+  Acc* partial;         // where sums wait for the next block; may be `out` itself
   int64_t partial_row;  // in elements, as below
   T* out;
   int64_t out_row;
@@ -33,7 +33,20 @@ struct Destination {
   int rows, cols;
 };
 
-template <class T, class Epilogue, bool kFirst, bool kLast>
+// Takes up a tile's sums where the block before has left them.
+template <class T>
+void resume_tile(const Destination<T>& from, int vectors, typename Convert<T>::Acc* sums) {
+  using S = Simd<typename Convert<T>::Acc>;
+  constexpr int kWidth = S::kWidth;
+  for (int i = 0; i < from.rows; i++)
+    for (int v = 0; v * kWidth < from.cols; v++) {
+      const int cols = from.cols - v * kWidth;
+      const auto* p = from.partial + i * from.partial_row + v * kWidth;
+      S::store(sums + (i * vectors + v) * kWidth, cols >= kWidth ? S::load(p) : S::load(p, cols));
+    }
+}
+
+template <class T, class Epilogue, bool kLast>
 void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums, int vectors) {
   using Acc = typename Convert<T>::Acc;
   using S = Simd<Acc>;
@@ -44,10 +57,9 @@ void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums,
     const Acc* sum = sums + v * kWidth;
     Acc* partial = to.partial + v * kWidth;
     T* out = to.out + v * kWidth;
-    auto each_row = [&](auto load, auto store_partial, auto store_out) {
+    auto each_row = [&](auto store_partial, auto store_out) {
       for (int i = 0; i < to.rows; i++) {
-        typename S::V x = S::load(sum);
-        if (!kFirst) x = S::add(load(partial), x);
+        const typename S::V x = S::load(sum);
         if (kLast)
           store_out(
               out, Epilogue::template apply<S>(x, to.bias_of_rows ? S::set(to.bias[i]) : col_bias));
@@ -60,26 +72,20 @@ void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums,
     };
     using V = typename S::V;
     if (cols >= kWidth)
-      each_row([](const Acc* p) { return S::load(p); }, [](Acc* p, V x) { S::store(p, x); },
-               [](T* p, V x) { Convert<T>::store(p, x); });
+      each_row([](Acc* p, V x) { S::store(p, x); }, [](T* p, V x) { Convert<T>::store(p, x); });
     else
-      each_row([=](const Acc* p) { return S::load(p, cols); },
-               [=](Acc* p, V x) { S::store(p, x, cols); },
+      each_row([=](Acc* p, V x) { S::store(p, x, cols); },
                [=](T* p, V x) { Convert<T>::store(p, x, cols); });
   }
 }
 
-// Adds a tile's sums over one block to those of the blocks before, and after the last block applies
-// the epilogue and converts. `sums` has `vectors` vectors per row, and a vector may be read behind
+// Leaves a tile's sums for the next block, or after the last one applies the epilogue and converts.
+// `sums` has `vectors` vectors per row, and a vector may be read behind
 // the last one.
 template <class T, class Epilogue>
 void finish_tile(const Destination<T>& to, const typename Convert<T>::Acc* sums, int vectors) {
-  if (to.first)
-    to.last ? finish_tile<T, Epilogue, true, true>(to, sums, vectors)
-            : finish_tile<T, Epilogue, true, false>(to, sums, vectors);
-  else
-    to.last ? finish_tile<T, Epilogue, false, true>(to, sums, vectors)
-            : finish_tile<T, Epilogue, false, false>(to, sums, vectors);
+  to.last ? finish_tile<T, Epilogue, true>(to, sums, vectors)
+          : finish_tile<T, Epilogue, false>(to, sums, vectors);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -13,16 +13,17 @@ constexpr int max_rows(int vectors) { return vectors < 4 ? kMaxRows : kRegisters
 
 // Operands as packed or as they lie in memory; byte strides. A unit is Engine::Unit.
 struct Operands {
-  int64_t steps;
+  int64_t steps, run;
   const char *a, *b;
   int64_t a_row, a_step, b_step;
   const int32_t* offsets;  // of each step of the operand that is read from a slab
+  bool continued = false;  // `sums` holds those of the steps before
 };
 
 // Which operand is read from a slab: its steps have offsets instead of a stride.
 enum class InSlab { kNone, kA, kB };
 
-// sums[i][v * width + lane] = sum over the steps, in runs of kRun. The sums leave through memory so
+// sums[i][v * width + lane] = sum over the steps, run after run. The sums leave through memory so
 // that what follows them is compiled once, not once per tile shape.
 template <class E, InSlab kSlab, int kRows, int kVectors>
 void microkernel(const Operands& in, typename E::Acc* sums) {
@@ -36,14 +37,14 @@ void microkernel(const Operands& in, typename E::Acc* sums) {
   const int64_t a_row = in.a_row, a_step = in.a_step, b_step = in.b_step;
   const int32_t* offset = in.offsets;
   int64_t left = in.steps;
-  bool first = true;
+  bool first = !in.continued;
   do {
     V sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) sum[i][v] = S::zero();
-    for (int64_t k = left < E::kRun ? left : E::kRun; k > 0; k--) {
+    for (int64_t k = left < in.run ? left : in.run; k > 0; k--) {
       const int64_t at = kSlab == InSlab::kNone ? 0 : *offset++;
       const char* columns = kSlab == InSlab::kB ? b + at : b;
       V right[kVectors];
@@ -72,7 +73,7 @@ void microkernel(const Operands& in, typename E::Acc* sums) {
         S::store(out, first ? sum[i][v] : S::add(S::load(out), sum[i][v]));
       }
     first = false;
-    left -= E::kRun;
+    left -= in.run;
   } while (left > 0);
 }
 
@@ -86,12 +87,12 @@ void streaming_microkernel(const Operands& in, int64_t b_row, typename E::Acc* s
   constexpr int kSteps = kPieces * kPieceColumns<typename E::Acc>;
   static_assert(E::kRun % kSteps == 0, "a run must consist of whole transpositions");
   const char *a = in.a, *b = in.b;
-  bool first = true;
-  for (int64_t left = in.steps; left > 0; left -= E::kRun) {
+  bool first = !in.continued;
+  for (int64_t left = in.steps; left > 0; left -= in.run) {
     V sum[kRows];
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; i++) sum[i] = S::zero();
-    for (int64_t k = 0; k < E::kRun; k += kSteps) {
+    for (int64_t k = 0; k < in.run; k += kSteps) {
       V right[kSteps];
       transpose<typename E::Acc, kPieces>(b, b_row, right);
 #pragma GCC unroll 16

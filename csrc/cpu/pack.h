@@ -147,18 +147,18 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
                           out + j, stride);
       }
     }
-    if (done == depth) continue;
-    int64_t rest = depth - done;
-    int64_t padded = (rest + kGroupOfSteps - 1) / kGroupOfSteps * kGroupOfSteps;
-    Lines<T> lines(s, row + j);
-    for (int64_t i = 0; i < kWidth; i++, lines.next()) {
-      Packed* line = scratch + i * padded;
-      int64_t filled = i < rows ? rest : 0;
-      if (filled) lines.fetch(r0 + done, rest, line);
-      memset(static_cast<void*>(line + filled), 0, (padded - filled) * sizeof(Packed));
+    for (; done < depth; done += E::kBlock) {
+      const int64_t count = min64(depth - done, E::kBlock);
+      const int64_t padded = round_up(count, kGroupOfSteps);
+      pack_rows(s, r0 + done, count, row + j, rows, scratch, padded);
+      for (int64_t i = 0; i < kWidth; i++) {
+        const int64_t filled = i < rows ? count : 0;
+        memset(static_cast<void*>(scratch + i * padded + filled), 0,
+               (padded - filled) * sizeof(Packed));
+      }
+      transpose_rows<T>(reinterpret_cast<const char*>(scratch), padded * sizeof(Packed),
+                        padded / E::kGroup, out + done / E::kGroup * stride + j, stride);
     }
-    transpose_rows<T>(reinterpret_cast<const char*>(scratch), padded * sizeof(Packed),
-                      padded / E::kGroup, out + done / E::kGroup * stride + j, stride);
   }
 }
 

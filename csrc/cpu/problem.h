@@ -105,6 +105,9 @@ Grid plan_grid(const Gemm<T>& g, int32_t threads) {
   int64_t most = 1;
   while (most < workers && ceil_div(problems * most, workers) * workers * 10 > problems * most * 11)
     most++;
+  double row_packing = 0.1, col_packing = 0.4;
+  if (g.a_slab && g.slab_reduces_taps) row_packing *= g.a_slab->copies() / g.depth;
+  if (g.b_slab && g.slab_reduces_taps) col_packing *= g.b_slab->copies() / g.depth;
   Grid best;
   double best_cost = 0;
   for (int64_t r = 1; r <= most; r++) {
@@ -112,7 +115,7 @@ Grid plan_grid(const Gemm<T>& g, int32_t threads) {
     // Per chunk and step: vector operations of the tiles, then packing of both operands.
     double rows = static_cast<double>(ceil_div(ceil_div(g.rows, g.row_unit), r) * g.row_unit);
     double cols = static_cast<double>(ceil_div(ceil_div(g.cols, g.col_unit), c) * g.col_unit);
-    double cost = rows * cols / Engine<T>::S::kWidth + 0.1 * rows + 0.4 * cols;
+    double cost = rows * cols / Engine<T>::S::kWidth + row_packing * rows + col_packing * cols;
     if (r == 1 || cost < best_cost) best.row_chunks = r, best.col_chunks = c, best_cost = cost;
   }
   best.row_chunks = min64(best.row_chunks, max64(ceil_div(g.rows, g.row_unit), 1));

@@ -11,12 +11,20 @@ constexpr int64_t kRowBlockBytes = 384 << 10;
 constexpr int64_t kTallestRowBlock = 384;
 constexpr int64_t kSharedRows = 1152;  // of the row blocks that share packed columns
 constexpr int64_t kMostShared = 32;    // such row blocks
+constexpr int64_t kPackedBytes = 1 << 20;
 constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
 
 // Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
 // blocks spare that, where all scratch together is no more than a masked copy would take.
 template <class T>
 int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
+  if (g.a_slab && g.slab_reduces_taps) {
+    // Packed once, used by every image; all threads together take no more than a copy of all
+    // columns would, or a little.
+    const int64_t few = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
+    const int64_t columns = max64(few, ceil_div(g.cols, grid.workers)) / 32 * 32;
+    return min64(kColumnBlock, max64(columns, 32));
+  }
   if (g.b_slab) return g.slab_reduces_taps ? g.b_slab->height * g.col_unit : g.cols;
   if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return kColumnBlock;
   const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
@@ -25,18 +33,36 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
   return min64(kWidestColumnBlock, max64(kColumnBlock / 2, columns / 64 * 64));
 }
 
+// How much of the reduced dimension is multiplied at once: whole runs, a divisor or a
+// multiple of Engine::kBlock.
+template <class T>
+int64_t depth_block(const Gemm<T>& g, int64_t images) {
+  using E = Engine<T>;
+  constexpr int64_t kMost = 4 * E::kBlock, kRuns = 4 * E::kRun * E::kGroup;
+  // Windows are read from a slab that stays, so that sums need not wait for more.
+  if (g.a_slab && g.slab_reduces_taps)
+    return max64(round_up(ceil_div(g.depth, max64(ceil_div(g.depth, kMost), 1)), kRuns), kRuns);
+  if (g.slab_reduces_taps) return E::kBlock;
+  if (g.a_slab || g.b_slab) return SlabReader<T>::block(g.a_slab ? *g.a_slab : *g.b_slab, images);
+  // Each step of such rows is another stretch of memory: the longer, the fewer pages are met twice.
+  return g.a_rows_outer ? E::kBlock : E::kBlock / 2;
+}
+
 // In bytes; every part starts on a cache line.
 template <class T>
 struct Scratch {
   using E = Engine<T>;
   using Acc = typename E::Acc;
   int64_t rows = 0, columns, slab, offsets, transpose, partial, total;
+  int64_t block;  // of the reduced dimension
   int64_t row_block, column_block, shared;
+  int64_t slots = 1;  // for slabs whose windows are rows
 
   Scratch(const Gemm<T>& g, const Grid& grid, int64_t images) {
     constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
     constexpr int64_t kVectors = kMaxVectors * E::S::kWidth;
-    const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), E::kBlock);
+    block = depth_block(g, images);
+    const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), block);
     row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
     if (g.row_unit > 1) row_block = max64(row_block / g.row_unit, 1) * g.row_unit;
     shared = min64(kMostShared, ceil_div(kSharedRows, row_block));
@@ -45,14 +71,18 @@ struct Scratch {
     int64_t slab_size = 0;
     if (g.a_slab && g.slab_reduces_taps) {
       row_block = g.a_slab->height * g.row_unit;
-      shared = ceil_div(min64(kSharedRows, all_rows), row_block);
-      shared = min64(min64(kMostShared, shared),
-                     max64(2 * kSlabBytes / (g.a_slab->size() * kPacked), 1));
-      slab_size = shared * g.a_slab->size();
+      shared = kMostShared;
+      // Slabs are kept for the blocks of the reduced dimension to come.
+      if (g.depth > block) {
+        shared = min64(kMostShared, ceil_div(min64(kSharedRows, all_rows), row_block));
+        shared = min64(shared, max64(2 * kSlabBytes / (g.a_slab->size() * kPacked), 1));
+        slots = shared;
+      }
+      slab_size = slots * g.a_slab->size();
     } else if (g.b_slab && g.slab_reduces_taps) {
       slab_size = g.b_slab->size();
     } else if (g.a_slab || g.b_slab) {
-      slab_size = SlabReader<T>::block_size(g.a_slab ? *g.a_slab : *g.b_slab, images);
+      slab_size = SlabReader<T>::block_bytes(g.a_slab ? *g.a_slab : *g.b_slab, images) / kPacked;
     }
     // Summing packed rows reads whole vectors of them.
     const bool sums_rows = g.a_sums && g.a_rows_outer;
@@ -68,7 +98,7 @@ struct Scratch {
     transpose = offsets + aligned(slab_size && !g.slab_reduces_taps ? depth * sizeof(int32_t) : 0);
     const bool transposes = (g.b_cols_outer && !g.b_slab) || sums_rows;
     partial = transpose + aligned(transposes ? transpose_scratch<T>() * kPacked : 0);
-    const bool spills = g.splits == 1 && g.depth > E::kBlock && !sums_in_output(g);
+    const bool spills = g.splits == 1 && g.depth > block && !sums_in_output(g);
     const int64_t partial_rows = spills ? min64(all_rows, shared * row_block + row_block) : 0;
     total = partial + aligned(partial_rows * partial_stride(width) * sizeof(Acc));
   }

@@ -28,6 +28,7 @@ struct Slab {
   // Interleaved: [row][column][channel]. Planar: [channel][row % step][column % step][row][column],
   // so that neighbouring windows lie next to each other whatever the step.
   bool planar;
+  bool flat;  // windows are counted along the rows of a plane, the last ones of which are none
   Windows rows, columns;
   int64_t channels;
   bool channels_last, backwards;  // order of the taps
@@ -48,8 +49,11 @@ struct Slab {
   // In elements.
   int64_t size() const { return plane() * channels * row_phases() * column_phases(); }
   int64_t line() const { return planar ? pitch : pitch * channels; }
-  // Planar windows are counted along the rows of a plane, the last ones of which are none.
-  int64_t windows_per_row() const { return planar ? pitch : columns.count; }
+  int64_t windows_per_row() const { return flat ? pitch : columns.count; }
+  // Elements per window.
+  double copies() const {
+    return static_cast<double>(size()) / static_cast<double>(height * windows_per_row());
+  }
   // From a window to the next one in its row, and from a row of windows to the next.
   int64_t window_step() const { return planar ? 1 : columns.step * channels; }
   int64_t window_row() const { return planar ? pitch : rows.step * pitch * channels; }
@@ -116,9 +120,9 @@ class SlabLines {
       }
       fill_zeros(out, inside.begin);
       if (!source_.mask && digit.stride == 1) {
-        copy_run(source_.data + line.at.offset + inside.begin, inside.end - inside.begin,
-                 out + inside.begin);
-        fill_zeros(out + inside.end, n - inside.end);
+        const T* from = source_.data + line.at.offset + inside.begin;
+        const int64_t done = copy_run(from, inside.end - inside.begin, out + inside.begin);
+        fill_zeros(out + inside.begin + done, n - inside.begin - done);
         continue;
       }
       const T* m = source_.mask ? source_.mask + line.at.mask + inside.begin * digit.mask : nullptr;
@@ -129,12 +133,14 @@ class SlabLines {
   }
 
  private:
-  static void copy_run(const T* from, int64_t n, P* out) {
+  // Whole vectors, with zeros behind the last element; returns how many elements were written.
+  static int64_t copy_run(const T* from, int64_t n, P* out) {
     constexpr int64_t kWidth = Convert<T>::S::kWidth;
-    for (; n >= kWidth; n -= kWidth, from += kWidth, out += kWidth)
-      Convert<P>::store(out, Convert<T>::load(from));
-    if (n > 0)
-      Convert<P>::store(out, Convert<T>::load(from, static_cast<int>(n)), static_cast<int>(n));
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) Convert<P>::store(out + i, Convert<T>::load(from + i));
+    if (i == n) return n;
+    Convert<P>::store(out + i, Convert<T>::load(from + i, static_cast<int>(n - i)));
+    return i + kWidth;
   }
 
   // Channels that do not follow each other in the image, as they do in the slab.

@@ -19,13 +19,19 @@ class SlabReader {
   SlabReader(const Slab* slab, const Source<T>& source, char* space, int32_t* offsets)
       : slab_(slab), source_(source), space_(space), offsets_(offsets) {}
 
-  // Elements for the windows of one block of a sum over windows.
-  static int64_t block_size(const Slab& slab, int64_t images) {
-    const int64_t rows =
-        min64(ceil_div(E::kBlock, slab.columns.count) + 1, images * slab.rows.count);
+  // Windows of one block of a sum over windows: fewer where their slab would not stay in the
+  // second-level cache, as each panel of taps is read from there for every tile.
+  static int64_t block(const Slab& slab, int64_t images) {
+    return block_bytes(slab, E::kBlock, images) > kSlabBytes ? E::kBlock / 2 : E::kBlock;
+  }
+  static int64_t block_bytes(const Slab& slab, int64_t images) {
+    return block_bytes(slab, block(slab, images), images);
+  }
+  static int64_t block_bytes(const Slab& slab, int64_t block, int64_t images) {
+    const int64_t rows = min64(ceil_div(block, slab.columns.count) + 1, images * slab.rows.count);
     const int64_t parts = min64(images, rows / slab.rows.count + 2);
     const int64_t overlap = max64(slab.rows.span() - slab.rows.step, 0);
-    return (rows * slab.rows.step + parts * overlap) * slab.line();
+    return (rows * slab.rows.step + parts * overlap) * slab.line() * kUnit;
   }
   // Taps that lie next to each other in an interleaved slab.
   static int64_t run(const Slab& slab) {

@@ -92,11 +92,15 @@ class Lines {
   // Asks for the elements of a line to come: lines of a tensor lie too far apart for the processor
   // to foresee the next one.
   void prefetch(int64_t inner, int64_t n) const {
-    constexpr int64_t kAhead = 3, kLine = 64 / sizeof(T);
-    const int64_t outer = s_.gather ? s_.gather->outer.stride() : s_.outer;
-    if ((s_.gather ? s_.gather->inner.stride() : s_.inner) != 1) return;
-    const T* p = s_.data + at().offset + kAhead * outer + (s_.gather ? 0 : inner);
-    for (int64_t i = 0; i < n; i += kLine) __builtin_prefetch(p + i);
+    constexpr int64_t kBytes = 4096;
+    const int64_t ahead = 3 + kBytes / (n * static_cast<int64_t>(sizeof(T)) + 256);
+    if (s_.gather) {
+      if (s_.gather->inner.single())
+        ask(s_.gather->outer.digits[kDigits - 1], s_.gather->inner.digits[kDigits - 1], ahead,
+            inner, n);
+    } else {
+      ask({1, s_.outer, s_.mask_outer}, {1, s_.inner, s_.mask_inner}, ahead, inner, n);
+    }
   }
 
   // Writes elements [inner, inner + n) of the line.
@@ -109,6 +113,14 @@ class Lines {
   }
 
  private:
+  void ask(const Digit& outer, const Digit& digit, int64_t ahead, int64_t inner, int64_t n) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const T* p = s_.data + at().offset + ahead * outer.stride + inner;
+    const T* m = s_.mask + at().mask + ahead * outer.mask + inner;
+    for (int64_t i = 0; digit.stride == 1 && i < n; i += kLine) __builtin_prefetch(p + i);
+    for (int64_t i = 0; s_.mask && digit.mask == 1 && i < n; i += kLine) __builtin_prefetch(m + i);
+  }
+
   const Position& at() const { return s_.gather ? cursor_.at : at_; }
 
   template <class P>

@@ -12,15 +12,14 @@ void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t st
               bool first, typename Engine<T>::Acc* sums) {
   using S = typename Engine<T>::S;
   for (int64_t i = 0; i < n; i += S::kWidth) {
-    typename S::V sum = S::zero();
+    const int count = static_cast<int>(min64(n - i, S::kWidth));
+    typename S::V sum = first ? S::zero() : S::load(sums + i, count);
     for (int64_t k = 0; k < steps;) {
       typename S::V run = S::zero();
       for (const int64_t end = min64(steps, k + Engine<T>::kRun); k < end; k++)
         run = Engine<T>::accumulate(run, packed + k * stride + i);
       sum = S::add(sum, run);
     }
-    const int count = static_cast<int>(min64(n - i, S::kWidth));
-    if (!first) sum = S::add(S::load(sums + i, count), sum);
     S::store(sums + i, sum, count);
   }
 }
@@ -36,18 +35,17 @@ void add_row_sums(const typename Engine<T>::Packed* packed, int64_t stride, int6
   constexpr int64_t kPiece = kPieceColumns<typename E::Acc>;
   auto* columns = reinterpret_cast<typename E::Unit*>(scratch);
   for (int64_t i = 0; i < n; i += S::kWidth) {
-    typename S::V sum = S::zero();
+    const int count = static_cast<int>(min64(n - i, S::kWidth));
+    typename S::V sum = first ? S::zero() : S::load(sums + i, count);
     for (int64_t k = 0; k < steps; k += E::kRun) {
-      const int64_t count = min64(E::kRun, steps - k);
+      const int64_t run_steps = min64(E::kRun, steps - k);
       const auto* rows = packed + i * stride + k * E::kGroup;
       transpose_rows<T>(reinterpret_cast<const char*>(rows), stride * sizeof(typename E::Packed),
-                        round_up(count, kPiece), columns, S::kWidth);
+                        round_up(run_steps, kPiece), columns, S::kWidth);
       typename S::V run = S::zero();
-      for (int64_t c = 0; c < count; c++) run = E::accumulate(run, columns + c * S::kWidth);
+      for (int64_t c = 0; c < run_steps; c++) run = E::accumulate(run, columns + c * S::kWidth);
       sum = S::add(sum, run);
     }
-    const int count = static_cast<int>(min64(n - i, S::kWidth));
-    if (!first) sum = S::add(S::load(sums + i, count), sum);
     S::store(sums + i, sum, count);
   }
 }

@@ -24,8 +24,7 @@ WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images) {
   const bool channel_rows = by_channels <= by_taps;
   const bool copies_less =
       slab.rows.taps * slab.columns.taps >= 2 * slab.rows.step * slab.columns.step;
-  const int64_t bytes =
-      SlabReader<T>::block_size(slab, images) * static_cast<int64_t>(sizeof(typename E::Packed));
+  const int64_t bytes = SlabReader<T>::block_bytes(slab, images);
   if (E::kGroup != 1 || !copies_less || bytes > kSummedSlabBytes) return {channel_rows, false};
   // Packing a vector of taps takes as long as so many operations; fewer sums than these at a time
   // wait for each other.
@@ -48,7 +47,7 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
   const int64_t groups = op.conv.groups, k = w.size[0] / groups, c = w.size[1];
   const Windows rows = forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0);
   const Windows columns = forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1);
-  problem->slab = slab_of(input, nullptr, c, rows, columns, true, false, false);
+  problem->slab = slab_of(input, nullptr, c, rows, columns, true, false, false, false);
   const WeightPlan plan = plan_weight<T>(k, problem->slab, grad.size[kBatch]);
   const bool channel_rows = plan.channel_rows;
 

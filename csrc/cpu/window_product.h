@@ -74,7 +74,7 @@ bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels
   if (!copies_less || columns.count < kFewestWindows || in_channels == 0) return false;
   Slab& slab = problem->slab;
   slab = slab_of(op.image, op.mask, in_channels, rows, columns, op.channels_last, backwards(op),
-                 !pixel_rows);
+                 !pixel_rows || (!op.channels_last && op.image.stride[kChannel] != 1), !pixel_rows);
   const int64_t run = SlabReader<T>::run(slab);
   if (kGroup == 2 && (!pixel_rows || !op.channels_last || run % 2)) return false;
   // Columns between two rows of an image are computed for nothing; packing costs about as much as
@@ -92,6 +92,19 @@ bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels
   (pixel_rows ? g.row_unit : g.col_unit) = slab.windows_per_row();
   g.slab_reduces_taps = true;
   return true;
+}
+
+// Whether pixels had better be the rows although the output's lie side by side: as columns, those
+// between two rows of an image are computed for nothing, and as rows their tiles are transposed
+// when they are stored.
+template <class T>
+bool prefers_pixel_rows(const WindowProduct& op, int64_t in_channels, int64_t out_channels) {
+  constexpr int64_t kFewestSteps = 128, kWidth = Engine<T>::S::kWidth;
+  const int64_t taps = op.rows.taps * op.columns.taps;
+  const int64_t wasted = (op.columns.span() - 1) / op.columns.step;
+  const bool transposes = sizeof(T) == sizeof(typename Engine<T>::Acc);
+  return transposes && taps > 1 && in_channels * taps >= kFewestSteps &&
+         out_channels >= 2 * kWidth && wasted * 16 > op.columns.count;
 }
 
 template <class T>
@@ -121,7 +134,7 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
   const bool dense_channels = out.stride[kChannel] == 1 && !(out_channels == 1 && step == 1);
   // Few channels would leave lanes empty: then pixels fill them, if a slab has them side by side.
   constexpr int64_t kFewChannels = 3 * Engine<T>::S::kWidth / 4;
-  bool pixel_rows = dense_channels;
+  bool pixel_rows = dense_channels || prefers_pixel_rows<T>(op, in_channels, out_channels);
   bool reads_slab = false;
   if (dense_channels && out_channels < kFewChannels)
     pixel_rows = !(reads_slab = set_slab<T>(op, in_channels, out_channels, false, problem));

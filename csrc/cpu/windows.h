@@ -112,12 +112,13 @@ Source<T> source_of(const Images& image, const Images* mask, int32_t relu_grad, 
 
 // The slab of an image; its height is still to be chosen.
 inline Slab slab_of(const Images& image, const Images* mask, int64_t channels, const Windows& rows,
-                    const Windows& columns, bool channels_last, bool backwards, bool planar) {
+                    const Windows& columns, bool channels_last, bool backwards, bool planar,
+                    bool flat) {
   const int64_t* s = image.stride;
   const int64_t nothing[4] = {};
   const int64_t* m = mask ? mask->stride : nothing;
   Slab slab{};
-  slab.planar = planar;
+  slab.planar = planar, slab.flat = flat;
   slab.rows = rows, slab.columns = columns;
   slab.channels = channels;
   slab.channels_last = channels_last, slab.backwards = backwards;

@@ -42,21 +42,32 @@ class Writer {
       }
   }
 
+  // The sums of the blocks before.
+  void resume(const Tile& t, int vectors, Acc* sums) const {
+    resume_tile(destination(t), vectors, sums);
+  }
+
   // `bias` has one element per row, or whole vectors of columns and one more vector.
   void write(const Tile& t, const Acc* sums, int vectors, const Acc* bias) const {
-    Destination<T> to{};
-    to.first = t.first, to.last = t.last;
-    to.rows = t.rows, to.cols = t.cols;
-    to.bias = bias, to.bias_of_rows = g_.bias_of_rows;
-    to.partial = partial(t), to.partial_row = waiting.row;
+    Destination<T> to = destination(t);
+    to.bias = bias;
     if (g_.scatter && t.last) return scatter(t, to, sums, vectors);
-    if (!g_.scatter) to.out = g_.out + t.i * g_.out_row + t.j, to.out_row = g_.out_row;
-    if constexpr (sizeof(T) == sizeof(Acc))
-      if (!waiting.data) to.partial = to.out, to.partial_row = to.out_row;
     finish_tile<T, Epilogue>(to, sums, vectors);
   }
 
  private:
+  Destination<T> destination(const Tile& t) const {
+    Destination<T> to{};
+    to.last = t.last;
+    to.rows = t.rows, to.cols = t.cols;
+    to.bias_of_rows = g_.bias_of_rows;
+    to.partial = partial(t), to.partial_row = waiting.row;
+    if (!g_.scatter) to.out = g_.out + t.i * g_.out_row + t.j, to.out_row = g_.out_row;
+    if constexpr (sizeof(T) == sizeof(Acc))
+      if (!waiting.data) to.partial = to.out, to.partial_row = to.out_row;
+    return to;
+  }
+
   Acc* partial(const Tile& t) const {
     if (!waiting.data) return nullptr;
     return waiting.data + (t.i - waiting.top) * waiting.row + t.j - waiting.left;
@@ -81,7 +92,6 @@ class Writer {
         }
         Destination<T> to = tile;
         to.rows = static_cast<int>(height), to.cols = static_cast<int>(used);
-        if (to.partial) to.partial += r * to.partial_row + c;
         to.bias += g_.bias_of_rows ? r : c;
         to.out = g_.out + col.at.offset;
         to.out_row = rows.stride();
@@ -96,13 +106,38 @@ class Writer {
 
   void piece(Destination<T> to, const Acc* sums, int vectors, int64_t stride) const {
     if (stride == 1 || to.cols == 1) return finish_tile<T, Epilogue>(to, sums, vectors);
-    T dense[kMaxRows * kMaxVectors * kWidth];
+    T dense[(kMaxRows + kWidth) * kMaxVectors * kWidth];
     T* out = to.out;
     const int64_t out_row = to.out_row;
-    to.out = dense, to.out_row = to.cols;
+    to.out = dense, to.out_row = vectors * kWidth;
     finish_tile<T, Epilogue>(to, sums, vectors);
-    for (int r = 0; r < to.rows; r++)
-      for (int c = 0; c < to.cols; c++) out[r * out_row + c * stride] = dense[r * to.cols + c];
+    if (sizeof(T) == sizeof(Acc) && out_row == 1)
+      return store_transposed(dense, vectors * kWidth, to.rows, to.cols, out, stride);
+    for (int c = 0; c < to.cols; c++)
+      for (int r = 0; r < to.rows; r++)
+        out[r * out_row + c * stride] = dense[r * vectors * kWidth + c];
+  }
+
+  // out[c * stride + r] = dense[r][c]
+  static void store_transposed(const T* dense, int64_t row, int rows, int cols, T* out,
+                               int64_t stride) {
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      constexpr int kColumns = kPieceColumns<T>;
+      using S = Simd<T>;
+      for (int r = 0; r < rows; r += kWidth)
+        for (int c = 0; c < cols; c += kColumns) {
+          typename S::V columns[kColumns];
+          transpose<T, 1>(reinterpret_cast<const char*>(dense + r * row + c), row * sizeof(T),
+                          columns);
+          for (int k = 0; k < kColumns && c + k < cols; k++) {
+            T* to = out + (c + k) * stride + r;
+            if (rows - r >= kWidth)
+              S::store(to, columns[k]);
+            else
+              S::store(to, columns[k], rows - r);
+          }
+        }
+    }
   }
 
   const Gemm<T>& g_;
