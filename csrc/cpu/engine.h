@@ -68,6 +68,10 @@ struct Engine<Bf16> : DotBf16 {
 };
 #endif
 
+// Blocks of the reduced dimension are multiples of this, but for those of windows in a slab.
+template <class T>
+constexpr int64_t kLeastBlock = Engine<T>::kBlock / 2;
+
 // Steps of a run. Errors are least where a run has as many products as a sum has runs.
 template <class E>
 int64_t run_of(int64_t depth) {

@@ -45,7 +45,7 @@ int64_t depth_block(const Gemm<T>& g, int64_t images) {
   if (g.slab_reduces_taps) return E::kBlock;
   if (g.a_slab || g.b_slab) return SlabReader<T>::block(g.a_slab ? *g.a_slab : *g.b_slab, images);
   // Each step of such rows is another stretch of memory: the longer, the fewer pages are met twice.
-  return g.a_rows_outer ? E::kBlock : E::kBlock / 2;
+  return g.a_rows_outer ? E::kBlock : kLeastBlock<T>;
 }
 
 // In bytes; every part starts on a cache line.

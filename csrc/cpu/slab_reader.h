@@ -22,7 +22,7 @@ class SlabReader {
   // Windows of one block of a sum over windows: fewer where their slab would not stay in the
   // second-level cache, as each panel of taps is read from there for every tile.
   static int64_t block(const Slab& slab, int64_t images) {
-    return block_bytes(slab, E::kBlock, images) > kSlabBytes ? E::kBlock / 2 : E::kBlock;
+    return block_bytes(slab, E::kBlock, images) > kSlabBytes ? kLeastBlock<T> : E::kBlock;
   }
   static int64_t block_bytes(const Slab& slab, int64_t images) {
     return block_bytes(slab, block(slab, images), images);

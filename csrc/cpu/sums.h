@@ -1,10 +1,14 @@
-// Sums of a packed operand over the reduced dimension: gradients of biases. In the same order as
-// the products of the main loop.
+// Sums of a packed operand over the reduced dimension: gradients of biases. Runs make up blocks,
+// and these the sum, wherever the main loop cuts it: libraries that add up pairs of halves are so
+// exact that two levels would not do.
 #pragma once
 
 #include "cpu/pack.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
+
+template <class T>
+constexpr int64_t kSummedSteps = kLeastBlock<T> / Engine<T>::kGroup;
 
 // sums[i] (+)= the sum of packed[step][i] over the steps, for `n` elements.
 template <class T>
@@ -15,10 +19,14 @@ void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t st
     const int count = static_cast<int>(min64(n - i, S::kWidth));
     typename S::V sum = first ? S::zero() : S::load(sums + i, count);
     for (int64_t k = 0; k < steps;) {
-      typename S::V run = S::zero();
-      for (const int64_t end = min64(steps, k + Engine<T>::kRun); k < end; k++)
-        run = Engine<T>::accumulate(run, packed + k * stride + i);
-      sum = S::add(sum, run);
+      typename S::V block = S::zero();
+      for (const int64_t block_end = min64(steps, k + kSummedSteps<T>); k < block_end;) {
+        typename S::V run = S::zero();
+        for (const int64_t end = min64(block_end, k + Engine<T>::kRun); k < end; k++)
+          run = Engine<T>::accumulate(run, packed + k * stride + i);
+        block = S::add(block, run);
+      }
+      sum = S::add(sum, block);
     }
     S::store(sums + i, sum, count);
   }
@@ -37,6 +45,7 @@ void add_row_sums(const typename Engine<T>::Packed* packed, int64_t stride, int6
   for (int64_t i = 0; i < n; i += S::kWidth) {
     const int count = static_cast<int>(min64(n - i, S::kWidth));
     typename S::V sum = first ? S::zero() : S::load(sums + i, count);
+    typename S::V block = S::zero();
     for (int64_t k = 0; k < steps; k += E::kRun) {
       const int64_t run_steps = min64(E::kRun, steps - k);
       const auto* rows = packed + i * stride + k * E::kGroup;
@@ -44,7 +53,10 @@ void add_row_sums(const typename Engine<T>::Packed* packed, int64_t stride, int6
                         round_up(run_steps, kPiece), columns, S::kWidth);
       typename S::V run = S::zero();
       for (int64_t c = 0; c < run_steps; c++) run = E::accumulate(run, columns + c * S::kWidth);
-      sum = S::add(sum, run);
+      block = S::add(block, run);
+      if ((k + E::kRun) % kSummedSteps<T> != 0 && k + E::kRun < steps) continue;
+      sum = S::add(sum, block);
+      block = S::zero();
     }
     S::store(sums + i, sum, count);
   }
