@@ -190,6 +190,24 @@ def test_vectorized_map(setting: str, names: str, launched: Launched) -> None:
 
 
 @every_setting
+@pytest.mark.parametrize("names", ["x", "kernel", "bias", "x kernel"])
+def test_vectorized_map_over_nothing(setting: str, names: str) -> None:
+    operands, function, _ = both(setting)
+    named = dict(zip(("x", "kernel", "bias"), operands))
+
+    def one(values: dict[str, Any]) -> tuple[Any, Any]:
+        arguments = list({**named, **values}.values())
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            y = function(*arguments)
+        return y, tape.gradient(y, arguments)
+
+    y, gradients = tf.vectorized_map(one, {name: named[name][None][:0] for name in names.split()})
+    assert y.shape == (0, *function(*operands).shape)
+    assert [g.shape for g in gradients] == [(0, *operand.shape) for operand in operands]
+
+
+@every_setting
 def test_gradient_matches_differences(setting: str) -> None:
     (x, kernel, bias), function, _ = both(setting)
     # Far from the kink, where differences would straddle it.

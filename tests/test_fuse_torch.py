@@ -268,7 +268,7 @@ def replaced_forward() -> nn.Module:
 
 NATIVE: dict[str, tuple[Any, str, str]] = {
     "no_relu": (lambda: nn.Sequential(nn.Linear(8, 8)), "0", "no ReLU follows"),
-    "subclass": (lambda: nn.Sequential(Subclass(8, 8), nn.ReLU()), "0", "no ReLU follows"),
+    "subclass": (lambda: nn.Sequential(Subclass(8, 8), nn.ReLU()), "0", "a subclass"),
     "other_activation": (lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()), "0", "no ReLU follows"),
     "shared": (shared_linear, "0", "used in more than one place"),
     "hook": (lambda: with_hook(0, "register_forward_hook"), "0", "hooks of the Linear"),

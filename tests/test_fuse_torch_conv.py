@@ -190,7 +190,8 @@ def hooked() -> nn.Module:
 CONV, NORM, RELU = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU()
 NATIVE: dict[str, tuple[Any, str, str]] = {
     "no_relu": (sequence(CONV), "0", "no ReLU follows"),
-    "subclass": (sequence(Subclass(2, 2, 3), RELU), "0", "no ReLU follows"),
+    "subclass": (sequence(Subclass(2, 2, 3), RELU), "0", "a subclass may compute"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(2, 3), nn.ReLU()), "0", "call the model once"),
     "batch_norm": (sequence(CONV, NORM, RELU), "0", "a BatchNorm2d stands before the ReLU"),
     "residual_block": (Block, "conv1", "a BatchNorm2d stands before the ReLU"),
     "residual_sum": (Block, "conv2", "no ReLU follows"),

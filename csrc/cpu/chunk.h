@@ -1,8 +1,8 @@
 // The main loop of every op, for one chunk: a rectangle of the output that one thread makes.
 //
-// Row blocks and column blocks are sized for the second-level cache, blocks of the reduced
-// dimension (kBlock) by the order of summation, panels (of columns) and tiles (of rows) by the
-// microkernel. Every sum is made by one thread in the same order, whatever the blocks and chunks.
+// Blocks are sized for the second-level cache (scratch.h), panels (of columns) and tiles (of rows)
+// by the microkernel. Every sum is made by one thread in the same order (engine.h), whatever the
+// blocks and chunks: the next block takes up the sums of the one before.
 #pragma once
 
 #include "cpu/scratch.h"

@@ -33,12 +33,13 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
   return min64(kWidestColumnBlock, max64(kColumnBlock / 2, columns / 64 * 64));
 }
 
-// How much of the reduced dimension is multiplied at once: whole runs, a divisor or a
-// multiple of Engine::kBlock.
+// How much of the reduced dimension is multiplied at once: whole runs, and where an operand is
+// summed as well, a multiple of kLeastBlock.
 template <class T>
 int64_t depth_block(const Gemm<T>& g, int64_t images) {
   using E = Engine<T>;
   constexpr int64_t kMost = 4 * E::kBlock, kRuns = 4 * E::kRun * E::kGroup;
+  static_assert(kLeastBlock<T> % kRuns == 0, "a block must consist of the longest runs");
   // Windows are read from a slab that stays, so that sums need not wait for more.
   if (g.a_slab && g.slab_reduces_taps)
     return max64(round_up(ceil_div(g.depth, max64(ceil_div(g.depth, kMost), 1)), kRuns), kRuns);

@@ -28,7 +28,7 @@ struct Slab {
   // Interleaved: [row][column][channel]. Planar: [channel][row % step][column % step][row][column],
   // so that neighbouring windows lie next to each other whatever the step.
   bool planar;
-  bool flat;  // windows are counted along the rows of a plane, the last ones of which are none
+  bool flat;  // windows are counted along the pitch: behind those of a row lie some of no use
   Windows rows, columns;
   int64_t channels;
   bool channels_last, backwards;  // order of the taps

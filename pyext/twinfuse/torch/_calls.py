@@ -211,7 +211,8 @@ def _unlike(name: str, tensor: Tensor, input: Tensor, dtype: torch.dtype) -> str
 
 def _dtype_of_call(tensor: Tensor, device: str) -> torch.dtype:
     if (
-        torch.is_autocast_enabled(device)
+        device != "meta"  # of which autocast has never heard
+        and torch.is_autocast_enabled(device)
         and tensor.is_floating_point()
         and tensor.dtype != torch.float64
     ):

@@ -120,13 +120,22 @@ def explain(model: nn.Module) -> Report:
             report.append(Choice(where=name, op="relu", backend="fused", reason=reason))
         elif isinstance(module, (*_NAMES, nn.ReLU)):
             op = next((op for kind, op in _NAMES.items() if isinstance(module, kind)), "relu")
-            before = "no Linear, Conv1d or Conv2d before it"
-            default = before if op == "relu" else "no ReLU follows"
-            reason = survey.reasons.get(id(module), default)
+            reason = survey.reasons.get(id(module), _why_native(module))
             if id(module) in fusible:
                 reason = "can be fused: call fuse(model)"
             report.append(Choice(where=name, op=op, backend="native", reason=reason))
     return report
+
+
+def _why_native(module: nn.Module) -> str:
+    """Why a module is in no pattern, where the survey has not said so."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "it has no weight yet: call the model once, then fuse it"
+    if type(module) not in (*_NAMES, nn.ReLU):
+        return "a subclass may compute something else"
+    if isinstance(module, nn.ReLU):
+        return "no Linear, Conv1d or Conv2d before it"
+    return "no ReLU follows"
 
 
 def _explain_fused(name: str, layer: Any) -> Choice:

@@ -83,11 +83,16 @@ def _convert_linear_relu_grad(call: Any) -> list[Any]:
 
 
 def _merged(call: Any, value: Any, dim: int, rank: int) -> tf.Tensor:
-    """The iterations of a tensor next to each other along its dimension `dim`."""
-    tensor = value.t
-    if not value.is_stacked:
-        iterations = tf.reshape(call.pfor.loop_len_vector, [1])
-        tensor = tf.broadcast_to(tensor, tf.concat([iterations, tf.shape(tensor)], 0))
+    """The iterations of a tensor next to each other along its dimension `dim`.
+
+    Without any there is one of zeros, as no convolution has zero channels.
+    """
+    tensor, most = value.t, tf.maximum(tf.reshape(call.pfor.loop_len_vector, [1]), 1)
+    if value.is_stacked:
+        missing = tf.concat([most - tf.shape(tensor)[:1], tf.zeros([rank], tf.int32)], 0)
+        tensor = tf.pad(tensor, tf.stack([tf.zeros_like(missing), missing], 1))
+    else:
+        tensor = tf.broadcast_to(tensor, tf.concat([most, tf.shape(tensor)], 0))
     tensor = tf.transpose(tensor, [*range(1, dim + 1), 0, *range(dim + 1, rank + 1)])
     shape = tf.shape(tensor)
     merged = [shape[dim] * shape[dim + 1]]
@@ -98,9 +103,10 @@ def _divided(call: Any, tensor: tf.Tensor, dim: int, like: tf.Tensor) -> Any:
     """Undo `_merged`; `like` is the tensor of one iteration."""
     iterations = tf.reshape(call.pfor.loop_len_vector, [])
     shape, rank = tf.shape(tensor), like.shape.rank
-    each = [iterations, shape[dim] // iterations]
+    most = tf.maximum(iterations, 1)
+    each = [most, shape[dim] // most]
     tensor = tf.reshape(tensor, tf.concat([shape[:dim], each, shape[dim + 1 :]], 0))
-    tensor = tf.transpose(tensor, [dim, *range(dim), *range(dim + 1, rank + 1)])
+    tensor = tf.transpose(tensor, [dim, *range(dim), *range(dim + 1, rank + 1)])[:iterations]
     tensor.set_shape([None, *like.shape])
     return pfor.wrap(tensor, True)
 
