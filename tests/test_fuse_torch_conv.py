@@ -191,7 +191,6 @@ CONV, NORM, RELU = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU()
 NATIVE: dict[str, tuple[Any, str, str]] = {
     "no_relu": (sequence(CONV), "0", "no ReLU follows"),
     "subclass": (sequence(Subclass(2, 2, 3), RELU), "0", "a subclass may compute"),
-    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(2, 3), nn.ReLU()), "0", "call the model once"),
     "batch_norm": (sequence(CONV, NORM, RELU), "0", "a BatchNorm2d stands before the ReLU"),
     "residual_block": (Block, "conv1", "a BatchNorm2d stands before the ReLU"),
     "residual_sum": (Block, "conv2", "no ReLU follows"),
@@ -252,3 +251,13 @@ def test_fuse_trains_like_native() -> None:
         curves.append(losses)
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
     assert curves[0][-1] < 0.8 * curves[0][0]
+
+
+def test_lazy_modules_wait_for_their_weights() -> None:
+    model = tft.fuse(nn.Sequential(nn.LazyConv2d(2, 3), nn.ReLU()))
+    row, _ = twinfuse.explain(model)
+    assert "call the model once" in row.reason
+    expected = model(images())
+    fused = tft.fuse(model)
+    assert isinstance(fused[0], tft.nn.ConvReLU2d)
+    torch.testing.assert_close(fused(images()), expected)
