@@ -127,7 +127,7 @@ def explain(model: nn.Module) -> Report:
     return report
 
 
-def _why_native(module: nn.Module) -> str:
+def _why_native(module: object) -> str:
     """Why a module is in no pattern, where the survey has not said so."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it has no weight yet: call the model once, then fuse it"
