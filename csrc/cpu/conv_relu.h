@@ -2,7 +2,7 @@
 // with something. Equations in twinfuse/conv_relu.h.
 #pragma once
 
-#include "cpu/depthwise.h"
+#include "cpu/depthwise_gradient.h"
 #include "cpu/weight_gradient.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
@@ -80,10 +80,9 @@ bool each_grad_weight(const ConvReluBackward& op, typename Convert<T>::Acc* bias
   const Images &w = op.grad_weight, &grad = op.grad_output;
   if (!w.data || w.size[0] * w.size[1] * w.size[kRow] * w.size[kColumn] == 0) return false;
   if (is_depthwise(w, op.conv.groups)) {
-    const DepthwiseGradWeight<T> product(
-        op.input, grad, op.output, op.relu_grad, w,
-        forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0),
-        forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1));
+    const Windows rows = forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0);
+    const Windows columns = forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1);
+    const DepthwiseGradWeight<T> product(op.input, grad, op.output, op.relu_grad, w, rows, columns);
     body(product.bytes(context), [&](char* space) { product.run(context, space); });
     return false;
   }
@@ -115,8 +114,10 @@ TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const TwinfuseCont
     auto run = [&](int64_t, const auto& part) { part(space); };
     each_grad_input<T>(op, context, run);
     const bool summed = each_grad_weight<T>(op, sums, context, run);
-    Gather gather;
-    if (op.grad_bias && !summed) bias.run(grad_lines<T>(op, &gather), context, space, sums);
+    if (op.grad_bias && !summed) {
+      GradientMatrix<T> matrix(op, k);
+      bias.run(matrix.source, matrix.channels_outer, context, space, sums);
+    }
     if (op.grad_bias) store_grad_bias<T>(sums, k, op.grad_bias, op.grad_bias_stride);
   });
 }

@@ -46,7 +46,7 @@ class DepthwiseProduct {
   static constexpr int kWidth = S::kWidth, kAtOnce = 8;
   static constexpr int64_t kRun = MultiplyAdd<Acc>::kRun;
   // Shorter rows are copied faster pixel by pixel than line by line.
-  static constexpr int64_t kWideRow = kWidth + kWidth / 2;
+  static constexpr int64_t kWideRow = kWidth / 2;
 
  public:
   // The output starts at `offset`; `row` and `column` are its strides.
@@ -226,134 +226,6 @@ class DepthwiseProduct {
   int64_t offset_, row_, column_;
   const T* bias_ = nullptr;
   int64_t bias_stride_ = 0;
-};
-
-// The gradient of the weight. Sums run over stretches of a row of windows, then over rows, then
-// over images; images are cut into splits, by their number alone.
-template <class T>
-class DepthwiseGradWeight {
-  using Acc = typename Convert<T>::Acc;
-  using S = Simd<Acc>;
-  static constexpr int kWidth = S::kWidth, kTaps = 12;
-  static constexpr int64_t kRun = MultiplyAdd<Acc>::kRun, kMostSplits = 16;
-
- public:
-  DepthwiseGradWeight(const Images& input, const Images& grad, const Images& output,
-                      int32_t relu_grad, const Images& weight, const Windows& rows,
-                      const Windows& columns)
-      : input_(input, nullptr, 0, rows, columns),
-        grad_(grad, &output, relu_grad, {rows.count, 1, 0, 1, 1, 0, 1},
-              {columns.count, 1, 0, 1, 1, 0, 1}),
-        weight_(weight),
-        images_(grad.size[kBatch]) {
-    grad_.slab.height = input_.slab.height;
-  }
-
-  int64_t workers(const TwinfuseContext& context) const {
-    return max64(1, min64(context.num_threads, splits()));
-  }
-  int64_t bytes(const TwinfuseContext& context) const {
-    return sum_bytes() * splits() + slab_bytes() * workers(context);
-  }
-
-  void run(const TwinfuseContext& context, char* space) const {
-    if (channels() == 0) return;
-    const int64_t workers = this->workers(context);
-    char* slabs = space + sum_bytes() * splits();
-    parallel_for(context, workers, [&](int64_t worker) {
-      Acc* input = reinterpret_cast<Acc*>(slabs + worker * slab_bytes());
-      Acc* grad = reinterpret_cast<Acc*>(slabs + worker * slab_bytes() + input_.bytes());
-      for (int64_t split = worker; split < splits(); split += workers)
-        sum_split(split, sums(space, split), input, grad);
-    });
-    DefaultFloatMode mode;
-    Acc* all = sums(space, 0);
-    for (int64_t split = 1; split < splits(); split++) add(all, sums(space, split));
-    write(all);
-  }
-
- private:
-  int64_t channels() const { return grad_.slab.channels; }
-  int64_t padded() const { return round_up(channels(), kWidth); }
-  int64_t taps() const { return input_.slab.rows.taps * input_.slab.columns.taps; }
-  int64_t splits() const { return max64(1, min64(images_, kMostSplits)); }
-  int64_t numbers() const { return taps() * padded(); }
-  int64_t sum_bytes() const { return round_up(numbers() * static_cast<int64_t>(sizeof(Acc)), 64); }
-  int64_t slab_bytes() const { return input_.bytes() + grad_.bytes(); }
-  Acc* sums(char* space, int64_t split) const {
-    return reinterpret_cast<Acc*>(space + split * sum_bytes());
-  }
-
-  void add(Acc* to, const Acc* from) const {
-    for (int64_t i = 0; i < numbers(); i += kWidth)
-      S::store(to + i, S::add(S::load(to + i), S::load(from + i)));
-  }
-
-  void sum_split(int64_t split, Acc* sums, Acc* input, Acc* grad) const {
-    const int64_t rows = grad_.slab.rows.count, height = grad_.slab.height;
-    for (int64_t i = 0; i < numbers(); i += kWidth) S::store(sums + i, S::zero());
-    for (int64_t n = images_ * split / splits(); n < images_ * (split + 1) / splits(); n++)
-      for (int64_t first = 0; first < rows; first += height) {
-        const int64_t count = min64(height, rows - first);
-        fill_slab(grad_.slab, grad_.source, n, first, count, grad);
-        fill_slab(input_.slab, input_.source, n, first, count, input);
-        for (int64_t p = 0; p < count; p++)
-          sum_row(input + p * input_.slab.window_row(), grad + p * grad_.slab.window_row(), sums);
-      }
-  }
-
-  void sum_row(const Acc* input, const Acc* grad, Acc* sums) const {
-    const int64_t columns = grad_.slab.columns.count;
-    for (int64_t q = 0; q < columns; q += kRun) {
-      const int64_t count = min64(kRun, columns - q);
-      const Acc* g = grad + q * grad_.slab.window_step();
-      const Acc* x = input + q * input_.slab.window_step();
-      for (int64_t c = 0; c < channels(); c += kWidth) {
-        int64_t t = 0;
-        for (; t + kTaps <= taps(); t += kTaps) sum_taps<kTaps>(x, g, count, c, t, sums);
-        for (; t + 3 <= taps(); t += 3) sum_taps<3>(x, g, count, c, t, sums);
-        for (; t < taps(); t++) sum_taps<1>(x, g, count, c, t, sums);
-      }
-    }
-  }
-
-  // Of kCount taps from `t` on.
-  template <int kCount>
-  void sum_taps(const Acc* input, const Acc* grad, int64_t pixels, int64_t c, int64_t t,
-                Acc* sums) const {
-    const int64_t step = input_.slab.window_step(), grad_step = grad_.slab.window_step();
-    const Acc* from[kCount];
-    for (int i = 0; i < kCount; i++) {
-      const int64_t per_row = input_.slab.columns.taps;
-      from[i] = input + input_.slab.tap(0, (t + i) / per_row, (t + i) % per_row) + c;
-    }
-    typename S::V sum[kCount];
-#pragma GCC unroll 16
-    for (int i = 0; i < kCount; i++) sum[i] = S::zero();
-    for (int64_t q = 0; q < pixels; q++) {
-      const typename S::V g = S::load(grad + q * grad_step + c);
-#pragma GCC unroll 16
-      for (int i = 0; i < kCount; i++) sum[i] = S::fma(S::load(from[i] + q * step), g, sum[i]);
-    }
-    for (int i = 0; i < kCount; i++) {
-      Acc* to = sums + (t + i) * padded() + c;
-      S::store(to, S::add(S::load(to), sum[i]));
-    }
-  }
-
-  void write(const Acc* sums) const {
-    const int64_t per_row = input_.slab.columns.taps;
-    for (int64_t t = 0; t < taps(); t++)
-      for (int64_t c = 0; c < channels(); c++) {
-        T* to = static_cast<T*>(weight_.data) + c * weight_.stride[0] +
-                t / per_row * weight_.stride[kRow] + t % per_row * weight_.stride[kColumn];
-        Convert<T>::store(to, S::load(sums + t * padded() + c, 1), 1);
-      }
-  }
-
-  DepthwiseSlab<T> input_, grad_;
-  const Images& weight_;
-  int64_t images_;
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -6,32 +6,36 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-// sums[j] = the sum of grad(r, j) over r; `grad` has r outside. `splits` as of the weight's
-// problem.
+// sums[j] = the sum of grad(r, j) over r, for `grad` with either of them outside. `splits` as of
+// the weight's problem.
 template <class T>
 class GradBias {
   using E = Engine<T>;
   using Acc = typename E::Acc;
   using Unit = typename E::Unit;
-  static constexpr int64_t kColumns = 64;
+  using Packed = typename E::Packed;
+  static constexpr int64_t kColumns = 64;  // at most
+  static constexpr int64_t kWidth = E::S::kWidth;
 
  public:
   GradBias(int64_t rows, int64_t cols, int64_t splits, const TwinfuseContext& context)
       : rows_(rows),
         cols_(cols),
         split_length_(splits > 1 ? split_length<T>(rows, splits) : max64(rows, 1)),
-        workers_(min64(max64(context.num_threads, 1), ceil_div(cols, kColumns))) {}
+        workers_(min64(max64(context.num_threads, 1), ceil_div(cols, kWidth))),
+        at_once_(min64(kColumns, round_up(ceil_div(cols, max64(workers_, 1)), kWidth))) {}
 
   int64_t bytes() const { return workers_ * worker_bytes(); }
 
-  void run(const Source<T>& grad, const TwinfuseContext& context, char* space, Acc* sums) const {
+  void run(const Source<T>& grad, bool cols_outer, const TwinfuseContext& context, char* space,
+           Acc* sums) const {
     parallel_for(context, workers_, [&](int64_t worker) {
-      Unit* packed = reinterpret_cast<Unit*>(space + worker * worker_bytes());
-      for (int64_t j = worker * kColumns; j < cols_; j += workers_ * kColumns) {
-        const int64_t n = min64(kColumns, cols_ - j);
+      char* packed = space + worker * worker_bytes();
+      for (int64_t j = worker * at_once_; j < cols_; j += workers_ * at_once_) {
+        const int64_t n = min64(at_once_, cols_ - j);
         for (int64_t r0 = 0; r0 == 0 || r0 < rows_; r0 += split_length_) {
           Acc split[kColumns];
-          sum_split(grad, r0, j, n, packed, split);
+          sum_split(grad, cols_outer, r0, j, n, packed, split);
           for (int64_t i = 0; i < n; i++) sums[j + i] = r0 ? sums[j + i] + split[i] : split[i];
         }
       }
@@ -39,22 +43,70 @@ class GradBias {
   }
 
  private:
+  int64_t depth() const { return min64(max64(rows_, 1), E::kBlock); }
+  // Of a column, where they are outside: whole pieces are transposed.
+  int64_t stride() const { return round_up(depth(), E::kGroup * 16) + 16; }
+  int64_t packed_bytes() const {
+    return round_up(at_once_ * max64(steps_of<T>(depth()) * static_cast<int64_t>(sizeof(Unit)),
+                                     stride() * static_cast<int64_t>(sizeof(Packed))),
+                    64);
+  }
   int64_t worker_bytes() const {
-    return kColumns * steps_of<T>(min64(max64(rows_, 1), E::kBlock)) * sizeof(Unit);
+    return packed_bytes() + round_up(transpose_scratch<T>() * sizeof(Packed), 64);
   }
 
-  void sum_split(const Source<T>& grad, int64_t r0, int64_t j, int64_t n, Unit* packed,
-                 Acc* split) const {
+  void sum_split(const Source<T>& grad, bool cols_outer, int64_t r0, int64_t j, int64_t n,
+                 char* space, Acc* split) const {
     const int64_t end = min64(rows_, r0 + split_length_);
+    if constexpr (E::kGroup == 1)
+      if (!cols_outer && !grad.gather && grad.inner == 1 && (!grad.mask || grad.mask_inner == 1))
+        return with_mask(grad.mask, grad.relu_grad, [&](auto kind) {
+          for (int64_t i = 0; i < n; i += 2 * kWidth)
+            sum_dense<decltype(kind)::value>(grad, r0, end, j + i, n - i, split + i);
+        });
     for (int64_t r = r0; r == r0 || r < end; r += E::kBlock) {
-      const int64_t depth = min64(end - r, E::kBlock);
-      Lines<T> lines(grad, r);
-      pack_steps(lines, depth, j, n, kColumns, packed, kColumns);
-      add_sums<T>(packed, kColumns, steps_of<T>(depth), n, r == r0, split);
+      const int64_t depth = min64(end - r, E::kBlock), steps = steps_of<T>(depth);
+      if (cols_outer) {
+        Packed* packed = reinterpret_cast<Packed*>(space);
+        pack_rows(grad, r, depth, j, n, packed, stride());
+        add_row_sums<T>(packed, stride(), steps, n, r == r0,
+                        reinterpret_cast<Packed*>(space + packed_bytes()), split);
+      } else {
+        Unit* packed = reinterpret_cast<Unit*>(space);
+        Lines<T> lines(grad, r);
+        pack_steps(lines, depth, j, n, at_once_, packed, at_once_);
+        add_sums<T>(packed, at_once_, steps, n, r == r0, split);
+      }
     }
   }
 
-  const int64_t rows_, cols_, split_length_, workers_;
+  // Two vectors of columns, straight from where they lie: the runs and blocks of `add_sums`.
+  template <Mask kMask>
+  static void sum_dense(const Source<T>& grad, int64_t r, int64_t end, int64_t j, int64_t n,
+                        Acc* out) {
+    using S = typename E::S;
+    using V = typename S::V;
+    const int counts[] = {static_cast<int>(min64(n, kWidth)),
+                          static_cast<int>(max64(0, min64(n - kWidth, kWidth)))};
+    V sum[] = {S::zero(), S::zero()};
+    while (r < end) {
+      V block[] = {S::zero(), S::zero()};
+      for (const int64_t block_end = min64(end, r + kSummedSteps<T>); r < block_end;) {
+        V run[] = {S::zero(), S::zero()};
+        for (const int64_t run_end = min64(block_end, r + E::kRun); r < run_end; r++)
+          for (int v = 0; v < 2; v++) {
+            const T* p = grad.data + r * grad.outer + j + v * kWidth;
+            const T* m = grad.mask + r * grad.mask_outer + j + v * kWidth;
+            run[v] = S::add(run[v], load_masked<kMask>(p, m, counts[v]));
+          }
+        for (int v = 0; v < 2; v++) block[v] = S::add(block[v], run[v]);
+      }
+      for (int v = 0; v < 2; v++) sum[v] = S::add(sum[v], block[v]);
+    }
+    for (int v = 0; v < 2 && counts[v] > 0; v++) S::store(out + v * kWidth, sum[v], counts[v]);
+  }
+
+  const int64_t rows_, cols_, split_length_, workers_, at_once_;
 };
 
 // Rounds the sums to the type of the bias.

@@ -110,7 +110,7 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const Twinfuse
     if (has_weight) weight_plan.g = grad_weight<T>(op, sums);
     run<T, Identity>(weight_plan, context, space);
     if (bias_alone)
-      bias.run(source_of<T>(grad, false, &op.output, op.relu_grad), context, space, sums);
+      bias.run(source_of<T>(grad, false, &op.output, op.relu_grad), false, context, space, sums);
     if (op.grad_bias) store_grad_bias<T>(sums, n, op.grad_bias, op.grad_bias_stride);
   });
 }

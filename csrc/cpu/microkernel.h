@@ -29,12 +29,16 @@ template <class E, InSlab kSlab, int kRows, int kVectors>
 void microkernel(const Operands& in, typename E::Acc* sums) {
   using S = typename E::S;
   using V = typename E::V;
-  // Every third row has a pointer; the two behind it are reached by scaled addressing.
-  constexpr int kPointers = (kRows + 2) / 3;
+  // Every seventh row has a pointer; those behind it are reached by scaled addressing.
+  constexpr int kPointers = (kRows + 6) / 7;
   const char *a[kPointers], *b = in.b;
 #pragma GCC unroll 16
-  for (int i = 0; i < kPointers; i++) a[i] = in.a + 3 * i * in.a_row;
-  const int64_t a_row = in.a_row, a_step = in.a_step, b_step = in.b_step;
+  for (int i = 0; i < kPointers; i++) a[i] = in.a + 7 * i * in.a_row;
+  const int64_t a_step = in.a_step, b_step = in.b_step;
+  const int64_t row1 = in.a_row, row3 = 3 * in.a_row, row5 = 5 * in.a_row;
+  const auto row = [&](int i) __attribute__((always_inline)) {
+    return i == 5 ? row5 : i % 3 == 0 ? i / 3 * row3 : i * row1;
+  };
   const int32_t* offset = in.offsets;
   int64_t left = in.steps;
   bool first = !in.continued;
@@ -55,7 +59,7 @@ void microkernel(const Operands& in, typename E::Acc* sums) {
       for (int i = 0; i < kPointers; i++) rows[i] = kSlab == InSlab::kA ? a[i] + at : a[i];
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; i++) {
-        V x = E::broadcast(rows[i / 3] + (i % 3) * a_row);
+        V x = E::broadcast(rows[i / 7] + row(i % 7));
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; v++) sum[i][v] = E::multiply_add(x, right[v], sum[i][v]);
       }

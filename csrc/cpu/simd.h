@@ -37,6 +37,11 @@ struct Simd<float> {
   static V set(float x) { return _mm512_set1_ps(x); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  // Elements p[0], p[2], ..., and nothing behind the last of them.
+  static V load_even(const float* p) {
+    const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_permutex2var_ps(load(p), at, load(p + 15));
+  }
   static void store(float* p, V x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
@@ -76,6 +81,10 @@ struct Simd<double> {
   static V set(double x) { return _mm512_set1_pd(x); }
   static V load(const double* p) { return _mm512_loadu_pd(p); }
   static V load(const double* p, int n) { return _mm512_maskz_loadu_pd(first(n), p); }
+  static V load_even(const double* p) {
+    return _mm512_permutex2var_pd(load(p), _mm512_setr_epi64(0, 2, 4, 6, 9, 11, 13, 15),
+                                  load(p + 7));
+  }
   static void store(double* p, V x) { _mm512_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm512_mask_storeu_pd(p, first(n), x); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
@@ -113,6 +122,11 @@ struct Simd<float> {
   static V set(float x) { return _mm256_set1_ps(x); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static V load(const float* p, int n) { return _mm256_maskload_ps(p, first(n)); }
+  static V load_even(const float* p) {
+    const V pairs = _mm256_shuffle_ps(load(p), load(p + 7), _MM_SHUFFLE(3, 1, 2, 0));
+    return _mm256_castpd_ps(
+        _mm256_permute4x64_pd(_mm256_castps_pd(pairs), _MM_SHUFFLE(3, 1, 2, 0)));
+  }
   static void store(float* p, V x) { _mm256_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
@@ -152,6 +166,10 @@ struct Simd<double> {
   static V set(double x) { return _mm256_set1_pd(x); }
   static V load(const double* p) { return _mm256_loadu_pd(p); }
   static V load(const double* p, int n) { return _mm256_maskload_pd(p, first(n)); }
+  static V load_even(const double* p) {
+    return _mm256_permute4x64_pd(_mm256_shuffle_pd(load(p), load(p + 3), 10),
+                                 _MM_SHUFFLE(3, 1, 2, 0));
+  }
   static void store(double* p, V x) { _mm256_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm256_maskstore_pd(p, first(n), x); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
@@ -199,6 +217,11 @@ struct Portable {
   static void store(T* p, V x) { memcpy(p, &x, sizeof(x)); }
   static void store(T* p, V x, int n) {
     for (int i = 0; i < n; i++) p[i] = x[i];
+  }
+  static V load_even(const T* p) {
+    V x{};
+    for (int i = 0; i < kWidth; i++) x[i] = p[2 * i];
+    return x;
   }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }

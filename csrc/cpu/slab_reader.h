@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/problem.h"
+#include "cpu/slab_fill.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 

@@ -5,6 +5,8 @@
 // one stride per dimension; any other has a `Gather` (cpu/gather.h).
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/convert.h"
 #include "cpu/gather.h"
 #include "twinfuse/linear_relu.h"
@@ -27,24 +29,42 @@ struct Source {
 // How a source is masked, fixed at compile time inside the loops.
 enum class Mask { kNone, kSelect, kMultiply };
 
+// Calls `body` with it.
+template <class T, class Body>
+void with_mask(const T* mask, int32_t relu_grad, const Body& body) {
+  if (!mask)
+    body(std::integral_constant<Mask, Mask::kNone>());
+  else if (relu_grad == TWINFUSE_RELU_GRAD_MULTIPLY)
+    body(std::integral_constant<Mask, Mask::kMultiply>());
+  else
+    body(std::integral_constant<Mask, Mask::kSelect>());
+}
+
+template <Mask kMask, class S>
+typename S::V masked(typename S::V x, typename S::V y) {
+  if constexpr (kMask == Mask::kNone) return x;
+  return kMask == Mask::kSelect ? S::select_grad(x, y) : S::multiply_grad(x, y);
+}
+
+// The first `n` elements, or a whole vector.
+template <Mask kMask, class T>
+typename Convert<T>::V load_masked(const T* p, const T* m, int64_t n) {
+  using C = Convert<T>;
+  const int rest = static_cast<int>(n);
+  const bool whole = n >= C::S::kWidth;
+  const typename C::V x = whole ? C::load(p) : C::load(p, rest);
+  if constexpr (kMask == Mask::kNone) return x;
+  return masked<kMask, typename C::S>(x, whole ? C::load(m) : C::load(m, rest));
+}
+
 template <Mask kMask, class T, class P>
 void fetch_dense(const T* p, const T* m, int64_t n, P* out) {
-  using C = Convert<T>;
-  using S = Simd<typename C::Acc>;
-  auto masked = [](typename S::V x, typename S::V y) {
-    return kMask == Mask::kSelect ? S::select_grad(x, y) : S::multiply_grad(x, y);
-  };
+  constexpr int64_t kWidth = Convert<T>::S::kWidth;
   int64_t i = 0;
-  for (; i + S::kWidth <= n; i += S::kWidth) {
-    typename S::V x = C::load(p + i);
-    if constexpr (kMask != Mask::kNone) x = masked(x, C::load(m + i));
-    Convert<P>::store(out + i, x);
-  }
-  if (i == n) return;
-  const int rest = static_cast<int>(n - i);
-  typename S::V x = C::load(p + i, rest);
-  if constexpr (kMask != Mask::kNone) x = masked(x, C::load(m + i, rest));
-  Convert<P>::store(out + i, x, rest);
+  for (; i + kWidth <= n; i += kWidth)
+    Convert<P>::store(out + i, load_masked<kMask>(p + i, m + i, kWidth));
+  if (i < n)
+    Convert<P>::store(out + i, load_masked<kMask>(p + i, m + i, n - i), static_cast<int>(n - i));
 }
 
 // `n` elements from `p` on, `stride` apart, masked by those of `m` (nullptr for none). `out` is of
@@ -54,12 +74,8 @@ void fetch_run(const T* p, int64_t stride, const T* m, int64_t mask_stride, int3
                int64_t n, P* out) {
   constexpr int64_t kPiece = 64;
   auto dense = [&](const T* from, const T* mask, int64_t count, P* to) {
-    if (!mask)
-      fetch_dense<Mask::kNone>(from, mask, count, to);
-    else if (relu_grad == TWINFUSE_RELU_GRAD_MULTIPLY)
-      fetch_dense<Mask::kMultiply>(from, mask, count, to);
-    else
-      fetch_dense<Mask::kSelect>(from, mask, count, to);
+    with_mask(mask, relu_grad,
+              [&](auto kind) { fetch_dense<decltype(kind)::value>(from, mask, count, to); });
   };
   if (stride == 1 && (!m || mask_stride == 1)) return dense(p, m, n, out);
   T piece[kPiece], mask[kPiece];

@@ -98,19 +98,30 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
                             : Batch{groups, input_group, 0, grad_group, mask_group, w_group, 0, k};
 }
 
-// The gradient of the output as a source of lines of channels.
+// The gradient of the output, pixels by channels, along whichever lie side by side. Stays where it
+// is.
 template <class T>
-Source<T> grad_lines(const ConvReluBackward& op, Gather* gather) {
-  const Images& grad = op.grad_output;
-  const int64_t* s = grad.stride;
-  const int64_t* m = op.output.stride;
-  Axis pixels{{{grad.size[kBatch], s[kBatch], m[kBatch]},
-               {grad.size[kRow], s[kRow], m[kRow]},
-               {grad.size[kColumn], s[kColumn], m[kColumn]}}};
-  pixels.simplify();
-  *gather = {};
-  const Axis channels{{{}, {}, {grad.size[kChannel], s[kChannel], m[kChannel]}}};
-  return source_of<T>(grad, &op.output, op.relu_grad, pixels, channels, gather);
-}
+struct GradientMatrix {
+  Axis pixels;
+  bool channels_outer;
+  Gather gather{};
+  Source<T> source;
+
+  // `channels` of them, from the first on.
+  GradientMatrix(const ConvReluBackward& op, int64_t count) {
+    const int64_t *size = op.grad_output.size, *s = op.grad_output.stride, *m = op.output.stride;
+    pixels = {{{size[kBatch], s[kBatch], m[kBatch]},
+               {size[kRow], s[kRow], m[kRow]},
+               {size[kColumn], s[kColumn], m[kColumn]}}};
+    pixels.simplify();
+    const Axis channels{{{}, {}, {count, s[kChannel], m[kChannel]}}};
+    channels_outer = s[kChannel] != 1 && pixels.stride() == 1;
+    source =
+        source_of<T>(op.grad_output, &op.output, op.relu_grad, channels_outer ? channels : pixels,
+                     channels_outer ? pixels : channels, &gather);
+  }
+  GradientMatrix(const GradientMatrix&) = delete;
+  GradientMatrix& operator=(const GradientMatrix&) = delete;
+};
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -1,5 +1,7 @@
 #include "torch_binding.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -46,6 +48,25 @@ bool IsPermuted(const View& view) {
 }
 
 }  // namespace
+
+void AdviseHugePages(AtenTensorHandle tensor) {
+  constexpr uintptr_t kPage = 2 << 20;
+  static const int32_t cpu = aoti_torch_device_type_cpu();
+  int64_t bytes = 0;
+  int32_t device = cpu;
+  void* pointer = nullptr;
+  if (aoti_torch_get_storage_size(tensor, &bytes) != TORCH_SUCCESS ||
+      static_cast<uintptr_t>(bytes) < kPage) {
+    return;
+  }
+  if (aoti_torch_get_device_type(tensor, &device) != TORCH_SUCCESS || device != cpu) return;
+  if (torch_get_mutable_data_ptr(tensor, &pointer) != TORCH_SUCCESS) return;
+  // Whole pages inside of the tensor: its neighbours and the peak of memory stay as they are.
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(pointer) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(pointer) + bytes) & ~(kPage - 1);
+  // Advice only: a kernel without huge pages refuses, and nothing is lost.
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
 
 Handle EmptyLike(const char* op, const char* name, const View& parameter) {
   const std::vector<int64_t> sizes(parameter.sizes, parameter.sizes + parameter.ndim);
@@ -146,6 +167,7 @@ void* Context::Allocate(void* opaque, size_t bytes) {
     return nullptr;
   }
   context->scratch_.emplace_back(handle);
+  AdviseHugePages(handle);
   return torch_get_mutable_data_ptr(handle, &pointer) == TORCH_SUCCESS ? pointer : nullptr;
 }
 

@@ -156,6 +156,10 @@ inline void CheckSameDevice(const char* op, const View& first, const View& other
   throw std::runtime_error(text.str());
 }
 
+// Asks for huge pages under a new tensor in main memory: the first touch of each small one costs
+// more than to compute what is written to it.
+void AdviseHugePages(AtenTensorHandle tensor);
+
 inline Handle EmptyStrided(const char* op, const char* name, const View& like,
                            const std::vector<int64_t>& sizes, const int64_t* strides) {
   AtenTensorHandle handle = nullptr;
@@ -165,6 +169,7 @@ inline Handle EmptyStrided(const char* op, const char* name, const View& like,
     throw std::runtime_error(std::string(op) + ": " + name +
                              ": cannot allocate a tensor of shape " + Shape(sizes.data(), ndim));
   }
+  AdviseHugePages(handle);
   return Handle(handle);
 }
 
