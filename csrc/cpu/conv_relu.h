@@ -28,9 +28,11 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
   g.bias = static_cast<const T*>(op.bias);
   g.bias_stride = op.bias_stride;
   g.batch[1].bias = w.size[0] / op.conv.groups * op.bias_stride;
-  const Plan<T> plan(g, context);
-  return with_scratch(context, plan.bytes(),
-                      [&](char* space) { run<T, BiasRelu>(plan, context, space); });
+  TwinfuseStatus status = TWINFUSE_OK;
+  plan_window_product<T, BiasRelu>(problem, context, [&](int64_t bytes, const auto& run) {
+    status = with_scratch(context, bytes, run);
+  });
+  return status;
 }
 
 // grad_input, part by part: elements phase[d], phase[d] + stride, ... of each spatial dimension,
@@ -68,8 +70,7 @@ void each_grad_input(const ConvReluBackward& op, const TwinfuseContext& context,
                                 op.conv.groups};
     ConvProblem<T> problem;
     set_up(product, &problem);
-    const Plan<T> plan(problem.g, context);
-    body(plan.bytes(), [&](char* space) { run<T, Identity>(plan, context, space); });
+    plan_window_product<T, Identity>(problem, context, body);
   }
 }
 

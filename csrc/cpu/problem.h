@@ -60,22 +60,22 @@ struct Gemm {
   }
 };
 
-// Into how many pieces a sum over `depth` rows of a gradient with `channels` channels is cut, so
-// that many threads find work in a small weight. By the shape alone: results must not depend on
-// threads.
-template <class T>
-int64_t count_splits(int64_t channels, int64_t depth) {
-  constexpr int64_t kMost = 16, kChannels = 64, kLeastBlocks = 4;
-  const int64_t blocks = ceil_div(depth, Engine<T>::kBlock);
-  const int64_t wanted = kMost / max64(ceil_div(channels, kChannels), 1);
-  const int64_t count = max64(1, min64(wanted, blocks / kLeastBlocks));
-  return max64(ceil_div(blocks, max64(ceil_div(blocks, count), 1)), 1);
-}
-
 template <class T>
 int64_t split_length(int64_t depth, int64_t splits) {
-  const int64_t blocks = ceil_div(depth, Engine<T>::kBlock);
-  return max64(ceil_div(blocks, splits), 1) * Engine<T>::kBlock;
+  constexpr int64_t kUnit = 4 * Engine<T>::kRun * Engine<T>::kGroup;
+  return round_up(max64(ceil_div(depth, splits), 1), kUnit);
+}
+
+// Into how many pieces a sum over `depth` rows of a gradient with `channels` channels is cut, so
+// that many threads find work in a small weight, and each reads whole rows where there are many. By
+// the shape alone: results must not depend on threads.
+template <class T>
+int64_t count_splits(int64_t channels, int64_t depth) {
+  constexpr int64_t kMost = 16, kChannels = 64, kLeastLength = 2048, kLengthPerChannel = 4;
+  const int64_t wanted = kMost / max64(ceil_div(channels, kChannels), 1);
+  const int64_t count =
+      max64(1, min64(wanted, depth / max64(kLeastLength, kLengthPerChannel * channels)));
+  return max64(ceil_div(depth, split_length<T>(depth, count)), 1);
 }
 
 // How each problem is cut, and how many threads work on all of them.

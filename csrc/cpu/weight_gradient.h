@@ -12,9 +12,9 @@ struct WeightPlan {
   bool reads_slab;
 };
 
-// By vector operations per pixel.
+// By vector operations per pixel. `in_order`: the taps of a slab follow each other in the weight.
 template <class T>
-WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images) {
+WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images, bool in_order) {
   using E = Engine<T>;
   constexpr int64_t kWidth = E::S::kWidth;
   const int64_t taps = slab.rows.taps * slab.columns.taps * slab.channels;
@@ -30,10 +30,13 @@ WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images) {
   // wait for each other.
   constexpr int64_t kToPack = 10, kFewSums = 8;
   const int64_t packing = taps * kToPack / kWidth;
+  // Each element that leaves its neighbours takes as long as two.
+  const int64_t pixels = images * slab.rows.count * slab.columns.count;
+  const int64_t scattering = in_order ? 0 : 2 * channels * taps / max64(pixels, 1);
   const int64_t slab_columns = channels * (taps / run) * ceil_div(run, kWidth);
   const int64_t sums = min64(run, kMaxRows) * min64(channel_vectors, 2);
   const int64_t slab_rows = by_taps * max64(kFewSums, sums) / max64(sums, 1);
-  if (min64(by_channels, by_taps) + packing < min64(slab_columns, slab_rows))
+  if (min64(by_channels, by_taps) + packing < min64(slab_columns, slab_rows) + scattering)
     return {channel_rows, false};
   return {slab_columns <= slab_rows, true};
 }
@@ -48,7 +51,9 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
   const Windows rows = forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0);
   const Windows columns = forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1);
   problem->slab = slab_of(input, nullptr, c, rows, columns, true, false, false, false);
-  const WeightPlan plan = plan_weight<T>(k, problem->slab, grad.size[kBatch]);
+  const WeightPlan plan = plan_weight<T>(k, problem->slab, grad.size[kBatch],
+                                         w.stride[1] == 1 || c == 1 ||
+                                             w.size[kRow] * w.size[kColumn] == 1);
   const bool channel_rows = plan.channel_rows;
 
   const bool channels_last = plan.reads_slab || input.stride[kChannel] == 1;

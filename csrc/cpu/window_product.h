@@ -14,10 +14,43 @@ struct ConvProblem {
   Slab slab;
   Scatter scatter;
   int64_t images = 1;
+  // Weights that are rows of `g` and packed before it runs, once for all images and blocks.
+  Source<T> loose_weights{};
+  int64_t loose_group = 0, packed_group = 0;
 
   ConvProblem() = default;
   ConvProblem(const ConvProblem&) = delete;
   ConvProblem& operator=(const ConvProblem&) = delete;
+
+  void share_weights() {
+    if constexpr (std::is_same<typename Engine<T>::Packed, T>::value) {
+      const int64_t row = Scratch<T>::row_stride(round_up(g.depth, Engine<T>::kGroup));
+      loose_weights = g.a, loose_group = g.batch[1].a;
+      g.a = {};
+      g.a.outer = row, g.a.inner = 1;
+      g.batch[1].a = packed_group = g.rows * row;
+    }
+  }
+  int64_t weight_bytes() const {
+    return round_up(packed_group * g.batch[1].count * static_cast<int64_t>(sizeof(T)), 64);
+  }
+  void pack_weights(const TwinfuseContext& context, T* to) const {
+    if constexpr (std::is_same<typename Engine<T>::Packed, T>::value) {
+      constexpr int64_t kRows = 32;
+      const int64_t parts = ceil_div(g.rows, kRows), tasks = parts * g.batch[1].count;
+      const int64_t workers = max64(1, min64(context.num_threads, tasks));
+      parallel_for(context, workers, [&](int64_t worker) {
+        for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers;
+             task++) {
+          const int64_t group = task / parts, row = task % parts * kRows;
+          Source<T> weights = loose_weights;
+          weights.data += group * loose_group;
+          pack_rows(weights, 0, g.depth, row, min64(kRows, g.rows - row),
+                    to + group * packed_group + row * g.a.outer, g.a.outer);
+        }
+      });
+    }
+  }
 
   // The output is a matrix if its axes are strides, and one of them 1. Of the last digit of the
   // columns, `cols_used` are written, or all.
@@ -184,11 +217,29 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
   if (by_image)
     images = {out.size[kBatch],  image.stride[kBatch], op.mask ? op.mask->stride[kBatch] : 0, 0, 0,
               out.stride[kBatch]};
-  if (!pixel_rows)
-    for (Batch& batch : g.batch) {
-      const Batch b = batch;
-      batch.a = b.b, batch.a_mask = b.b_mask, batch.b = b.a, batch.b_mask = b.a_mask;
+  if (pixel_rows) return;
+  for (Batch& batch : g.batch) {
+    const Batch b = batch;
+    batch.a = b.b, batch.a_mask = b.b_mask, batch.b = b.a, batch.b_mask = b.a_mask;
+  }
+  constexpr int64_t kManyColumns = 1024;
+  if (g.a_rows_outer && !g.a.plain() && g.cols * images.count >= kManyColumns)
+    problem->share_weights();
+}
+
+// Calls `body` with all that running the problem needs: bytes and a function of the space.
+template <class T, class Epilogue, class Body>
+void plan_window_product(const ConvProblem<T>& problem, const TwinfuseContext& context,
+                         const Body& body) {
+  Plan<T> plan(problem.g, context);
+  const int64_t weights = problem.weight_bytes();
+  body(weights + plan.bytes(), [&](char* space) {
+    if (weights && !plan.g.empty()) {
+      plan.g.a.data = reinterpret_cast<T*>(space);
+      problem.pack_weights(context, reinterpret_cast<T*>(space));
     }
+    run<T, Epilogue>(plan, context, space + weights);
+  });
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA
