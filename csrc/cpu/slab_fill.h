@@ -106,7 +106,14 @@ class SlabFiller {
   template <Mask kMask>
   static int64_t copy_run(const T* p, int64_t stride, const T* m, int64_t mask_stride, int64_t n,
                           P* out) {
-    for (int64_t i = 0; i < n; i += kWidth) {
+    int64_t i = 0;
+    if (stride == 1 && (kMask == Mask::kNone || mask_stride == 1)) {
+      for (; i + kWidth <= n; i += kWidth)
+        Convert<P>::store(out + i, load_masked<kMask>(p + i, m + i, kWidth));
+      if (i < n) Convert<P>::store(out + i, load_masked<kMask>(p + i, m + i, n - i));
+      return round_up(n, kWidth);
+    }
+    for (; i < n; i += kWidth) {
       V x = load(p + i * stride, stride, n - i);
       if constexpr (kMask != Mask::kNone)
         x = masked<kMask, S>(x, load(m + i * mask_stride, mask_stride, n - i));

@@ -137,7 +137,7 @@ bool prefers_pixel_rows(const WindowProduct& op, int64_t in_channels, int64_t ou
   const int64_t wasted = (op.columns.span() - 1) / op.columns.step;
   const bool transposes = sizeof(T) == sizeof(typename Engine<T>::Acc);
   return transposes && taps > 1 && in_channels * taps >= kFewestSteps &&
-         out_channels >= 2 * kWidth && wasted * 16 > op.columns.count;
+         out_channels >= kWidth && wasted * 16 > op.columns.count;
 }
 
 template <class T>
