@@ -109,6 +109,10 @@ class Chunk {
     if (!g_.b_slab && !g_.b_cols_outer && !direct && block_ == 0) pack_panels();
     for (int64_t j = 0; j < cols_;) {
       const int64_t left = panel_limit(j);
+      if (left <= 0) {
+        j += pitch() - (j_ + j) % pitch();
+        continue;
+      }
       const int vectors = panel_vectors(left);
       const int64_t cols = min64(left, vectors * kWidth);
       const bool in_place = streaming && cols == kWidth;
@@ -121,8 +125,11 @@ class Chunk {
     }
   }
 
+  int64_t pitch() const { return g_.b_slab->pitch; }
+
   // Columns from `j` on that a panel may take.
   int64_t panel_limit(int64_t j) const {
+    if (g_.row_panels) return min64(cols_ - j, g_.scatter->cols_used - (j_ + j) % pitch());
     if (!g_.b_slab || g_.slab_reduces_taps) return cols_ - j;
     const int64_t run = SlabReader<T>::run(*g_.b_slab);
     return min64(cols_ - j, run - (j_ + j) % run);
@@ -140,6 +147,7 @@ class Chunk {
     if (tile_.last && g_.bias && !g_.bias_of_rows) fetch_bias(j_ + j, cols, bias);
     tile_.j = j_ + j;
     tile_.cols = static_cast<int>(cols);
+    writer_.start_panel(tile_.j);
     // Heights differ by one at most: a short last tile would leave the pipelines idle.
     const int low = static_cast<int>(segment_ / tiles_);
     const int taller = static_cast<int>(segment_ % tiles_);

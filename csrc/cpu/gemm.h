@@ -47,8 +47,9 @@ void combine_splits(const Plan<T>& plan, const Gemm<T>& g, const typename Conver
   Writer<T, Epilogue> writer(g);
   alignas(64) Acc sums[(kMaxRows * 2 + 1) * kWidth];
   alignas(64) const Acc bias[3 * kWidth] = {};
-  for (int64_t i = 0; i < g.rows; i += kMaxRows)
-    for (int64_t j = 0; j < g.cols; j += kColumns) {
+  for (int64_t j = 0; j < g.cols; j += kColumns) {
+    writer.start_panel(j);
+    for (int64_t i = 0; i < g.rows; i += kMaxRows) {
       const Tile tile{i,
                       j,
                       static_cast<int>(min64(kMaxRows, g.rows - i)),
@@ -65,6 +66,7 @@ void combine_splits(const Plan<T>& plan, const Gemm<T>& g, const typename Conver
         }
       writer.write(tile, sums, 2, bias);
     }
+  }
   Acc* operand_sums = g.a_sums ? g.a_sums : g.b_sums;
   const int64_t n = g.a_sums ? g.rows : g.b_sums ? g.cols : 0;
   for (int64_t i = 0; i < n; i++) {

@@ -37,6 +37,8 @@ struct Gemm {
   // the windows are reduced.
   const Slab *a_slab, *b_slab;
   bool slab_reduces_taps;
+  // Panels end with the rows of an image: columns of the slab behind them are skipped.
+  bool row_panels;
   // Chunks are made of whole units.
   int64_t row_unit = 1, col_unit = 2 * Engine<T>::S::kWidth;
 

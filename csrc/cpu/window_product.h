@@ -208,7 +208,14 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
   problem->set_output(static_cast<T*>(out.data) + op.out_offset,
                       pixel_rows ? out_pixels : out_channel, pixel_rows ? out_channel : out_pixels,
                       pitched ? op.columns.count : INT64_MAX);
-  if (pitched) g.cols = (op.rows.count - 1) * problem->slab.pitch + op.columns.count;
+  if (pitched) {
+    g.cols = (op.rows.count - 1) * problem->slab.pitch + op.columns.count;
+    // What a tile costs that lies in two rows, in steps of one of its vectors.
+    constexpr int64_t kToDivide = 6, kWidth = Engine<T>::S::kWidth;
+    const int64_t panel = out_channels <= max_rows(4) ? 4 * kWidth : 2 * kWidth;
+    const int64_t idle = round_up(op.columns.count, panel) - problem->slab.pitch;
+    g.row_panels = g.scatter && idle * g.depth <= kToDivide * kWidth;
+  }
 
   Batch &images = g.batch[0], &groups = g.batch[1];
   const int64_t image_group = in_channels * image.stride[kChannel], w_group = k * w.stride[0];

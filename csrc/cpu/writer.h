@@ -31,15 +31,19 @@ class Writer {
   explicit Writer(const Gemm<T>& g) : g_(g) {}
   Waiting<Acc> waiting;
 
+  // Before the tiles whose first column is `j`.
+  void start_panel(int64_t j) {
+    if (g_.scatter) panel_.start(g_.scatter->cols, j, {});
+  }
+
   // Asks for the lines that `write` will touch, a whole microkernel ahead of it.
   void prefetch(const Tile& t) const {
-    constexpr int64_t kLine = 64 / sizeof(Acc);
-    const bool to_output = !g_.scatter && (t.last || !waiting.data);
-    for (int row = 0; row < t.rows; row++)
-      for (int64_t c = 0; c < t.cols; c += kLine) {
-        if (to_output) __builtin_prefetch(g_.out + (t.i + row) * g_.out_row + t.j + c, 1);
-        if (waiting.data) __builtin_prefetch(partial(t) + row * waiting.row + c, 1);
-      }
+    if (!g_.scatter) {
+      if (t.last || !waiting.data) ask(t, g_.out + t.i * g_.out_row + t.j, g_.out_row);
+    } else if (t.last && g_.scatter->rows.single() && g_.scatter->cols.stride() == 1) {
+      ask(t, g_.out + t.i * g_.scatter->rows.stride() + panel_.at.offset, g_.scatter->rows.stride());
+    }
+    if (waiting.data) ask(t, partial(t), waiting.row);
   }
 
   // The sums of the blocks before.
@@ -56,6 +60,13 @@ class Writer {
   }
 
  private:
+  template <class P>
+  static void ask(const Tile& t, const P* p, int64_t row) {
+    constexpr int64_t kLine = 64 / sizeof(P);
+    for (int r = 0; r < t.rows; r++)
+      for (int64_t c = 0; c < t.cols; c += kLine) __builtin_prefetch(p + r * row + c, 1);
+  }
+
   Destination<T> destination(const Tile& t) const {
     Destination<T> to{};
     to.last = t.last;
@@ -80,8 +91,7 @@ class Writer {
     row.start(rows, t.i, {});
     for (int64_t r = 0; r < t.rows;) {
       const int64_t height = min64(t.rows - r, row.left(rows));
-      Cursor col;
-      col.start(cols, t.j, row.at);
+      Cursor col = panel_;
       for (int64_t c = 0; c < t.cols;) {
         const int64_t width = min64(t.cols - c, col.left(cols));
         const int64_t used = min64(width, g_.scatter->cols_used - col.index[kDigits - 1]);
@@ -93,7 +103,7 @@ class Writer {
         Destination<T> to = tile;
         to.rows = static_cast<int>(height), to.cols = static_cast<int>(used);
         to.bias += g_.bias_of_rows ? r : c;
-        to.out = g_.out + col.at.offset;
+        to.out = g_.out + row.at.offset + col.at.offset;
         to.out_row = rows.stride();
         piece(to, sums + r * vectors * kWidth + c, vectors, cols.stride());
         c += width;
@@ -141,6 +151,7 @@ class Writer {
   }
 
   const Gemm<T>& g_;
+  Cursor panel_{};
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA
