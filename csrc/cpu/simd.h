@@ -44,6 +44,16 @@ struct Simd<float> {
   }
   static void store(float* p, V x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
+  // To p[0], p[2], ..., `n` of them; what lies between stays.
+  static void store_even(float* p, V x, int n) {
+    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const uint32_t mask = static_cast<uint32_t>(0x55555555 & ((uint64_t{1} << 2 * n) - 1));
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), _mm512_permutexvar_ps(low, x));
+    if (n > 8)
+      _mm512_mask_storeu_ps(
+          p + 16, static_cast<__mmask16>(mask >> 16),
+          _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), x));
+  }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -87,6 +97,11 @@ struct Simd<double> {
   }
   static void store(double* p, V x) { _mm512_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm512_mask_storeu_pd(p, first(n), x); }
+  static void store_even(double* p, V x, int n) {
+    double each[kWidth];
+    store(each, x);
+    for (int i = 0; i < n; i++) p[2 * i] = each[i];
+  }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -129,6 +144,11 @@ struct Simd<float> {
   }
   static void store(float* p, V x) { _mm256_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
+  static void store_even(float* p, V x, int n) {
+    float each[kWidth];
+    store(each, x);
+    for (int i = 0; i < n; i++) p[2 * i] = each[i];
+  }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -172,6 +192,11 @@ struct Simd<double> {
   }
   static void store(double* p, V x) { _mm256_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm256_maskstore_pd(p, first(n), x); }
+  static void store_even(double* p, V x, int n) {
+    double each[kWidth];
+    store(each, x);
+    for (int i = 0; i < n; i++) p[2 * i] = each[i];
+  }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -222,6 +247,11 @@ struct Portable {
     V x{};
     for (int i = 0; i < kWidth; i++) x[i] = p[2 * i];
     return x;
+  }
+  static void store_even(T* p, V x, int n) {
+    T each[kWidth];
+    store(each, x);
+    for (int i = 0; i < n; i++) p[2 * i] = each[i];
   }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }

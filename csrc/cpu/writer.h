@@ -123,6 +123,14 @@ class Writer {
     finish_tile<T, Epilogue>(to, sums, vectors);
     if (sizeof(T) == sizeof(Acc) && out_row == 1)
       return store_transposed(dense, vectors * kWidth, to.rows, to.cols, out, stride);
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      for (int r = 0; stride == 2 && r < to.rows; r++)
+        for (int c = 0; c < to.cols; c += kWidth)
+          Simd<T>::store_even(out + r * out_row + 2 * c,
+                              Simd<T>::load(dense + r * vectors * kWidth + c),
+                              static_cast<int>(min64(kWidth, to.cols - c)));
+      if (stride == 2) return;
+    }
     for (int c = 0; c < to.cols; c++)
       for (int r = 0; r < to.rows; r++)
         out[r * out_row + c * stride] = dense[r * vectors * kWidth + c];
