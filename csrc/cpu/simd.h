@@ -50,9 +50,8 @@ struct Simd<float> {
     const uint32_t mask = static_cast<uint32_t>(0x55555555 & ((uint64_t{1} << 2 * n) - 1));
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), _mm512_permutexvar_ps(low, x));
     if (n > 8)
-      _mm512_mask_storeu_ps(
-          p + 16, static_cast<__mmask16>(mask >> 16),
-          _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), x));
+      _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(mask >> 16),
+                            _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), x));
   }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }

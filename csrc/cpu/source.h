@@ -52,8 +52,12 @@ typename Convert<T>::V load_masked(const T* p, const T* m, int64_t n) {
   using C = Convert<T>;
   const int rest = static_cast<int>(n);
   const bool whole = n >= C::S::kWidth;
-  const typename C::V x = whole ? C::load(p) : C::load(p, rest);
+  typename C::V x = whole ? C::load(p) : C::load(p, rest);
   if constexpr (kMask == Mask::kNone) return x;
+#if defined(__AVX512F__)
+  // Else the compiler makes it a load under the mask, which waits for that of the mask.
+  __asm__("" : "+v"(x));
+#endif
   return masked<kMask, typename C::S>(x, whole ? C::load(m) : C::load(m, rest));
 }
 

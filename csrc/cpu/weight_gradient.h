@@ -51,9 +51,9 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
   const Windows rows = forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0);
   const Windows columns = forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1);
   problem->slab = slab_of(input, nullptr, c, rows, columns, true, false, false, false);
-  const WeightPlan plan = plan_weight<T>(k, problem->slab, grad.size[kBatch],
-                                         w.stride[1] == 1 || c == 1 ||
-                                             w.size[kRow] * w.size[kColumn] == 1);
+  const WeightPlan plan =
+      plan_weight<T>(k, problem->slab, grad.size[kBatch],
+                     w.stride[1] == 1 || c == 1 || w.size[kRow] * w.size[kColumn] == 1);
   const bool channel_rows = plan.channel_rows;
 
   const bool channels_last = plan.reads_slab || input.stride[kChannel] == 1;

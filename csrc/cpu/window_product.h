@@ -136,8 +136,9 @@ bool prefers_pixel_rows(const WindowProduct& op, int64_t in_channels, int64_t ou
   const int64_t taps = op.rows.taps * op.columns.taps;
   const int64_t wasted = (op.columns.span() - 1) / op.columns.step;
   const bool transposes = sizeof(T) == sizeof(typename Engine<T>::Acc);
-  return transposes && taps > 1 && in_channels * taps >= kFewestSteps &&
-         out_channels >= kWidth && wasted * 16 > op.columns.count;
+  const bool strided = op.columns.step > 1 || op.out_step[1] > 1;
+  return transposes && taps > 1 && in_channels * taps >= kFewestSteps && out_channels >= kWidth &&
+         (strided || wasted * 32 > op.columns.count);
 }
 
 template <class T>

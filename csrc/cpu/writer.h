@@ -41,7 +41,8 @@ class Writer {
     if (!g_.scatter) {
       if (t.last || !waiting.data) ask(t, g_.out + t.i * g_.out_row + t.j, g_.out_row);
     } else if (t.last && g_.scatter->rows.single() && g_.scatter->cols.stride() == 1) {
-      ask(t, g_.out + t.i * g_.scatter->rows.stride() + panel_.at.offset, g_.scatter->rows.stride());
+      ask(t, g_.out + t.i * g_.scatter->rows.stride() + panel_.at.offset,
+          g_.scatter->rows.stride());
     }
     if (waiting.data) ask(t, partial(t), waiting.row);
   }
