@@ -203,7 +203,9 @@ def test_other_activations_are_native(
 
 @both
 @pytest.mark.parametrize(
-    "activation", ["relu", keras.activations.relu, keras.ops.relu, tf.nn.relu], ids=str
+    "activation",
+    ["relu", keras.activations.relu, keras.ops.relu, tf.nn.relu],
+    ids=["name", "keras.activations", "keras.ops", "tf.nn"],
 )
 def test_spellings_of_relu(name: str, activation: Any, launched: Launched) -> None:
     ours, theirs = pair(name, activation=activation)

@@ -163,7 +163,9 @@ def test_other_activations_are_native(activation: str | None, launched: Launched
 
 
 @pytest.mark.parametrize(
-    "activation", ["relu", keras.activations.relu, keras.ops.relu, tf.nn.relu], ids=str
+    "activation",
+    ["relu", keras.activations.relu, keras.ops.relu, tf.nn.relu],
+    ids=["name", "keras.activations", "keras.ops", "tf.nn"],
 )
 def test_spellings_of_relu(activation: Any, launched: Launched) -> None:
     ours, theirs = pair(activation=activation)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,3 +292,19 @@ def test_double_backward_of_empty_sizes(shape: tuple[int, int, int]) -> None:
         torch.testing.assert_close(
             zeros if ours is None else ours, zeros if theirs is None else theirs
         )
+
+
+def test_large_outputs_lie_on_huge_pages() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists():
+        pytest.skip("this system has no huge pages")
+    output = tft.linear_relu(torch.randn(8192, 1), torch.randn(1024, 1))
+    middle = output.data_ptr() + output.nbytes // 2
+    flags: list[str] = []
+    # Mappings begin with their addresses; their flags come last. "hg" is MADV_HUGEPAGE.
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            holds = int(found[1], 16) <= middle < int(found[2], 16)
+        elif line.startswith("VmFlags:") and holds:
+            flags = line.split()[1:]
+    assert "hg" in flags, flags

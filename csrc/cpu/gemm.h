@@ -71,9 +71,9 @@ void combine_splits(const Plan<T>& plan, const Gemm<T>& g, const typename Conver
   const int64_t n = g.a_sums ? g.rows : g.b_sums ? g.cols : 0;
   for (int64_t i = 0; i < n; i++) {
     const Acc* from = splits + g.rows * plan.split_row + i;
-    Acc sum = *from;
-    for (int64_t s = 1; s < g.splits; s++) sum += *(from += plan.split_size);
-    operand_sums[i] = sum;
+    SplitSum<Acc> sum;
+    for (int64_t s = 0; s < g.splits; s++) sum.add(from[s * plan.split_size]);
+    operand_sums[i] = sum.value();
   }
 }
 

@@ -33,11 +33,13 @@ class GradBias {
       char* packed = space + worker * worker_bytes();
       for (int64_t j = worker * at_once_; j < cols_; j += workers_ * at_once_) {
         const int64_t n = min64(at_once_, cols_ - j);
+        SplitSum<Acc> total[kColumns];
         for (int64_t r0 = 0; r0 == 0 || r0 < rows_; r0 += split_length_) {
           Acc split[kColumns];
           sum_split(grad, cols_outer, r0, j, n, packed, split);
-          for (int64_t i = 0; i < n; i++) sums[j + i] = r0 ? sums[j + i] + split[i] : split[i];
+          for (int64_t i = 0; i < n; i++) total[i].add(split[i]);
         }
+        for (int64_t i = 0; i < n; i++) sums[j + i] = total[i].value();
       }
     });
   }
@@ -80,7 +82,7 @@ class GradBias {
     }
   }
 
-  // Two vectors of columns, straight from where they lie: the runs and blocks of `add_sums`.
+  // Two vectors of columns, straight from where they lie: in the order of `add_sums`.
   template <Mask kMask>
   static void sum_dense(const Source<T>& grad, int64_t r, int64_t end, int64_t j, int64_t n,
                         Acc* out) {
@@ -88,22 +90,19 @@ class GradBias {
     using V = typename S::V;
     const int counts[] = {static_cast<int>(min64(n, kWidth)),
                           static_cast<int>(max64(0, min64(n - kWidth, kWidth)))};
-    V sum[] = {S::zero(), S::zero()};
+    LevelSum<T> sum[] = {LevelSum<T>(S::zero()), LevelSum<T>(S::zero())};
     while (r < end) {
-      V block[] = {S::zero(), S::zero()};
-      for (const int64_t block_end = min64(end, r + kSummedSteps<T>); r < block_end;) {
-        V run[] = {S::zero(), S::zero()};
-        for (const int64_t run_end = min64(block_end, r + E::kRun); r < run_end; r++)
-          for (int v = 0; v < 2; v++) {
-            const T* p = grad.data + r * grad.outer + j + v * kWidth;
-            const T* m = grad.mask + r * grad.mask_outer + j + v * kWidth;
-            run[v] = S::add(run[v], load_masked<kMask>(p, m, counts[v]));
-          }
-        for (int v = 0; v < 2; v++) block[v] = S::add(block[v], run[v]);
-      }
-      for (int v = 0; v < 2; v++) sum[v] = S::add(sum[v], block[v]);
+      V run[] = {S::zero(), S::zero()};
+      for (const int64_t run_end = min64(end, r + kSummedRun); r < run_end; r++)
+        for (int v = 0; v < 2; v++) {
+          const T* p = grad.data + r * grad.outer + j + v * kWidth;
+          const T* m = grad.mask + r * grad.mask_outer + j + v * kWidth;
+          run[v] = S::add(run[v], load_masked<kMask>(p, m, counts[v]));
+        }
+      for (int v = 0; v < 2; v++) sum[v].add(run[v]);
     }
-    for (int v = 0; v < 2 && counts[v] > 0; v++) S::store(out + v * kWidth, sum[v], counts[v]);
+    for (int v = 0; v < 2 && counts[v] > 0; v++)
+      S::store(out + v * kWidth, sum[v].value(), counts[v]);
   }
 
   const int64_t rows_, cols_, split_length_, workers_, at_once_;
