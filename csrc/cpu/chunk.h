@@ -109,6 +109,7 @@ class Chunk {
     if (!g_.b_slab && !g_.b_cols_outer && !direct && block_ == 0) pack_panels();
     for (int64_t j = 0; j < cols_;) {
       const int64_t left = panel_limit(j);
+      // Between two rows of an image, with row_panels.
       if (left <= 0) {
         j += pitch() - (j_ + j) % pitch();
         continue;

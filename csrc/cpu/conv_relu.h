@@ -101,23 +101,26 @@ TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const TwinfuseCont
   const int64_t k = grad.size[kChannel];
   const int64_t pixels = grad.size[kBatch] * grad.size[kRow] * grad.size[kColumn];
   const int64_t sum_bytes = op.grad_bias ? round_up(k * sizeof(Acc), 64) : 0;
-  const GradBias<T> bias(pixels, k, count_splits<T>(k / op.conv.groups, pixels), context);
+  const GradientAxes axes(op, k);
+  const GradBias<T> bias(pixels, k, count_splits<T>(k / op.conv.groups, pixels),
+                         axes.channels_outer, context);
 
   // One after the other in the same scratch.
-  int64_t bytes = op.grad_bias ? bias.bytes() : 0;
+  int64_t bytes = 0;
   auto count = [&](int64_t needed, const auto&) { bytes = max64(bytes, needed); };
   Acc planned;  // stands for the sums until there is scratch for them
   each_grad_input<T>(op, context, count);
-  each_grad_weight<T>(op, op.grad_bias ? &planned : nullptr, context, count);
+  const bool summed = each_grad_weight<T>(op, op.grad_bias ? &planned : nullptr, context, count);
+  if (op.grad_bias && !summed) bytes = max64(bytes, bias.bytes());
   return with_scratch(context, sum_bytes + bytes, [&](char* space) {
     Acc* sums = op.grad_bias ? reinterpret_cast<Acc*>(space) : nullptr;
     space += sum_bytes;
     auto run = [&](int64_t, const auto& part) { part(space); };
     each_grad_input<T>(op, context, run);
-    const bool summed = each_grad_weight<T>(op, sums, context, run);
+    each_grad_weight<T>(op, sums, context, run);
     if (op.grad_bias && !summed) {
-      GradientMatrix<T> matrix(op, k);
-      bias.run(matrix.source, matrix.channels_outer, context, space, sums);
+      Gather gather;
+      bias.run(axes.source<T>(op, &gather), context, space, sums);
     }
     if (op.grad_bias) store_grad_bias<T>(sums, k, op.grad_bias, op.grad_bias_stride);
   });

@@ -7,7 +7,7 @@
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 // Calls `body` with the size and the first of each group of taps: enough sums at once to hide the
-// latency of one, as few as fit into the registers.
+// latency of one, and no more than the registers hold.
 template <class Body>
 void in_tap_groups(int64_t taps, const Body& body) {
   int64_t t = 0;

@@ -72,11 +72,14 @@ struct Engine<Bf16> : DotBf16 {
 template <class T>
 constexpr int64_t kLeastBlock = Engine<T>::kBlock / 2;
 
+// The longest run, in those of kRun steps.
+constexpr int64_t kLongestRun = 4;
+
 // Steps of a run. Errors are least where a run has as many products as a sum has runs.
 template <class E>
 int64_t run_of(int64_t depth) {
   const int64_t steps = depth / E::kGroup;
-  return steps < 1024 ? E::kRun : steps < 16384 ? 2 * E::kRun : 4 * E::kRun;
+  return steps < 1024 ? E::kRun : steps < 16384 ? 2 * E::kRun : kLongestRun * E::kRun;
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -18,17 +18,18 @@ class GradBias {
   static constexpr int64_t kWidth = E::S::kWidth;
 
  public:
-  GradBias(int64_t rows, int64_t cols, int64_t splits, const TwinfuseContext& context)
+  GradBias(int64_t rows, int64_t cols, int64_t splits, bool cols_outer,
+           const TwinfuseContext& context)
       : rows_(rows),
         cols_(cols),
+        cols_outer_(cols_outer),
         split_length_(splits > 1 ? split_length<T>(rows, splits) : max64(rows, 1)),
         workers_(min64(max64(context.num_threads, 1), ceil_div(cols, kWidth))),
         at_once_(min64(kColumns, round_up(ceil_div(cols, max64(workers_, 1)), kWidth))) {}
 
   int64_t bytes() const { return workers_ * worker_bytes(); }
 
-  void run(const Source<T>& grad, bool cols_outer, const TwinfuseContext& context, char* space,
-           Acc* sums) const {
+  void run(const Source<T>& grad, const TwinfuseContext& context, char* space, Acc* sums) const {
     parallel_for(context, workers_, [&](int64_t worker) {
       char* packed = space + worker * worker_bytes();
       for (int64_t j = worker * at_once_; j < cols_; j += workers_ * at_once_) {
@@ -36,7 +37,7 @@ class GradBias {
         SplitSum<Acc> total[kColumns];
         for (int64_t r0 = 0; r0 == 0 || r0 < rows_; r0 += split_length_) {
           Acc split[kColumns];
-          sum_split(grad, cols_outer, r0, j, n, packed, split);
+          sum_split(grad, r0, j, n, packed, split);
           for (int64_t i = 0; i < n; i++) total[i].add(split[i]);
         }
         for (int64_t i = 0; i < n; i++) sums[j + i] = total[i].value();
@@ -46,29 +47,30 @@ class GradBias {
 
  private:
   int64_t depth() const { return min64(max64(rows_, 1), E::kBlock); }
-  // Of a column, where they are outside: whole pieces are transposed.
+  // From one column to the next where they are outside, with room for the last transposed piece.
   int64_t stride() const { return round_up(depth(), E::kGroup * 16) + 16; }
   int64_t packed_bytes() const {
-    return round_up(at_once_ * max64(steps_of<T>(depth()) * static_cast<int64_t>(sizeof(Unit)),
-                                     stride() * static_cast<int64_t>(sizeof(Packed))),
-                    64);
+    const int64_t bytes = cols_outer_ ? stride() * static_cast<int64_t>(sizeof(Packed))
+                                      : steps_of<T>(depth()) * static_cast<int64_t>(sizeof(Unit));
+    return round_up(at_once_ * bytes, 64);
   }
   int64_t worker_bytes() const {
-    return packed_bytes() + round_up(transpose_scratch<T>() * sizeof(Packed), 64);
+    const int64_t scratch = cols_outer_ ? transpose_scratch<T>() * sizeof(Packed) : 0;
+    return packed_bytes() + round_up(scratch, 64);
   }
 
-  void sum_split(const Source<T>& grad, bool cols_outer, int64_t r0, int64_t j, int64_t n,
-                 char* space, Acc* split) const {
+  void sum_split(const Source<T>& grad, int64_t r0, int64_t j, int64_t n, char* space,
+                 Acc* split) const {
     const int64_t end = min64(rows_, r0 + split_length_);
     if constexpr (E::kGroup == 1)
-      if (!cols_outer && !grad.gather && grad.inner == 1 && (!grad.mask || grad.mask_inner == 1))
+      if (!cols_outer_ && !grad.gather && grad.inner == 1 && (!grad.mask || grad.mask_inner == 1))
         return with_mask(grad.mask, grad.relu_grad, [&](auto kind) {
           for (int64_t i = 0; i < n; i += 2 * kWidth)
             sum_dense<decltype(kind)::value>(grad, r0, end, j + i, n - i, split + i);
         });
     for (int64_t r = r0; r == r0 || r < end; r += E::kBlock) {
       const int64_t depth = min64(end - r, E::kBlock), steps = steps_of<T>(depth);
-      if (cols_outer) {
+      if (cols_outer_) {
         Packed* packed = reinterpret_cast<Packed*>(space);
         pack_rows(grad, r, depth, j, n, packed, stride());
         add_row_sums<T>(packed, stride(), steps, n, r == r0,
@@ -90,22 +92,24 @@ class GradBias {
     using V = typename S::V;
     const int counts[] = {static_cast<int>(min64(n, kWidth)),
                           static_cast<int>(max64(0, min64(n - kWidth, kWidth)))};
+    const int vectors = n > kWidth ? 2 : 1;
     LevelSum<T> sum[] = {LevelSum<T>(S::zero()), LevelSum<T>(S::zero())};
     while (r < end) {
       V run[] = {S::zero(), S::zero()};
       for (const int64_t run_end = min64(end, r + kSummedRun); r < run_end; r++)
-        for (int v = 0; v < 2; v++) {
+        for (int v = 0; v < vectors; v++) {
           const T* p = grad.data + r * grad.outer + j + v * kWidth;
           const T* m = grad.mask + r * grad.mask_outer + j + v * kWidth;
           run[v] = S::add(run[v], load_masked<kMask>(p, m, counts[v]));
         }
-      for (int v = 0; v < 2; v++) sum[v].add(run[v]);
+      for (int v = 0; v < vectors; v++) sum[v].add(run[v]);
     }
-    for (int v = 0; v < 2 && counts[v] > 0; v++)
-      S::store(out + v * kWidth, sum[v].value(), counts[v]);
+    for (int v = 0; v < vectors; v++) S::store(out + v * kWidth, sum[v].value(), counts[v]);
   }
 
-  const int64_t rows_, cols_, split_length_, workers_, at_once_;
+  const int64_t rows_, cols_;
+  const bool cols_outer_;
+  const int64_t split_length_, workers_, at_once_;
 };
 
 // Rounds the sums to the type of the bias.

@@ -93,7 +93,7 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const Twinfuse
   const int64_t sum_bytes = op.grad_bias ? round_up(n * sizeof(Acc), 64) : 0;
   const bool has_weight = op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols;
   const bool bias_alone = op.grad_bias && !has_weight;
-  const GradBias<T> bias(grad.rows, n, count_splits<T>(n, grad.rows), context);
+  const GradBias<T> bias(grad.rows, n, count_splits<T>(n, grad.rows), false, context);
   Acc planned;  // stands for the sums until there is scratch for them
   Gemm<T> for_input{}, for_weight{};
   if (op.grad_input.data) for_input = grad_input<T>(op);
@@ -110,7 +110,7 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const Twinfuse
     if (has_weight) weight_plan.g = grad_weight<T>(op, sums);
     run<T, Identity>(weight_plan, context, space);
     if (bias_alone)
-      bias.run(source_of<T>(grad, false, &op.output, op.relu_grad), false, context, space, sums);
+      bias.run(source_of<T>(grad, false, &op.output, op.relu_grad), context, space, sums);
     if (op.grad_bias) store_grad_bias<T>(sums, n, op.grad_bias, op.grad_bias_stride);
   });
 }

@@ -64,7 +64,7 @@ struct Gemm {
 
 template <class T>
 int64_t split_length(int64_t depth, int64_t splits) {
-  constexpr int64_t kUnit = 4 * Engine<T>::kRun * Engine<T>::kGroup;
+  constexpr int64_t kUnit = kLongestRun * Engine<T>::kRun * Engine<T>::kGroup;
   return round_up(max64(ceil_div(depth, splits), 1), kUnit);
 }
 

@@ -38,7 +38,7 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
 template <class T>
 int64_t depth_block(const Gemm<T>& g, int64_t images) {
   using E = Engine<T>;
-  constexpr int64_t kMost = 4 * E::kBlock, kRuns = 4 * E::kRun * E::kGroup;
+  constexpr int64_t kMost = 4 * E::kBlock, kRuns = kLongestRun * E::kRun * E::kGroup;
   static_assert(kLeastBlock<T> % kRuns == 0, "a block must consist of the longest runs");
   // Windows are read from a slab that stays, so that sums need not wait for more.
   if (g.a_slab && g.slab_reduces_taps)

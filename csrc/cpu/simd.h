@@ -44,15 +44,6 @@ struct Simd<float> {
   }
   static void store(float* p, V x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
-  // To p[0], p[2], ..., `n` of them; what lies between stays.
-  static void store_even(float* p, V x, int n) {
-    const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const uint32_t mask = static_cast<uint32_t>(0x55555555 & ((uint64_t{1} << 2 * n) - 1));
-    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), _mm512_permutexvar_ps(low, x));
-    if (n > 8)
-      _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(mask >> 16),
-                            _mm512_permutexvar_ps(_mm512_add_epi32(low, _mm512_set1_epi32(8)), x));
-  }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -96,11 +87,6 @@ struct Simd<double> {
   }
   static void store(double* p, V x) { _mm512_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm512_mask_storeu_pd(p, first(n), x); }
-  static void store_even(double* p, V x, int n) {
-    double each[kWidth];
-    store(each, x);
-    for (int i = 0; i < n; i++) p[2 * i] = each[i];
-  }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -143,11 +129,6 @@ struct Simd<float> {
   }
   static void store(float* p, V x) { _mm256_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
-  static void store_even(float* p, V x, int n) {
-    float each[kWidth];
-    store(each, x);
-    for (int i = 0; i < n; i++) p[2 * i] = each[i];
-  }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -191,11 +172,6 @@ struct Simd<double> {
   }
   static void store(double* p, V x) { _mm256_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm256_maskstore_pd(p, first(n), x); }
-  static void store_even(double* p, V x, int n) {
-    double each[kWidth];
-    store(each, x);
-    for (int i = 0; i < n; i++) p[2 * i] = each[i];
-  }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
@@ -247,11 +223,6 @@ struct Portable {
     for (int i = 0; i < kWidth; i++) x[i] = p[2 * i];
     return x;
   }
-  static void store_even(T* p, V x, int n) {
-    T each[kWidth];
-    store(each, x);
-    for (int i = 0; i < n; i++) p[2 * i] = each[i];
-  }
   static V add(V a, V b) { return a + b; }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V relu(V x) { return select_grad(x, x); }
@@ -271,6 +242,26 @@ struct Simd<float> : Portable<float> {};
 template <>
 struct Simd<double> : Portable<double> {};
 
+#endif
+
+// To p[0], p[2], ..., `n` elements; what lies between stays.
+template <class T>
+void store_even(T* p, typename Simd<T>::V x, int n) {
+  T each[Simd<T>::kWidth];
+  Simd<T>::store(each, x);
+  for (int i = 0; i < n; i++) p[2 * i] = each[i];
+}
+
+#if defined(__AVX512F__)
+inline void store_even(float* p, __m512 x, int n) {
+  const __m512i low = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const uint32_t mask = static_cast<uint32_t>(0x55555555 & ((uint64_t{1} << 2 * n) - 1));
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask), _mm512_permutexvar_ps(low, x));
+  if (n > 8)
+    _mm512_mask_storeu_ps(p + 16, static_cast<__mmask16>(mask >> 16),
+                          _mm512_permutexvar_ps(high, x));
+}
 #endif
 
 // Columns in 16 bytes of a row, and how many such pieces are transposed together: a whole cache

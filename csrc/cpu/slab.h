@@ -4,7 +4,6 @@
 // window has taps.
 #pragma once
 
-#include "cpu/engine.h"
 #include "cpu/source.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {

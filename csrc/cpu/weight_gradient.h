@@ -41,6 +41,31 @@ WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images, bool 
   return {slab_columns <= slab_rows, true};
 }
 
+// The gradient of the output, pixels by channels, read along whichever lie side by side.
+struct GradientAxes {
+  Axis pixels, channels;
+  bool channels_outer;
+
+  GradientAxes(const ConvReluBackward& op, int64_t count) {
+    const int64_t *size = op.grad_output.size, *s = op.grad_output.stride, *m = op.output.stride;
+    pixels = {{{size[kBatch], s[kBatch], m[kBatch]},
+               {size[kRow], s[kRow], m[kRow]},
+               {size[kColumn], s[kColumn], m[kColumn]}}};
+    pixels.simplify();
+    channels = {{{}, {}, {count, s[kChannel], m[kChannel]}}};
+    channels_outer = s[kChannel] != 1 && pixels.stride() == 1;
+  }
+
+  // `gather` must outlive it.
+  template <class T>
+  Source<T> source(const ConvReluBackward& op, Gather* gather) const {
+    *gather = {};
+    return source_of<T>(op.grad_output, &op.output, op.relu_grad,
+                        channels_outer ? channels : pixels, channels_outer ? pixels : channels,
+                        gather);
+  }
+};
+
 // The reduced dimension is that of the pixels. `bias_sums`, if given, receives grad_bias.
 template <class T>
 void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* bias_sums,
@@ -58,40 +83,31 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
 
   const bool channels_last = plan.reads_slab || input.stride[kChannel] == 1;
   const Windowed seen(input, nullptr, c, rows, columns, channels_last);
-  const int64_t* s = grad.stride;
-  const int64_t* m = op.output.stride;
-  Axis pixels{{{grad.size[kBatch], s[kBatch], m[kBatch]},
-               {grad.size[kRow], s[kRow], m[kRow]},
-               {grad.size[kColumn], s[kColumn], m[kColumn]}}};
-  pixels.simplify();
-  const Axis channels{{{}, {}, {k, s[kChannel], m[kChannel]}}};
+  const int64_t *s = grad.stride, *m = op.output.stride;
+  const GradientAxes axes(op, k);
   const Axis w_channels{{{}, {}, {k, w.stride[0]}}};
   const Axis w_taps = tap_axis(channels_last, {c, w.stride[1]}, {w.size[kRow], w.stride[kRow]},
                                {w.size[kColumn], w.stride[kColumn]});
 
   const bool along_taps = reads_along_taps(seen);
-  const bool along_channels = s[kChannel] == 1 || pixels.stride() != 1;
   Gather* image_gather = channel_rows ? &problem->b_gather : &problem->a_gather;
   Gather* grad_gather = channel_rows ? &problem->a_gather : &problem->b_gather;
   *image_gather = seen.gather;
-  *grad_gather = {};
   Source<T> windows = source_of<T>(input, nullptr, 0, along_taps ? seen.pixels : seen.taps,
                                    along_taps ? seen.taps : seen.pixels, image_gather);
-  const Source<T> grads =
-      source_of<T>(grad, &op.output, op.relu_grad, along_channels ? pixels : channels,
-                   along_channels ? channels : pixels, grad_gather);
+  const Source<T> grads = axes.source<T>(op, grad_gather);
   if (plan.reads_slab) {
     windows = image_source<T>(input, nullptr, 0);
     (channel_rows ? g.b_slab : g.a_slab) = &problem->slab;
     if (!channel_rows) g.row_unit = SlabReader<T>::run(problem->slab);
   }
 
-  g.depth = pixels.size();
+  g.depth = axes.pixels.size();
   g.splits = count_splits<T>(k, g.depth);
   g.a = channel_rows ? grads : windows;
   g.b = channel_rows ? windows : grads;
-  g.a_rows_outer = channel_rows ? !along_channels : !along_taps;
-  g.b_cols_outer = channel_rows ? !along_taps : !along_channels;
+  g.a_rows_outer = channel_rows ? axes.channels_outer : !along_taps;
+  g.b_cols_outer = channel_rows ? !along_taps : axes.channels_outer;
   (channel_rows ? g.a_sums : g.b_sums) = bias_sums;
   problem->images = grad.size[kBatch];
   problem->set_output(static_cast<T*>(w.data), channel_rows ? w_channels : w_taps,
@@ -102,31 +118,5 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
   g.batch[1] = channel_rows ? Batch{groups, grad_group, mask_group, input_group, 0, w_group, 0, k}
                             : Batch{groups, input_group, 0, grad_group, mask_group, w_group, 0, k};
 }
-
-// The gradient of the output, pixels by channels, along whichever lie side by side. Stays where it
-// is.
-template <class T>
-struct GradientMatrix {
-  Axis pixels;
-  bool channels_outer;
-  Gather gather{};
-  Source<T> source;
-
-  // `channels` of them, from the first on.
-  GradientMatrix(const ConvReluBackward& op, int64_t count) {
-    const int64_t *size = op.grad_output.size, *s = op.grad_output.stride, *m = op.output.stride;
-    pixels = {{{size[kBatch], s[kBatch], m[kBatch]},
-               {size[kRow], s[kRow], m[kRow]},
-               {size[kColumn], s[kColumn], m[kColumn]}}};
-    pixels.simplify();
-    const Axis channels{{{}, {}, {count, s[kChannel], m[kChannel]}}};
-    channels_outer = s[kChannel] != 1 && pixels.stride() == 1;
-    source =
-        source_of<T>(op.grad_output, &op.output, op.relu_grad, channels_outer ? channels : pixels,
-                     channels_outer ? pixels : channels, &gather);
-  }
-  GradientMatrix(const GradientMatrix&) = delete;
-  GradientMatrix& operator=(const GradientMatrix&) = delete;
-};
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

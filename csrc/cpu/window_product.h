@@ -136,7 +136,8 @@ bool prefers_pixel_rows(const WindowProduct& op, int64_t in_channels, int64_t ou
   const int64_t taps = op.rows.taps * op.columns.taps;
   const int64_t wasted = (op.columns.span() - 1) / op.columns.step;
   const bool transposes = sizeof(T) == sizeof(typename Engine<T>::Acc);
-  const bool strided = op.columns.step > 1 || op.out_step[1] > 1;
+  // Those of strided windows are few, but then vectors of them begin anywhere in a line.
+  const bool strided = op.columns.step > 1 && taps >= 2 * op.rows.step * op.columns.step;
   return transposes && taps > 1 && in_channels * taps >= kFewestSteps && out_channels >= kWidth &&
          (strided || wasted * 32 > op.columns.count);
 }

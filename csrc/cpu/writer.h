@@ -31,7 +31,7 @@ class Writer {
   explicit Writer(const Gemm<T>& g) : g_(g) {}
   Waiting<Acc> waiting;
 
-  // Before the tiles whose first column is `j`.
+  // Before the tiles whose first column is `j`: these are prefetched and written from there on.
   void start_panel(int64_t j) {
     if (g_.scatter) panel_.start(g_.scatter->cols, j, {});
   }
@@ -125,12 +125,13 @@ class Writer {
     if (sizeof(T) == sizeof(Acc) && out_row == 1)
       return store_transposed(dense, vectors * kWidth, to.rows, to.cols, out, stride);
     if constexpr (sizeof(T) == sizeof(Acc)) {
-      for (int r = 0; stride == 2 && r < to.rows; r++)
-        for (int c = 0; c < to.cols; c += kWidth)
-          Simd<T>::store_even(out + r * out_row + 2 * c,
-                              Simd<T>::load(dense + r * vectors * kWidth + c),
-                              static_cast<int>(min64(kWidth, to.cols - c)));
-      if (stride == 2) return;
+      if (stride == 2) {
+        for (int r = 0; r < to.rows; r++)
+          for (int c = 0; c < to.cols; c += kWidth)
+            store_even(out + r * out_row + 2 * c, Simd<T>::load(dense + r * vectors * kWidth + c),
+                       static_cast<int>(min64(kWidth, to.cols - c)));
+        return;
+      }
     }
     for (int c = 0; c < to.cols; c++)
       for (int r = 0; r < to.rows; r++)

@@ -61,7 +61,7 @@ void AdviseHugePages(AtenTensorHandle tensor) {
   }
   if (aoti_torch_get_device_type(tensor, &device) != TORCH_SUCCESS || device != cpu) return;
   if (torch_get_mutable_data_ptr(tensor, &pointer) != TORCH_SUCCESS) return;
-  // Whole pages inside of the tensor: its neighbours and the peak of memory stay as they are.
+  // Whole pages inside of the tensor: no memory is taken that it does not have.
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(pointer) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(pointer) + bytes) & ~(kPage - 1);
   // Advice only: a kernel without huge pages refuses, and nothing is lost.
