@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 CODE := setup.py pyext tfops tests benchmarks examples
 CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h')
 BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE)
+# Processes that run the tests; some tests need a few gigabytes and two cores.
+export WORKERS ?= 2
 # Warnings stop a development build. A user's compiler may know warnings that ours does not.
 export CXXFLAGS ?= -Werror
 
@@ -31,7 +33,7 @@ demo: setup
 	$(BIN)/python -m examples.digits
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 bench: setup
 	$(BIN)/python -m benchmarks
