@@ -5,6 +5,12 @@
 #include "cpu/depthwise_gradient.h"
 #include "cpu/weight_gradient.h"
 
+#if defined(__AVX512BF16__)
+namespace twinfuse::cpu::avx512 {
+extern const Kernels kernels;
+}
+#endif
+
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 template <class T>
@@ -24,6 +30,10 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
       op.conv.groups};
   ConvProblem<T> problem;
   set_up(product, &problem);
+#if defined(__AVX512BF16__)
+  // Read from a slab as floats, windows take half as long as packed into pairs.
+  if (problem.lacks_pairs) return avx512::kernels.conv_relu_forward[TWINFUSE_BFLOAT16](op, context);
+#endif
   Gemm<T>& g = problem.g;
   g.bias = static_cast<const T*>(op.bias);
   g.bias_stride = op.bias_stride;

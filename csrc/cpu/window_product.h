@@ -14,6 +14,7 @@ struct ConvProblem {
   Slab slab;
   Scatter scatter;
   int64_t images = 1;
+  bool lacks_pairs = false;  // a slab would be read, if only its elements came in pairs
   // Weights that are rows of `g` and packed before it runs, once for all images and blocks.
   Source<T> loose_weights{};
   int64_t loose_group = 0, packed_group = 0;
@@ -109,7 +110,8 @@ bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels
   slab = slab_of(op.image, op.mask, in_channels, rows, columns, op.channels_last, backwards(op),
                  !pixel_rows || (!op.channels_last && op.image.stride[kChannel] != 1), !pixel_rows);
   const int64_t run = SlabReader<T>::run(slab);
-  if (kGroup == 2 && (!pixel_rows || !op.channels_last || run % 2)) return false;
+  problem->lacks_pairs = kGroup == 2 && (!pixel_rows || !op.channels_last || run % 2);
+  if (problem->lacks_pairs) return false;
   // Columns between two rows of an image are computed for nothing; packing costs about as much as
   // this many rows.
   constexpr int64_t kRowsToPack = 24, kWidth = Engine<T>::S::kWidth;
@@ -135,10 +137,9 @@ bool prefers_pixel_rows(const WindowProduct& op, int64_t in_channels, int64_t ou
   constexpr int64_t kFewestSteps = 128, kWidth = Engine<T>::S::kWidth;
   const int64_t taps = op.rows.taps * op.columns.taps;
   const int64_t wasted = (op.columns.span() - 1) / op.columns.step;
-  const bool transposes = sizeof(T) == sizeof(typename Engine<T>::Acc);
   // Those of strided windows are few, but then vectors of them begin anywhere in a line.
   const bool strided = op.columns.step > 1 && taps >= 2 * op.rows.step * op.columns.step;
-  return transposes && taps > 1 && in_channels * taps >= kFewestSteps && out_channels >= kWidth &&
+  return taps > 1 && in_channels * taps >= kFewestSteps && out_channels >= kWidth &&
          (strided || wasted * 32 > op.columns.count);
 }
 
