@@ -37,8 +37,8 @@ assert '/$base/' in str(_core.LIBRARY), _core.LIBRARY
 "
 # The table of convolutions runs on the core alone: in a framework it would take an hour here.
 if [ $# -eq 0 ]; then
-  set -- -q -n "${WORKERS:-2}" --dist loadfile -m "not slow" tests/test_core*.py tests/test_properties.py tests/test_isa.py \
-    tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
+  set -- -q -n "${WORKERS:-2}" --dist loadfile -m "not slow" tests/test_core*.py \
+    tests/test_properties.py tests/test_isa.py tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
     tests/test_conv_relu_torch_formats.py tests/test_conv_relu_tensorflow_calls.py
 fi
 # A report of the sanitizer ends the process: it must not be in a file of pytest's by then.

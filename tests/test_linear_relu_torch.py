@@ -44,9 +44,10 @@ def threads() -> Iterator[None]:
 def test_poison_is_seen() -> None:
     sizes = (1, 16, 1000, 100_000)
     with torch_cases.poisoned_memory():
+        # glibc may serve a small block from a list of freed ones without filling it, but not two in
+        # a row of one size.
         fresh = {n: [torch.empty(3, n, dtype=torch.float32) for _ in range(4)] for n in sizes}
-    # NaN is as good: torch fills new memory with it in deterministic mode.
-    seen = {n: [not bool((t.abs() <= 1e38).all()) for t in each] for n, each in fresh.items()}
+    seen = {n: [bool((t.abs() > 1e38).any()) for t in each] for n, each in fresh.items()}
     assert all(map(any, seen.values())), f"unwritten memory would look written: {seen}"
 
 

@@ -21,7 +21,6 @@ from tests.rule import assert_within_twice
 Op = Callable[..., Tensor]
 
 _PERTURB = -6  # glibc's M_PERTURB
-_MMAP_THRESHOLD = -3
 _PATTERN = 0x80  # new memory is filled with its complement: 3.4e38 in float32, NaN in float16
 
 
@@ -103,8 +102,6 @@ def poisoned_memory() -> Iterator[None]:
     # AddressSanitizer's malloc refuses, and has an option of its own for this.
     asan = os.environ.get("ASAN_OPTIONS", "")
     assert mallopt(_PERTURB, _PATTERN) == 1 or "malloc_fill_byte" in asan
-    # What is mapped afresh is not perturbed: large blocks, until the process has freed such a one.
-    assert mallopt(_MMAP_THRESHOLD, 1 << 25) == 1 or "malloc_fill_byte" in asan
     try:
         yield
     finally:
