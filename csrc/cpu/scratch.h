@@ -11,7 +11,7 @@ constexpr int64_t kRowBlockBytes = 384 << 10;
 constexpr int64_t kTallestRowBlock = 384;
 constexpr int64_t kSharedRows = 1152;  // of the row blocks that share packed columns
 constexpr int64_t kMostShared = 32;    // such row blocks
-constexpr int64_t kPackedBytes = 1 << 20;
+constexpr int64_t kPackedBytes = 1152 << 10;
 constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
 
 // Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
@@ -19,11 +19,9 @@ constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
 template <class T>
 int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
   if (g.a_slab && g.slab_reduces_taps) {
-    // Packed once, used by every image; all threads together take no more than a copy of all
-    // columns would, or a little.
-    const int64_t few = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
-    const int64_t columns = max64(few, ceil_div(g.cols, grid.workers)) / 32 * 32;
-    return min64(kColumnBlock, max64(columns, 32));
+    // Packed once, used by every image.
+    const int64_t columns = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
+    return min64(kColumnBlock, max64(columns / 32 * 32, 32));
   }
   if (g.b_slab) return g.slab_reduces_taps ? g.b_slab->height * g.col_unit : g.cols;
   if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return kColumnBlock;
@@ -61,7 +59,6 @@ struct Scratch {
 
   Scratch(const Gemm<T>& g, const Grid& grid, int64_t images) {
     constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
-    constexpr int64_t kVectors = kMaxVectors * E::S::kWidth;
     block = depth_block(g, images);
     const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), block);
     row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
@@ -88,14 +85,15 @@ struct Scratch {
     // Summing packed rows reads whole vectors of them.
     const bool sums_rows = g.a_sums && g.a_rows_outer;
     const int64_t height = round_up(min64(all_rows, row_block), sums_rows ? E::S::kWidth : 1);
-    const int64_t width = round_up(min64(g.cols, column_block), kVectors);
+    const int64_t all_cols = ceil_div(ceil_div(g.cols, g.col_unit), grid.col_chunks) * g.col_unit;
+    const int64_t width = min64(min64(g.cols, all_cols), column_block);
     const int64_t packed_rows = max64(height * row_stride(depth) * kPacked,
                                       steps_of<T>(depth) * step_stride(height) * kUnit);
     columns = rows + aligned(g.a_slab ? 0 : packed_rows);
     // Transposing writes up to three steps past the last.
-    slab = columns + aligned(g.b_slab ? 0 : (steps_of<T>(depth) + 3) * width * kUnit);
+    slab = columns + aligned(g.b_slab ? 0 : (steps_of<T>(depth) + 3) * panels_width(width) * kUnit);
     // Vectors are read past the last window.
-    offsets = slab + (slab_size ? aligned((slab_size + kVectors) * kPacked) : 0);
+    offsets = slab + (slab_size ? aligned((slab_size + kMaxVectors * E::S::kWidth) * kPacked) : 0);
     transpose = offsets + aligned(slab_size && !g.slab_reduces_taps ? depth * sizeof(int32_t) : 0);
     const bool transposes = (g.b_cols_outer && !g.b_slab) || sums_rows;
     partial = transpose + aligned(transposes ? transpose_scratch<T>() * kPacked : 0);
@@ -108,6 +106,16 @@ struct Scratch {
   static bool sums_in_output(const Gemm<T>& g) { return sizeof(T) == sizeof(Acc) && !g.scatter; }
 
   static int64_t aligned(int64_t n) { return round_up(n, 64); }
+  // Of the panels of so many columns: whole ones are of two or four vectors, the last of as many as
+  // it needs.
+  static int64_t panels_width(int64_t cols) {
+    constexpr int64_t kWidth = E::S::kWidth;
+    const int64_t last = cols % (kMaxVectors * kWidth);
+    return cols - last +
+           (last <= kWidth       ? round_up(last, kWidth)
+            : last <= 2 * kWidth ? 2 * kWidth
+                                 : kMaxVectors * kWidth);
+  }
   // An odd number of cache lines, so that neighbouring rows do not share cache sets.
   static int64_t row_stride(int64_t depth) {
     constexpr int64_t kLine = 64 / sizeof(typename E::Packed);
