@@ -45,43 +45,58 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
   return status;
 }
 
-// grad_input, part by part: elements phase[d], phase[d] + stride, ... of each spatial dimension,
-// which the same taps have met. Calls `body` with each part: all that its run needs is bytes and
-// space.
-template <class T, class Body>
-void each_grad_input(const ConvReluBackward& op, const TwinfuseContext& context, const Body& body) {
+// One part of grad_input: elements phase[d], phase[d] + stride, ... of each spatial dimension,
+// which the same taps have met.
+struct InputPhase {
+  Windows rows, columns;
+  int64_t offset;
+};
+
+template <class Body>
+void each_phase(const ConvReluBackward& op, const Body& body) {
   const Images &out = op.grad_input, &w = op.weight;
   const int64_t* stride = op.conv.stride;
   const int64_t phases[2] = {min64(stride[0], out.size[kRow]), min64(stride[1], out.size[kColumn])};
   for (int64_t phase = 0; out.data && phase < phases[0] * phases[1]; phase++) {
     const int64_t row = phase / phases[1], column = phase % phases[1];
-    const Windows rows = transposed_windows(out.size[kRow], w.size[kRow], op.conv, 0, row);
-    const Windows columns =
-        transposed_windows(out.size[kColumn], w.size[kColumn], op.conv, 1, column);
-    const int64_t offset = row * out.stride[kRow] + column * out.stride[kColumn];
+    body(InputPhase{transposed_windows(out.size[kRow], w.size[kRow], op.conv, 0, row),
+                    transposed_windows(out.size[kColumn], w.size[kColumn], op.conv, 1, column),
+                    row * out.stride[kRow] + column * out.stride[kColumn]});
+  }
+}
+
+template <class T>
+void set_up_phase(const ConvReluBackward& op, const InputPhase& phase, ConvProblem<T>* problem) {
+  const WindowProduct product{op.grad_output,
+                              &op.output,
+                              op.relu_grad,
+                              op.weight,
+                              op.grad_input,
+                              phase.offset,
+                              {op.conv.stride[0], op.conv.stride[1]},
+                              phase.rows,
+                              phase.columns,
+                              true,
+                              op.output.stride[kChannel] == 1,
+                              op.conv.groups};
+  set_up(product, problem);
+}
+
+// grad_input, phase by phase. Calls `body` with each: all that its run needs is bytes and space.
+template <class T, class Body>
+void each_grad_input(const ConvReluBackward& op, const TwinfuseContext& context, const Body& body) {
+  const Images &out = op.grad_input, &w = op.weight;
+  each_phase(op, [&](const InputPhase& phase) {
     if (is_depthwise(w, op.conv.groups)) {
       const DepthwiseProduct<T, Identity> product(
-          op.grad_output, &op.output, op.relu_grad, w, out, rows, columns, offset,
-          out.stride[kRow] * stride[0], out.stride[kColumn] * stride[1]);
-      body(product.bytes(context), [&](char* space) { product.run(context, space); });
-      continue;
+          op.grad_output, &op.output, op.relu_grad, w, out, phase.rows, phase.columns, phase.offset,
+          out.stride[kRow] * op.conv.stride[0], out.stride[kColumn] * op.conv.stride[1]);
+      return body(product.bytes(context), [&](char* space) { product.run(context, space); });
     }
-    const WindowProduct product{op.grad_output,
-                                &op.output,
-                                op.relu_grad,
-                                w,
-                                out,
-                                offset,
-                                {stride[0], stride[1]},
-                                rows,
-                                columns,
-                                true,
-                                op.output.stride[kChannel] == 1,
-                                op.conv.groups};
     ConvProblem<T> problem;
-    set_up(product, &problem);
+    set_up_phase(op, phase, &problem);
     plan_window_product<T, Identity>(problem, context, body);
-  }
+  });
 }
 
 // grad_weight in the same way. True if it brings the sums of the bias along.
@@ -105,7 +120,7 @@ bool each_grad_weight(const ConvReluBackward& op, typename Convert<T>::Acc* bias
 }
 
 template <class T>
-TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const TwinfuseContext& context) {
+TwinfuseStatus compute_gradients(const ConvReluBackward& op, const TwinfuseContext& context) {
   using Acc = typename Convert<T>::Acc;
   const Images& grad = op.grad_output;
   const int64_t k = grad.size[kChannel];
@@ -134,6 +149,49 @@ TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const TwinfuseCont
     }
     if (op.grad_bias) store_grad_bias<T>(sums, k, op.grad_bias, op.grad_bias_stride);
   });
+}
+
+#if defined(__AVX512BF16__)
+// Leaves in `op` the gradients whose windows come in pairs, and the rest to the float kernels. The
+// bias stays: its bits must not depend on what else is asked for.
+inline ConvReluBackward without_pairs(ConvReluBackward* op) {
+  constexpr int64_t kFewestPixels = 1024, kLongRow = 128;
+  ConvReluBackward rest = *op;
+  rest.grad_bias = nullptr;
+  bool input = false, weight = false;
+  if (!is_depthwise(op->weight, op->conv.groups))
+    each_phase(*op, [&](const InputPhase& phase) {
+      ConvProblem<Bf16> problem;
+      set_up_phase(*op, phase, &problem);
+      input |= problem.lacks_pairs;
+    });
+  const Images &grad = op->grad_output, &w = op->grad_weight;
+  // Pairs of pixels have to be packed for every tap, which is quick for long rows only. Small sums
+  // are over before that matters.
+  const bool long_rows = op->input.stride[kColumn] == 1 && grad.size[kColumn] >= kLongRow;
+  if (w.data && !is_depthwise(w, op->conv.groups) && !long_rows)
+    weight = grad.size[kBatch] * grad.size[kRow] * grad.size[kColumn] >= kFewestPixels &&
+             plan_weight<float>(*op, weight_slab(*op)).reads_slab;
+  (input ? op : &rest)->grad_input.data = nullptr;
+  (weight ? op : &rest)->grad_weight.data = nullptr;
+  return rest;
+}
+#endif
+
+template <class T>
+TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const TwinfuseContext& context) {
+#if defined(__AVX512BF16__)
+  if constexpr (Engine<T>::kGroup == 2) {
+    ConvReluBackward paired = op;
+    const ConvReluBackward rest = without_pairs(&paired);
+    const TwinfuseStatus status =
+        rest.grad_input.data || rest.grad_weight.data
+            ? avx512::kernels.conv_relu_backward[TWINFUSE_BFLOAT16](rest, context)
+            : TWINFUSE_OK;
+    return status == TWINFUSE_OK ? compute_gradients<T>(paired, context) : status;
+  }
+#endif
+  return compute_gradients<T>(op, context);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

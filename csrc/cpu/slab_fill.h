@@ -21,6 +21,7 @@ class SlabFiller {
   using V = typename S::V;
   static constexpr int64_t kWidth = S::kWidth, kPiece = kPieceColumns<typename C::Acc>;
   static constexpr bool kKeepsType = sizeof(T) == sizeof(P) && sizeof(T) == sizeof(typename C::Acc);
+  static constexpr bool kPairs = Engine<T>::kGroup == 2 && sizeof(T) == sizeof(P);
 
  public:
   SlabFiller(const Slab& slab, const Source<T>& source, int64_t image)
@@ -39,8 +40,8 @@ class SlabFiller {
     if (lines_.inner.single())
       return copy_plane(lines_.origin, lines_.outer.digits[2], last, first, n, out);
     // Channels follow each other in the slab, but not in the image.
-    const bool by_pixel = kKeepsType && column.stride == 1 && (!source_.mask || column.mask == 1) &&
-                          column.x <= 1 && last.x == 0;
+    const bool by_pixel = (kKeepsType || (kPairs && last.size % 2 == 0)) && column.stride == 1 &&
+                          (!source_.mask || column.mask == 1) && column.x <= 1 && last.x == 0;
     by_pixel ? interleave(column, last, first, n, out) : copy_lines(first, n, out);
   }
 
@@ -175,11 +176,16 @@ class SlabFiller {
                     slab_.plane() * slab_.row_phases() * slab_.column_phases());
   }
 
-  // out[f * out_stride + s] = element s * stride + f behind `offset`, for `slow` times `fast`.
+  // out[f * out_stride + s] = element s * stride + f behind `offset`, for `slow` times `fast`; of
+  // pairs, an even number is `slow`.
   void transpose_run(int64_t offset, int64_t stride, int64_t mask_offset, int64_t mask_stride,
                      int64_t slow, int64_t fast, P* out, int64_t out_stride) const {
     const T* p = source_.data + offset;
     const T* m = source_.mask ? source_.mask + mask_offset : nullptr;
+    if constexpr (kPairs) {
+      transpose_pairs(p, stride, m, mask_stride, slow, fast, out, out_stride);
+      return;
+    }
     if constexpr (kKeepsType) {
       if (fast >= kPiece)
         return with_mask(m, source_.relu_grad, [&](auto kind) {
@@ -194,6 +200,34 @@ class SlabFiller {
         const int64_t n = min64(kWidth, slow - s);
         fetch_run(p + s * stride + f, stride, m ? m + s * mask_stride + f : nullptr, mask_stride,
                   source_.relu_grad, n, out + f * out_stride + s);
+      }
+  }
+
+  // Two rows become one of pairs, which are transposed as if they were floats.
+  void transpose_pairs(const T* p, int64_t stride, const T* m, int64_t mask_stride, int64_t slow,
+                       int64_t fast, P* out, int64_t out_stride) const {
+    constexpr int64_t kColumns = 32;
+    alignas(64) uint32_t pairs[kWidth][kColumns] = {};
+    T row[2][kColumns];
+    for (int64_t s = 0; s < slow; s += 2 * kWidth)
+      for (int64_t f = 0; f < fast; f += kColumns) {
+        const int64_t n = min64(kColumns, fast - f), rows = min64(kWidth, (slow - s) / 2);
+        for (int64_t i = 0; i < rows; i++) {
+          for (int64_t h = 0; h < 2; h++) {
+            const int64_t at = s + 2 * i + h;
+            fetch_run(p + at * stride + f, 1, m ? m + at * mask_stride + f : nullptr, 1,
+                      source_.relu_grad, n, row[h]);
+          }
+          cpu::TWINFUSE_ISA::interleave(row[0], row[1], n, pairs[i]);
+        }
+        for (int64_t j = 0; j < n; j += kPiece) {
+          V x[kPiece];
+          transpose<typename C::Acc, 1>(reinterpret_cast<const char*>(&pairs[0][j]),
+                                        sizeof(pairs[0]), x);
+          for (int64_t k = 0; k < min64(kPiece, n - j); k++)
+            S::store(reinterpret_cast<typename C::Acc*>(out + (f + j + k) * out_stride + s), x[k],
+                     static_cast<int>(rows));
+        }
       }
   }
 

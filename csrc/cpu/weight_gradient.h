@@ -12,10 +12,24 @@ struct WeightPlan {
   bool reads_slab;
 };
 
-// By vector operations per pixel. `in_order`: the taps of a slab follow each other in the weight.
+// The input as the taps of the weight see it.
+inline Slab weight_slab(const ConvReluBackward& op) {
+  const Images &grad = op.grad_output, &w = op.grad_weight;
+  return slab_of(op.input, nullptr, w.size[kChannel],
+                 forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0),
+                 forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1), true, false,
+                 false, false);
+}
+
+// By vector operations per pixel.
 template <class T>
-WeightPlan plan_weight(int64_t channels, const Slab& slab, int64_t images, bool in_order) {
+WeightPlan plan_weight(const ConvReluBackward& op, const Slab& slab) {
   using E = Engine<T>;
+  const Images& w = op.grad_weight;
+  const int64_t channels = w.size[0] / op.conv.groups, images = op.grad_output.size[kBatch];
+  // The taps of a slab follow each other in the weight.
+  const bool in_order =
+      w.stride[kChannel] == 1 || w.size[kChannel] == 1 || w.size[kRow] * w.size[kColumn] == 1;
   constexpr int64_t kWidth = E::S::kWidth;
   const int64_t taps = slab.rows.taps * slab.columns.taps * slab.channels;
   const int64_t run = max64(SlabReader<T>::run(slab), 1);
@@ -73,12 +87,9 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
   Gemm<T>& g = problem->g;
   const Images &w = op.grad_weight, &grad = op.grad_output, &input = op.input;
   const int64_t groups = op.conv.groups, k = w.size[0] / groups, c = w.size[1];
-  const Windows rows = forward_windows(grad.size[kRow], w.size[kRow], op.conv, 0);
-  const Windows columns = forward_windows(grad.size[kColumn], w.size[kColumn], op.conv, 1);
-  problem->slab = slab_of(input, nullptr, c, rows, columns, true, false, false, false);
-  const WeightPlan plan =
-      plan_weight<T>(k, problem->slab, grad.size[kBatch],
-                     w.stride[1] == 1 || c == 1 || w.size[kRow] * w.size[kColumn] == 1);
+  problem->slab = weight_slab(op);
+  const Windows &rows = problem->slab.rows, &columns = problem->slab.columns;
+  const WeightPlan plan = plan_weight<T>(op, problem->slab);
   const bool channel_rows = plan.channel_rows;
 
   const bool channels_last = plan.reads_slab || input.stride[kChannel] == 1;

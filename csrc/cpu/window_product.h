@@ -1,6 +1,8 @@
 // Windows times weight: the output of a convolution, and the gradient of its input.
 #pragma once
 
+#include <cstdlib>
+
 #include "cpu/gemm.h"
 #include "cpu/windows.h"
 
@@ -97,6 +99,18 @@ struct WindowProduct {
 // Where the taps of a channel follow each other, the weight is read forwards in either product.
 inline bool backwards(const WindowProduct& op) { return op.transposed && !op.channels_last; }
 
+// Whether to sum over channels first although they do not lie side by side, so that neighbours make
+// pairs: copying windows and weight in that order pays where tiles are large, and images, too. (Not
+// batches: results must not depend on them.)
+template <class T>
+bool pairs_channels(const WindowProduct& op, int64_t in_channels, int64_t out_channels) {
+  constexpr int64_t kFewestSteps = 128, kFewestPixels = 128;
+  const int64_t taps = op.rows.taps * op.columns.taps;
+  return Engine<T>::kGroup == 2 && !op.channels_last && in_channels % 2 == 0 && taps > 1 &&
+         in_channels * taps >= kFewestSteps && out_channels >= Engine<T>::S::kWidth &&
+         op.rows.count * op.columns.count >= kFewestPixels;
+}
+
 // Lets the product read its windows from a slab, if that is cheaper than writing them out.
 template <class T>
 bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels, bool pixel_rows,
@@ -144,11 +158,13 @@ bool prefers_pixel_rows(const WindowProduct& op, int64_t in_channels, int64_t ou
 }
 
 template <class T>
-void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
+void set_up(WindowProduct op, ConvProblem<T>* problem) {
   Gemm<T>& g = problem->g;
   const Images &image = op.image, &w = op.weight, &out = op.out;
   const int64_t k = w.size[0] / op.groups, c = w.size[1];
   const int64_t in_channels = op.transposed ? k : c, out_channels = op.transposed ? c : k;
+  const bool pairs = pairs_channels<T>(op, in_channels, out_channels);
+  if (pairs) op.channels_last = true;
   const int64_t pixels = op.rows.count * op.columns.count;
 
   const bool forwards = !backwards(op);
@@ -163,14 +179,17 @@ void set_up(const WindowProduct& op, ConvProblem<T>* problem) {
                weight_taps(op.rows, w.stride[kRow]), weight_taps(op.columns, w.stride[kColumn]));
   w_taps.simplify();
   const Axis w_channels{{{}, {}, {out_channels, w.stride[op.transposed ? 1 : 0]}}};
-  const bool w_channels_outer = w_channels.stride() != 1 || w_taps.stride() == 1;
+  // Along the side whose elements lie closer together, though taps may be read backwards.
+  const bool w_channels_outer =
+      w_taps.stride() == 1 ||
+      (w_channels.stride() != 1 && std::abs(w_taps.stride()) <= std::abs(w_channels.stride()));
   const bool w_plain = w_taps.single() && w_taps.stride() == 1;
 
   const int64_t step = out.stride[kColumn] * op.out_step[1];
   const bool dense_channels = out.stride[kChannel] == 1 && !(out_channels == 1 && step == 1);
   // Few channels would leave lanes empty: then pixels fill them, if a slab has them side by side.
   constexpr int64_t kFewChannels = 3 * Engine<T>::S::kWidth / 4;
-  bool pixel_rows = dense_channels || prefers_pixel_rows<T>(op, in_channels, out_channels);
+  bool pixel_rows = dense_channels || pairs || prefers_pixel_rows<T>(op, in_channels, out_channels);
   bool reads_slab = false;
   if (dense_channels && out_channels < kFewChannels)
     pixel_rows = !(reads_slab = set_slab<T>(op, in_channels, out_channels, false, problem));
