@@ -152,10 +152,20 @@ TwinfuseStatus compute_gradients(const ConvReluBackward& op, const TwinfuseConte
 }
 
 #if defined(__AVX512BF16__)
+// For the weight's gradient, pairs of pixels have to be packed for every tap: that pays where rows
+// are long, or many channels use each pair, or all is over soon.
+inline bool packs_pixel_pairs(const ConvReluBackward& op) {
+  constexpr int64_t kFewPixels = 1024, kLongRow = 128;
+  const Images& grad = op.grad_output;
+  const int64_t many_channels = op.input.stride[kChannel] == 1 ? 128 : 512;
+  return grad.size[kBatch] * grad.size[kRow] * grad.size[kColumn] < kFewPixels ||
+         (op.input.stride[kColumn] == 1 && grad.size[kColumn] >= kLongRow) ||
+         op.grad_weight.size[0] / op.conv.groups >= many_channels;
+}
+
 // Leaves in `op` the gradients whose windows come in pairs, and the rest to the float kernels. The
 // bias stays: its bits must not depend on what else is asked for.
 inline ConvReluBackward without_pairs(ConvReluBackward* op) {
-  constexpr int64_t kFewestPixels = 1024, kLongRow = 128;
   ConvReluBackward rest = *op;
   rest.grad_bias = nullptr;
   bool input = false, weight = false;
@@ -165,13 +175,9 @@ inline ConvReluBackward without_pairs(ConvReluBackward* op) {
       set_up_phase(*op, phase, &problem);
       input |= problem.lacks_pairs;
     });
-  const Images &grad = op->grad_output, &w = op->grad_weight;
-  // Pairs of pixels have to be packed for every tap, which is quick for long rows only. Small sums
-  // are over before that matters.
-  const bool long_rows = op->input.stride[kColumn] == 1 && grad.size[kColumn] >= kLongRow;
-  if (w.data && !is_depthwise(w, op->conv.groups) && !long_rows)
-    weight = grad.size[kBatch] * grad.size[kRow] * grad.size[kColumn] >= kFewestPixels &&
-             plan_weight<float>(*op, weight_slab(*op)).reads_slab;
+  const Images& w = op->grad_weight;
+  if (w.data && !is_depthwise(w, op->conv.groups))
+    weight = !packs_pixel_pairs(*op) && plan_weight<float>(*op, weight_slab(*op)).reads_slab;
   (input ? op : &rest)->grad_input.data = nullptr;
   (weight ? op : &rest)->grad_weight.data = nullptr;
   return rest;
