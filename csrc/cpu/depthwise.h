@@ -59,7 +59,12 @@ class DepthwiseProduct {
         out_(out),
         offset_(offset),
         row_(row),
-        column_(column) {}
+        column_(column) {
+    const Images& i = image;
+    if (sizeof(T) == sizeof(Acc) && !mask && !image_.slab.planar && i.stride[kChannel] == 1 &&
+        channels() % kWidth == 0)
+      in_place_ = &image;
+  }
 
   void set_bias(const void* bias, int64_t stride) {
     bias_ = static_cast<const T*>(bias), bias_stride_ = stride;
@@ -69,7 +74,7 @@ class DepthwiseProduct {
     return max64(1, min64(context.num_threads, tasks()));
   }
   int64_t bytes(const TwinfuseContext& context) const {
-    return shared_bytes() + image_.bytes() * workers(context);
+    return shared_bytes() + (in_place_ ? 0 : image_.bytes() * workers(context));
   }
 
   void run(const TwinfuseContext& context, char* space) const {
@@ -86,9 +91,11 @@ class DepthwiseProduct {
            task++) {
         const int64_t image = task / blocks, first = task % blocks * height();
         const int64_t count = min64(height(), rows.count - first);
-        if (taps()) fill_slab(image_.slab, image_.source, image, first, count, slab);
+        if (taps() && !in_place_) fill_slab(image_.slab, image_.source, image, first, count, slab);
         T* to = static_cast<T*>(out_.data) + offset_ + image * out_.stride[kBatch] + first * row_;
-        if (image_.slab.planar)
+        if (in_place_)
+          rows_of_image(image, first, to, count, filters, bias, offsets);
+        else if (image_.slab.planar)
           planes(slab, to, count, filters, bias, offsets);
         else
           rows_of_pixels(slab, to, count, filters, bias, offsets);
@@ -111,7 +118,9 @@ class DepthwiseProduct {
     const Windows &rows = image_.slab.rows, &columns = image_.slab.columns;
     for (int64_t t = 0; t < taps(); t++) {
       const int64_t r = t / columns.taps, s = t % columns.taps;
-      offsets[t] = image_.slab.tap(0, r, s);
+      offsets[t] = in_place_ ? r * rows.dilation * in_place_->stride[kRow] +
+                                   s * columns.dilation * in_place_->stride[kColumn]
+                             : image_.slab.tap(0, r, s);
       const T* from = static_cast<const T*>(weight_.data) +
                       (rows.first_tap + r * rows.tap_step) * weight_.stride[kRow] +
                       (columns.first_tap + s * columns.tap_step) * weight_.stride[kColumn];
@@ -139,27 +148,80 @@ class DepthwiseProduct {
       groups_of(std::integral_constant<int, 1>());
   }
 
+  // The taps of a window that lie inside of the image.
+  struct Taps {
+    Range rows, columns;
+  };
+  // As if they were those of a single row.
+  Taps all_taps() const { return {{0, 1}, {0, taps()}}; }
+
   // Sums of `kCount` vectors of windows, `step` apart; `filter(t)` is that of a tap.
   template <int kCount, class Filter>
-  void sum_taps(const Acc* from, int64_t step, const int64_t* offsets, const Filter& filter,
-                typename S::V shift, typename S::V* sum) const {
+  void sum_taps(const Acc* from, int64_t step, const int64_t* offsets, const Taps& inside,
+                const Filter& filter, typename S::V shift, typename S::V* sum) const {
+    typename S::V run[kCount];
 #pragma GCC unroll 8
-    for (int i = 0; i < kCount; i++) sum[i] = S::zero();
-    for (int64_t t = 0; t < taps();) {
-      typename S::V run[kCount];
+    for (int i = 0; i < kCount; i++) sum[i] = run[i] = S::zero();
+    int64_t end = kRun;
+    for (int64_t r = inside.rows.begin; r < inside.rows.end; r++)
+      for (int64_t s = inside.columns.begin; s < inside.columns.end; s++) {
+        const int64_t t = r * image_.slab.columns.taps + s;
+        for (; t >= end; end += kRun)
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; i++) run[i] = S::zero();
-      for (const int64_t end = min64(taps(), t + kRun); t < end; t++) {
+          for (int i = 0; i < kCount; i++) sum[i] = S::add(sum[i], run[i]), run[i] = S::zero();
         const typename S::V factor = filter(t);
         const Acc* p = from + offsets[t];
 #pragma GCC unroll 8
         for (int i = 0; i < kCount; i++) run[i] = S::fma(S::load(p + i * step), factor, run[i]);
       }
 #pragma GCC unroll 8
-      for (int i = 0; i < kCount; i++) sum[i] = S::add(sum[i], run[i]);
+    for (int i = 0; i < kCount; i++)
+      sum[i] = Epilogue::template apply<S>(S::add(sum[i], run[i]), shift);
+  }
+
+  // `count` rows of windows from `first` on, read where they lie. Those at the edges, one by one,
+  // skip what is outside.
+  void rows_of_image(int64_t image, int64_t first, T* out, int64_t count, const Acc* filters,
+                     const Acc* bias, const int64_t* offsets) const {
+    const Windows &rows = image_.slab.rows, &columns = image_.slab.columns;
+    const int64_t *size = in_place_->size, *stride = in_place_->stride;
+    const int64_t last = columns.origin + columns.span() - 1;
+    const Range low = clip(columns.origin, columns.step, size[kColumn], {0, columns.count});
+    const Range high = clip(last, columns.step, size[kColumn], {0, columns.count});
+    const int64_t begin = min64(max64(low.begin, high.begin), columns.count);
+    const int64_t end = max64(begin, min64(low.end, high.end));
+    const Acc* data = reinterpret_cast<const Acc*>(in_place_->data) + image * stride[kBatch];
+    for (int64_t p = first; p < first + count; p++, out += row_) {
+      const int64_t y = rows.origin + p * rows.step;
+      const Range tap_rows = clip(y, rows.dilation, size[kRow], {0, rows.taps});
+      const bool whole_rows = tap_rows.end - tap_rows.begin == rows.taps;
+      auto group = [&](auto n, int64_t q) {
+        const int64_t x = columns.origin + q * columns.step;
+        const bool whole = whole_rows && q >= begin && q < end;
+        const Taps inside =
+            whole ? all_taps()
+                  : Taps{tap_rows, clip(x, columns.dilation, size[kColumn], {0, columns.taps})};
+        pixels<n>(data + y * stride[kRow] + x * stride[kColumn], columns.step * stride[kColumn],
+                  out + q * column_, filters, bias, offsets, inside);
+      };
+      const std::integral_constant<int, 1> one;
+      for (int64_t q = 0; q < begin; q++) group(one, q);
+      in_groups(end - begin, [&](auto n, int64_t q) { group(n, begin + q); });
+      for (int64_t q = end; q < columns.count; q++) group(one, q);
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; i++) sum[i] = Epilogue::template apply<S>(sum[i], shift);
+  }
+
+  // Vectors of channels of `kCount` pixels.
+  template <int kCount>
+  void pixels(const Acc* from, int64_t step, T* to, const Acc* filters, const Acc* bias,
+              const int64_t* offsets, const Taps& inside) const {
+    for (int64_t c = 0; c < channels(); c += kWidth) {
+      typename S::V sum[kCount];
+      auto filter = [&](int64_t t) { return S::load(filters + t * padded() + c); };
+      sum_taps<kCount>(from + c, step, offsets, inside, filter, S::load(bias + c), sum);
+      store<kCount>(to + c * out_.stride[kChannel], sum,
+                    static_cast<int>(min64(kWidth, channels() - c)));
+    }
   }
 
   // `count` rows of windows in an interleaved slab: vectors of channels, groups of pixels.
@@ -168,15 +230,8 @@ class DepthwiseProduct {
     const int64_t step = image_.slab.window_step();
     for (int64_t p = 0; p < count; p++)
       in_groups(image_.slab.columns.count, [&](auto size, int64_t q) {
-        const Acc* from = slab + p * image_.slab.window_row() + q * step;
-        T* to = out + p * row_ + q * column_;
-        for (int64_t c = 0; c < channels(); c += kWidth) {
-          typename S::V sum[size];
-          auto filter = [&](int64_t t) { return S::load(filters + t * padded() + c); };
-          sum_taps<size>(from + c, step, offsets, filter, S::load(bias + c), sum);
-          store<size>(to + c * out_.stride[kChannel], sum,
-                      static_cast<int>(min64(kWidth, channels() - c)));
-        }
+        pixels<size>(slab + p * image_.slab.window_row() + q * step, step,
+                     out + p * row_ + q * column_, filters, bias, offsets, all_taps());
       });
   }
 
@@ -190,8 +245,8 @@ class DepthwiseProduct {
         auto filter = [&](int64_t t) { return S::set(filters[t * padded() + c]); };
         for (int64_t q = 0; q < columns; q += kWidth) {
           typename S::V sum[size];
-          sum_taps<size>(slab + c * plane + p * pitch + q, pitch, offsets, filter, S::set(bias[c]),
-                         sum);
+          sum_taps<size>(slab + c * plane + p * pitch + q, pitch, offsets, all_taps(), filter,
+                         S::set(bias[c]), sum);
           T* to = out + c * out_.stride[kChannel] + p * row_ + q;
           const int pixels = static_cast<int>(min64(kWidth, columns - q));
           for (int i = 0; i < size; i++) {
@@ -226,6 +281,7 @@ class DepthwiseProduct {
   int64_t offset_, row_, column_;
   const T* bias_ = nullptr;
   int64_t bias_stride_ = 0;
+  const Images* in_place_ = nullptr;  // the image, if its windows are read where they lie
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA
