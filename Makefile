@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Paths in the repository only: tools must not wander into .venv or build.
-CODE := setup.py pyext tfops tests benchmarks examples
+CODE := setup.py csrc pyext tfops tests benchmarks examples
 CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h')
 BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE)
 # Processes that run the tests; some tests need a few gigabytes and two cores.
@@ -10,7 +10,7 @@ export WORKERS ?= 2
 # Warnings stop a development build. A user's compiler may know warnings that ours does not.
 export CXXFLAGS ?= -Werror
 
-.PHONY: setup demo test bench lint format sanitize clean
+.PHONY: setup demo test bench kernels lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -34,9 +34,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/gpu
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# Compiles the GPU kernels and checks their machine code; needs no GPU. TORCH_CUDA_ARCH_LIST narrows.
+kernels: $(VENV)/dependencies
+	$(BIN)/python csrc/aot.py build/kernels
 
 lint: $(VENV)/dependencies
 	$(BIN)/ruff check $(CODE)

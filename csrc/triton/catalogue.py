@@ -1,0 +1,197 @@
+"""Which variants are built for an architecture.
+
+Tiles are the largest that the machine code has no spills for and that fit into the shared memory of
+every device of the architecture (csrc/aot.py checks both); which one serves a call is decided where
+it is launched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .variants import Combine, MaskGradient, Product, Tile, Variant
+
+# Operands of Linear+ReLU's products: with [N, K] weights as torch has them, then [K, N] as Keras.
+FORWARD = (("depth", "depth"), ("depth", "lines"))
+GRAD_INPUT = (("depth_masked", "lines"), ("depth_masked", "depth"))
+GRAD_WEIGHT = (("lines_masked", "lines"), ("left_lines", "lines_masked"))
+# Of a gradient that `mask_gradient` has written.
+PLAIN = (("depth", "lines"), ("depth", "depth"), ("left_lines", "lines"))
+# Any strides and alignment.
+ELEMENTS = (
+    ("strided", "strided", "strided_bias_relu"),
+    ("strided_masked", "strided", "identity"),
+    ("strided", "strided_masked", "identity"),
+)
+# Operands, epilogue and output of Conv+ReLU's products, where channels lie side by side: weights
+# with the summed channels last, then with the others last.
+WINDOWS = (
+    ("windows", "weight_depth", "bias_relu", "windows"),
+    ("windows", "weight_lines", "bias_relu", "windows"),
+    ("windows_masked", "weight_depth", "identity", "windows"),
+    ("windows_masked", "weight_lines", "identity", "windows"),
+    ("lines_masked", "taps", "identity", "taps"),
+)
+# Any strides and alignment; the last for images with few channels.
+WINDOW_ELEMENTS = (
+    ("planes", "weight_strided", "strided_bias_relu", "planes"),
+    ("planes_masked", "weight_strided", "identity", "planes"),
+    ("pixels_masked", "taps_strided", "identity", "taps"),
+    ("pixels_masked", "taps_strided", "identity", "split"),
+    ("flat", "weight_flat", "strided_bias_relu", "planes"),
+)
+TYPES = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of one precision on one architecture.
+
+    `small` and `narrow` are read through pointers, `narrow` for few rows. `large`, and `wide` where
+    nothing is masked, through descriptors where the architecture has them.
+    """
+
+    large: Tile
+    small: Tile
+    narrow: Tile
+    wide: Tile | None = None
+    large_masked: Tile | None = None
+    small_masked: Tile | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`shared`: bytes of shared memory that a block may have on its smallest device."""
+
+    tensors: bool
+    shared: int
+    halves: Tiles
+    tf32: Tiles
+    tf32x3: Tiles
+
+    def tiles(self, precision: str) -> Tiles:
+        return {"ieee": self.halves, "tf32": self.tf32, "tf32x3": self.tf32x3}[precision]
+
+
+# Width of the tiles whose splits hold channels of one tap each: that of every small tile.
+SPLIT_COLUMNS = 64
+_NARROW = Tile(16, 64, 128, 4, 3)
+_NARROW_FLOAT = Tile(16, 64, 64, 4, 3)
+
+_AMPERE = Architecture(
+    tensors=False,
+    shared=99 << 10,
+    halves=Tiles(Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), _NARROW),
+    tf32=Tiles(
+        Tile(128, 128, 16, 8, 3),
+        Tile(64, 64, 16, 4, 4),
+        _NARROW_FLOAT,
+        small_masked=Tile(64, 64, 16, 4, 3),
+    ),
+    tf32x3=Tiles(Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 4, 3), _NARROW_FLOAT),
+)
+_HOPPER = Architecture(
+    tensors=True,
+    shared=227 << 10,
+    halves=Tiles(
+        Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), _NARROW, wide=Tile(128, 256, 64, 8, 3)
+    ),
+    tf32=Tiles(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _NARROW_FLOAT),
+    tf32x3=Tiles(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _NARROW_FLOAT),
+)
+_BLACKWELL = replace(
+    _HOPPER,
+    tf32=replace(_HOPPER.tf32, small=Tile(64, 64, 32, 4, 2)),
+    tf32x3=replace(
+        _HOPPER.tf32x3, small=Tile(64, 64, 32, 4, 2), large_masked=Tile(128, 64, 32, 8, 3)
+    ),
+)
+_CONSUMER = Architecture(
+    tensors=True,
+    shared=99 << 10,
+    halves=Tiles(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4), _NARROW),
+    tf32=Tiles(
+        Tile(128, 128, 16, 8, 3),
+        Tile(64, 64, 16, 4, 4),
+        _NARROW_FLOAT,
+        large_masked=Tile(128, 128, 16, 8, 2),
+    ),
+    tf32x3=Tiles(Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 4, 3), _NARROW_FLOAT),
+)
+ARCHITECTURES = {
+    80: _AMPERE,
+    90: _HOPPER,
+    100: _BLACKWELL,
+    103: _BLACKWELL,
+    120: _CONSUMER,
+    121: _CONSUMER,
+}
+
+
+_ELEMENTS = (Tile(64, 64, 32, 4, 2), Tile(64, 64, 16, 4, 2))  # of halves, of floats
+
+
+def _with_descriptors(variant: Product) -> Product:
+    a = f"tensor_{variant.a.removeprefix('left_')}"
+    return replace(variant, a=a, b=f"tensor_{variant.b}", store="tensor", persistent=True)
+
+
+def linear(arch: int) -> Iterator[Variant]:
+    """The variants of Linear+ReLU for an architecture."""
+    architecture = ARCHITECTURES[arch]
+    for dtype, precision in TYPES:
+        tiles = architecture.tiles(precision)
+
+        def product(a: str, b: str, epilogue: str, tile: Tile, store: str = "lines") -> Product:
+            return Product(a, b, epilogue, store, dtype, precision, tile)  # noqa: B023
+
+        forward = [(a, b, "bias_relu") for a, b in FORWARD]
+        others = [(a, b, "identity") for a, b in GRAD_INPUT + GRAD_WEIGHT + PLAIN]
+        for a, b, epilogue in forward + others:
+            masked = "masked" in a + b
+            large = (masked and tiles.large_masked) or tiles.large
+            small = (masked and tiles.small_masked) or tiles.small
+            for tile in (large, None if masked else tiles.wide):
+                if tile:
+                    variant = product(a, b, epilogue, tile)
+                    yield _with_descriptors(variant) if architecture.tensors else variant
+            yield product(a, b, epilogue, small)
+        for a, b, epilogue in forward:
+            yield product(a, b, epilogue, tiles.narrow)
+        # Deep sums of small outputs.
+        for a, b in FORWARD + GRAD_WEIGHT:
+            yield product(a, b, "identity", tiles.small, "split")
+        for a, b, epilogue in ELEMENTS:
+            variant = product(a, b, epilogue, _ELEMENTS[dtype == "fp32"], "strided")
+            yield replace(variant, vectors=False)
+    for dtype in ("bf16", "fp16", "fp32"):
+        for epilogue in ("strided_bias_relu", "identity"):
+            yield Combine(epilogue, "strided", dtype)
+        for write, summed in ((True, True), (True, False), (False, True)):
+            for vectors in (True, False):
+                yield MaskGradient(write, summed, dtype, vectors)
+
+
+def convolution(arch: int) -> Iterator[Variant]:
+    """The variants of Conv+ReLU that Linear+ReLU does not have."""
+    architecture = ARCHITECTURES[arch]
+    for dtype, precision in TYPES:
+        tiles = architecture.tiles(precision)
+        for a, b, epilogue, store in WINDOWS:
+            masked = "masked" in a
+            large = (masked and tiles.large_masked) or tiles.large
+            small = (masked and tiles.small_masked) or tiles.small
+            for tile in (large, small):
+                yield Product(a, b, epilogue, store, dtype, precision, tile)
+        yield Product("lines_masked", "taps", "identity", "split", dtype, precision, tiles.small)
+        for a, b, epilogue, store in WINDOW_ELEMENTS:
+            tile = _ELEMENTS[dtype == "fp32"]
+            yield Product(a, b, epilogue, store, dtype, precision, tile, vectors=False)
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield Combine("identity", "taps", dtype, cols=SPLIT_COLUMNS)
+
+
+def variants(arch: int) -> list[Variant]:
+    """Everything that is built for `arch`. Raises KeyError where nothing is."""
+    return [*linear(arch), *convolution(arch)]

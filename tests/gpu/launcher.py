@@ -1,0 +1,254 @@
+"""Runs variants of the GPU kernels in Triton's interpreter, on tensors in ordinary memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_aot() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("aot", ROOT / "csrc/aot.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["aot"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+load_aot()
+from twinfuse_kernels import catalogue, variants  # noqa: E402
+
+launched: list[str] = []  # names of variants, in order
+NAMES = {torch.float32: "fp32", torch.float16: "fp16"}
+
+
+def launch(variant: Any, programs: int, values: dict[str, Any]) -> None:
+    """Every value must be an argument of the variant, and every argument have a value."""
+    arguments = variant.arguments()
+    assert {a.name for a in arguments} == set(values)
+    positions: dict[int, list[Any]] = {}
+    for argument in arguments:
+        value = values[argument.name]
+        if argument.kind == "tensor":
+            value = TensorDescriptor(value, value.shape, value.stride(), list(argument.block))
+        positions.setdefault(argument.path[0], []).append((argument.path, value))
+    constants = variant.constants()
+    call = {}
+    for position, name in enumerate(variant.function.arg_names):
+        if name in constants:
+            call[name] = constants[name]
+        elif position in positions:
+            group = positions[position]
+            call[name] = tuple(v for _, v in group) if len(group[0][0]) > 1 else group[0][1]
+        else:
+            call[name] = None
+    variant.function[(programs,)](**call)
+    launched.append(variant.name)
+
+
+@cache
+def find(arch: int = 90, **wanted: Any) -> Any:
+    """The variant of smallest tiles with these attributes, or None."""
+    found = [
+        v
+        for v in catalogue.variants(arch)
+        if isinstance(v, variants.Product)
+        and all(getattr(v, name) == value for name, value in wanted.items())
+    ]
+    return min(found, key=lambda v: v.tile.m * v.tile.n, default=None)
+
+
+def contiguity(matrix: Tensor) -> str:
+    """What lies side by side in [lines, depth]."""
+    if matrix.stride(1) == 1 or matrix.shape[1] <= 1:
+        return "depth"
+    return "lines" if matrix.stride(0) == 1 or matrix.shape[0] <= 1 else "strided"
+
+
+def divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def multiply(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    bias: Tensor | None = None,
+    forward: bool = False,
+    access: str = "vectors",
+    multiplies: bool = False,
+    splits: int = 1,
+) -> None:
+    """out[i, j] = sum of a[i, r] * b[j, r], with the epilogue of the forward pass or none.
+
+    `access`: "vectors" or "tensors", where the operands are laid out for them, or "elements".
+    """
+    names = []
+    for matrix, mask in ((a, mask_a), (b, mask_b)):
+        side = contiguity(matrix)
+        same = mask is None or contiguity(mask) == side or min(mask.shape) <= 1
+        names.append(side if same else "strided")
+    if access == "elements" or "strided" in names or out.stride(1) != 1:
+        names = ["strided", "strided"]
+    elif names[0] == "lines" and mask_a is None and access == "vectors":
+        names[0] = "left_lines"
+    prefix = "tensor_" if access == "tensors" and names[0] != "strided" else ""
+    masked = [
+        f"{prefix}{name}{'' if mask is None else '_masked'}"
+        for name, mask in zip(names, (mask_a, mask_b), strict=True)
+    ]
+
+    def variant_of(a_name: str, b_name: str) -> Any:
+        strided = a_name.startswith("strided")
+        epilogue = "bias_relu" if forward and splits == 1 else "identity"
+        store = "split" if splits > 1 else "tensor" if prefix else "lines"
+        return find(
+            a=a_name,
+            b=b_name,
+            epilogue=f"strided_{epilogue}" if strided and epilogue != "identity" else epilogue,
+            store="strided" if strided else store,
+            dtype=NAMES[a.dtype],
+        )
+
+    variant = variant_of(*masked)
+    if variant is None:  # an order that no framework has
+        assert splits == 1
+        prefix = ""
+        suffix = ["" if m is None else "_masked" for m in (mask_a, mask_b)]
+        if suffix == ["", ""] and not forward:
+            suffix[0], mask_a = "_masked", torch.ones((), dtype=a.dtype).expand(a.shape)
+        variant = variant_of(*(f"strided{s}" for s in suffix))
+    parts = torch.full((splits, *out.shape), torch.nan) if splits > 1 else out
+    run(variant, a, b, parts, mask_a, mask_b, bias, multiplies, splits)
+    if splits > 1:
+        combine(parts, out, bias, forward)
+
+
+def run(
+    variant: Any,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    bias: Tensor | None = None,
+    multiplies: bool = False,
+    splits: int = 1,
+    programs: int | None = None,
+) -> None:
+    """One product; `out` is [splits, rows, cols] where there are any."""
+    values: dict[str, Any] = {
+        "rows": a.shape[0],
+        "cols": b.shape[0],
+        "depth": a.shape[1],
+        "steps": divide(a.shape[1], variant.tile.k),
+        "splits": splits,
+    }
+    for side, matrix, mask in (("a", a, mask_a), ("b", b, mask_b)):
+        values |= _operand(side, getattr(variant, side), matrix, mask, multiplies)
+    values |= _output(variant.store, out)
+    values |= bias_values(variant.epilogue, bias, a.dtype)
+    tiles = divide(len(a), variant.tile.m) * divide(len(b), variant.tile.n) * splits
+    values["programs"] = min(programs or tiles, tiles)
+    if tiles:
+        launch(variant, values["programs"], values)
+
+
+def _operand(
+    side: str, reader: str, matrix: Tensor, mask: Tensor | None, multiplies: bool
+) -> dict[str, Any]:
+    if reader.startswith("tensor_"):
+        turn = "depth" not in reader
+        values = {f"{side}_data": matrix.T if turn else matrix}
+        if mask is not None:
+            values[f"{side}_mask"] = mask.T if turn else mask
+    elif reader.startswith("strided"):
+        names = ("data", "stride", "step")
+        values = dict(zip((f"{side}_{n}" for n in names), (matrix, *matrix.stride()), strict=True))
+        if mask is not None:
+            names = ("mask", "mask_stride", "mask_step")
+            values |= dict(zip((f"{side}_{n}" for n in names), (mask, *mask.stride()), strict=True))
+    else:
+        along = 0 if "depth" in reader else 1
+        values = {f"{side}_data": matrix, f"{side}_stride": matrix.stride(along)}
+        if mask is not None:
+            values |= {f"{side}_mask": mask, f"{side}_mask_stride": mask.stride(along)}
+    if mask is not None:
+        values[f"{side}_nan_passes"] = int(not multiplies)
+    return values
+
+
+def _output(store: str, out: Tensor) -> dict[str, Any]:
+    values: dict[str, Any] = {"out_data": out}
+    if store == "lines":
+        values["out_stride"] = out.stride(0)
+    elif store == "strided":
+        values |= {"out_stride": out.stride(0), "out_step": out.stride(1)}
+    return values
+
+
+def bias_values(epilogue: str, bias: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
+    if epilogue == "identity":
+        return {}
+    data = bias if bias is not None else torch.zeros(1, dtype=dtype)
+    values = {"bias_data": data, "bias_present": int(bias is not None)}
+    if epilogue == "bias_relu":
+        values["bias_data"] = data.contiguous()
+    else:
+        values["bias_stride"] = data.stride(0)
+    return values
+
+
+def combine(parts: Tensor, out: Tensor, bias: Tensor | None = None, forward: bool = False) -> None:
+    epilogue = "strided_bias_relu" if forward else "identity"
+    variant = variants.Combine(epilogue, "strided", NAMES[out.dtype])
+    assert variant in catalogue.variants(90)
+    values = {"partial": parts, "rows": out.shape[0], "cols": out.shape[1], "splits": len(parts)}
+    values |= _output("strided", out) | bias_values(epilogue, bias, out.dtype)
+    launch(variant, divide(out.shape[0], variant.rows) * divide(out.shape[1], variant.cols), values)
+
+
+def mask_gradient(
+    grad: Tensor, output: Tensor, *, write: bool, sums: Tensor | None, multiplies: bool = False
+) -> Tensor | None:
+    """The masked gradient as a new matrix, if asked for, and its sums over the rows."""
+    rows, cols = grad.shape
+    vectors = all(t.stride(1) == 1 for t in (grad, output))
+    variant = variants.MaskGradient(write, sums is not None, NAMES[grad.dtype], vectors)
+    assert variant in catalogue.variants(90)
+    parts = 3  # as if for several multiprocessors
+    height = max(divide(divide(rows, variant.rows), parts), 1) * variant.rows
+    parts = max(divide(rows, height), 1)
+    values: dict[str, Any] = {}
+    for name, t in (("grad", grad), ("output", output)):
+        values |= {f"{name}_data": t, f"{name}_stride": t.stride(0)}
+        if not vectors:
+            values |= {f"{name}_step": t.stride(1), f"{name}_image": 0}
+    written = None
+    if write:
+        written = torch.full((rows, cols), torch.nan, dtype=grad.dtype)
+        values |= {"out_data": written, "out_stride": cols}
+    partial = torch.full((parts, 1, cols), torch.nan)
+    if sums is not None:
+        values["partial"] = partial
+    values |= {"rows": rows, "cols": cols, "height": height, "nan_passes": int(not multiplies)}
+    if not vectors:
+        values["pixels"] = rows
+    launch(variant, parts * divide(cols, variant.cols), values)
+    if sums is not None:
+        combine(partial, sums[None, :])
+    return written
