@@ -251,6 +251,10 @@ CASES = (
     _case("three_by_three_stride_nhwc", (2, 16, 9, 8), 32, 3, stride=2, padding=1, **NHWC),
     _case("five_by_five", (3, 6, 9, 9), 15, 5, padding=2),
     _case("even_kernel", (2, 5, 7, 8), 5, 2),
+    # Large enough for bfloat16 to be multiplied in pairs of channels, or of pixels.
+    _case("pairs_of_channels", (2, 18, 13, 12), 34, 3, padding=1),
+    _case("pairs_of_pixels", (3, 16, 20, 18), 160, 3, padding=1),
+    _case("pairs_in_long_rows", (1, 8, 9, 130), 17, 3, padding=1),
     # On and beside the multiples of vector widths, register tiles and reduction blocks.
     _case("one_channel", (2, 1, 8, 9), 1, 3, padding=1),
     _case("one_channel_nhwc", (2, 1, 8, 9), 1, 3, padding=1, **NHWC),
@@ -295,6 +299,10 @@ CASES = (
     _case("groups_of_vectors", (2, 64, 4, 5), 32, 3, 2, padding=1, groups=2, **NHWC),
     _case("depthwise", (2, 33, 7, 6), 33, 3, padding=1, groups=33),
     _case("depthwise_nhwc", (2, 33, 7, 6), 33, 3, padding=1, groups=33, **NHWC),
+    # Read where it lies: the channels fill vectors.
+    _case("depthwise_vectors_nhwc", (2, 32, 7, 19), 32, 3, padding=1, groups=32, **NHWC),
+    _case("depthwise_vectors_stride", (1, 48, 9, 8), 48, 3, 2, padding=2, groups=48, **NHWC),
+    _case("depthwise_vectors_dilation", (1, 16, 9, 9), 16, (6, 7), 1, 3, 2, groups=16, **NHWC),
     _case("depthwise_twice", (2, 17, 7, 8), 34, 3, stride=2, padding=1, groups=17),
     _case("depthwise_twice_nhwc", (2, 17, 7, 8), 34, 3, 2, padding=1, groups=17, **NHWC),
     _case("depthwise_no_bias", (1, 5, 9, 9), 5, 5, padding=4, dilation=2, groups=5, bias=False),

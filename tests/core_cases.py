@@ -48,6 +48,8 @@ PATHS = [
             "pointwise_stride",
             "stem",
             "three_by_three_stride_nhwc",
+            "pairs_of_channels",
+            "depthwise_vectors_nhwc",
             "several_blocks",
             "several_blocks_of_filters",
             "several_blocks_of_pixels",

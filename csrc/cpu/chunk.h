@@ -25,6 +25,8 @@ class Chunk {
   using Unit = typename E::Unit;
   using Packed = typename E::Packed;
   static constexpr int kWidth = E::S::kWidth;
+  static constexpr bool kFinishes =
+      std::is_same<T, float>::value && std::is_same<Epilogue, BiasRelu>::value;
 
  public:
   // `taps`: offsets of all taps in a slab, where taps are reduced.
@@ -155,6 +157,15 @@ class Chunk {
     const Microkernel<Arithmetic> kernels[2] = {
         microkernel_for<Arithmetic>(slab_kind_, low, vectors),
         taller ? microkernel_for<Arithmetic>(slab_kind_, low + 1, vectors) : nullptr};
+    // Tiles with few steps are finished in registers.
+    constexpr int64_t kFewSteps = 128;
+    Microkernel<Arithmetic> direct[2] = {};
+    if constexpr (kFinishes) {
+      if (tile_.first && tile_.last && in_.steps <= kFewSteps && !streaming) {
+        direct[0] = microkernel_for<Arithmetic, Epilogue>(slab_kind_, low, vectors);
+        if (taller) direct[1] = microkernel_for<Arithmetic, Epilogue>(slab_kind_, low + 1, vectors);
+      }
+    }
     for (int64_t start = 0; start < rows_; start += segment_) {
       const char* a = segment_rows(start);
       for (int64_t t = 0, i = 0; t < tiles_; t++, i += tile_.rows) {
@@ -163,11 +174,19 @@ class Chunk {
         writer_.prefetch(tile_);
         in_.a = a + i * in_.a_row;
         in_.continued = !tile_.first;
+        if (direct[t < taller]) {
+          if (g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
+          Direct<Acc> to;
+          if (writer_.direct(tile_, bias, &to)) {
+            direct[t < taller](in_, sums, &to);
+            continue;
+          }
+        }
         if (in_.continued) writer_.resume(tile_, vectors, sums);
         if (streaming)
           multiply_streaming(j, sums);
         else
-          kernels[t < taller](in_, sums);
+          kernels[t < taller](in_, sums, nullptr);
         if (tile_.last && g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
         writer_.write(tile_, sums, vectors, bias);
       }
@@ -203,7 +222,7 @@ class Chunk {
     in.b_step = kWidth * sizeof(Unit);
     in.steps = in_.steps - done;
     in.continued = in.continued && !done;
-    microkernel_for<Arithmetic>(InSlab::kNone, tile_.rows, 1)(in, done ? run : sums);
+    microkernel_for<Arithmetic>(InSlab::kNone, tile_.rows, 1)(in, done ? run : sums, nullptr);
     for (int i = 0; done && i < tile_.rows * kWidth; i += kWidth)
       E::S::store(sums + i, E::S::add(E::S::load(sums + i), E::S::load(run + i)));
   }

@@ -153,13 +153,15 @@ TwinfuseStatus compute_gradients(const ConvReluBackward& op, const TwinfuseConte
 
 #if defined(__AVX512BF16__)
 // For the weight's gradient, pairs of pixels have to be packed for every tap: that pays where rows
-// are long, or many channels use each pair, or all is over soon.
+// are long, or many channels use each pair, or all is over soon. Bits depend on this: it looks at
+// nothing but shapes and the layout of the output.
 inline bool packs_pixel_pairs(const ConvReluBackward& op) {
   constexpr int64_t kFewPixels = 1024, kLongRow = 128;
   const Images& grad = op.grad_output;
-  const int64_t many_channels = op.input.stride[kChannel] == 1 ? 128 : 512;
+  const bool channels_last = op.output.stride[kChannel] == 1;
+  const int64_t many_channels = channels_last ? 128 : 512;
   return grad.size[kBatch] * grad.size[kRow] * grad.size[kColumn] < kFewPixels ||
-         (op.input.stride[kColumn] == 1 && grad.size[kColumn] >= kLongRow) ||
+         (!channels_last && grad.size[kColumn] >= kLongRow) ||
          op.grad_weight.size[0] / op.conv.groups >= many_channels;
 }
 
@@ -177,7 +179,7 @@ inline ConvReluBackward without_pairs(ConvReluBackward* op) {
     });
   const Images& w = op->grad_weight;
   if (w.data && !is_depthwise(w, op->conv.groups))
-    weight = !packs_pixel_pairs(*op) && plan_weight<float>(*op, weight_slab(*op)).reads_slab;
+    weight = !packs_pixel_pairs(*op) && plan_weight<float>(*op, weight_slab(*op), true).reads_slab;
   (input ? op : &rest)->grad_input.data = nullptr;
   (weight ? op : &rest)->grad_weight.data = nullptr;
   return rest;

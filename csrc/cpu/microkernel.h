@@ -1,6 +1,8 @@
 // The register-tiled inner kernel: `rows` x `cols` sums over one block of the reduced dimension.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/engine.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
@@ -23,10 +25,47 @@ struct Operands {
 // Which operand is read from a slab: its steps have offsets instead of a stride.
 enum class InSlab { kNone, kA, kB };
 
+// Where finished sums go at once, in the type that they were summed in.
+template <class Acc>
+struct Direct {
+  Acc* out;
+  int64_t out_row;
+  const Acc* bias;  // one per row, or whole vectors of columns
+  bool bias_of_rows;
+  int cols;
+};
+
+// The last run of a tile, added to the runs before and finished.
+template <class E, int kRows, int kVectors, class Epilogue>
+__attribute__((always_inline)) inline void store_tile(const typename E::V (&sum)[kRows][kVectors],
+                                                      const typename E::Acc* before,
+                                                      const Direct<typename E::Acc>& to) {
+  using S = typename E::S;
+  using V = typename E::V;
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; v++) {
+    const int cols = to.cols - v * S::kWidth;
+    const V shift = to.bias_of_rows ? S::zero() : S::load(to.bias + v * S::kWidth);
+    typename E::Acc* out = to.out + v * S::kWidth;
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; i++, out += to.out_row) {
+      V x = sum[i][v];
+      if (before) x = S::add(S::load(before + (i * kVectors + v) * S::kWidth), x);
+      x = Epilogue::template apply<S>(x, to.bias_of_rows ? S::set(to.bias[i]) : shift);
+      if (cols >= S::kWidth)
+        S::store(out, x);
+      else if (cols > 0)
+        S::store(out, x, cols);
+    }
+  }
+}
+
 // sums[i][v * width + lane] = sum over the steps, run after run. The sums leave through memory so
-// that what follows them is compiled once, not once per tile shape.
-template <class E, InSlab kSlab, int kRows, int kVectors>
-void microkernel(const Operands& in, typename E::Acc* sums) {
+// that what follows them is compiled once, not once per tile shape; where there are few steps that
+// would take as long as they do, and with an Epilogue they go to their place from registers.
+template <class E, InSlab kSlab, int kRows, int kVectors, class Epilogue = void>
+void microkernel(const Operands& in, typename E::Acc* sums,
+                 const Direct<typename E::Acc>* direct = nullptr) {
   using S = typename E::S;
   using V = typename E::V;
   // Every seventh row has a pointer; those behind it are reached by scaled addressing.
@@ -69,6 +108,9 @@ void microkernel(const Operands& in, typename E::Acc* sums) {
       }
       if constexpr (kSlab != InSlab::kB) b += b_step;
     }
+    if constexpr (!std::is_void<Epilogue>::value)
+      if (left <= in.run)
+        return store_tile<E, kRows, kVectors, Epilogue>(sum, first ? nullptr : sums, *direct);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; i++)
 #pragma GCC unroll 4
@@ -116,28 +158,29 @@ void streaming_microkernel(const Operands& in, int64_t b_row, typename E::Acc* s
 }
 
 template <class E>
-using Microkernel = void (*)(const Operands&, typename E::Acc*);
+using Microkernel = void (*)(const Operands&, typename E::Acc*, const Direct<typename E::Acc>*);
 
-template <class E, InSlab kSlab, int kVectors, int kRows = max_rows(kVectors)>
+template <class E, InSlab kSlab, class Epilogue, int kVectors, int kRows = max_rows(kVectors)>
 Microkernel<E> microkernel_for(int rows) {
   if constexpr (kRows == 1)
-    return microkernel<E, kSlab, 1, kVectors>;
+    return microkernel<E, kSlab, 1, kVectors, Epilogue>;
   else
-    return rows == kRows ? microkernel<E, kSlab, kRows, kVectors>
-                         : microkernel_for<E, kSlab, kVectors, kRows - 1>(rows);
+    return rows == kRows ? microkernel<E, kSlab, kRows, kVectors, Epilogue>
+                         : microkernel_for<E, kSlab, Epilogue, kVectors, kRows - 1>(rows);
 }
 
-template <class E, InSlab kSlab>
+template <class E, InSlab kSlab, class Epilogue>
 Microkernel<E> microkernel_for(int rows, int vectors) {
-  if (vectors == 4) return microkernel_for<E, kSlab, 4>(rows);
-  return vectors == 2 ? microkernel_for<E, kSlab, 2>(rows) : microkernel_for<E, kSlab, 1>(rows);
+  if (vectors == 4) return microkernel_for<E, kSlab, Epilogue, 4>(rows);
+  return vectors == 2 ? microkernel_for<E, kSlab, Epilogue, 2>(rows)
+                      : microkernel_for<E, kSlab, Epilogue, 1>(rows);
 }
 
-template <class E>
+template <class E, class Epilogue = void>
 Microkernel<E> microkernel_for(InSlab slab, int rows, int vectors) {
-  if (slab == InSlab::kA) return microkernel_for<E, InSlab::kA>(rows, vectors);
-  if (slab == InSlab::kB) return microkernel_for<E, InSlab::kB>(rows, vectors);
-  return microkernel_for<E, InSlab::kNone>(rows, vectors);
+  if (slab == InSlab::kA) return microkernel_for<E, InSlab::kA, Epilogue>(rows, vectors);
+  if (slab == InSlab::kB) return microkernel_for<E, InSlab::kB, Epilogue>(rows, vectors);
+  return microkernel_for<E, InSlab::kNone, Epilogue>(rows, vectors);
 }
 
 // Rows that the streaming kernel takes at most: their sums stay in registers beside those

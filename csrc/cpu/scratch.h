@@ -11,6 +11,8 @@ constexpr int64_t kRowBlockBytes = 384 << 10;
 constexpr int64_t kTallestRowBlock = 384;
 constexpr int64_t kSharedRows = 1152;  // of the row blocks that share packed columns
 constexpr int64_t kMostShared = 32;    // such row blocks
+// Every slab streams through the packed columns: what the second-level cache does not hold, it
+// would have to fetch either way.
 constexpr int64_t kPackedBytes = 1152 << 10;
 constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
 

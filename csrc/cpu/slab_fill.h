@@ -127,8 +127,10 @@ class SlabFiller {
   static V load(const T* p, int64_t stride, int64_t left) {
     const bool whole = left >= kWidth;
     if (stride == 1) return whole ? C::load(p) : C::load(p, static_cast<int>(left));
-    if constexpr (sizeof(T) == sizeof(typename C::Acc))
+    if constexpr (sizeof(T) == sizeof(typename C::Acc)) {
       if (stride == 2 && whole) return S::load_even(p);
+      if (stride == 3 && whole) return load_third<S>(p);
+    }
     T piece[kWidth] = {};
     for (int64_t k = 0; k < (whole ? kWidth : left); k++) piece[k] = p[k * stride];
     return C::load(piece);

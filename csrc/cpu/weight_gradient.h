@@ -21,15 +21,17 @@ inline Slab weight_slab(const ConvReluBackward& op) {
                  false, false);
 }
 
-// By vector operations per pixel.
+// The taps of a slab follow each other in the weight.
+inline bool taps_in_order(const Images& w) {
+  return w.stride[kChannel] == 1 || w.size[kChannel] == 1 || w.size[kRow] * w.size[kColumn] == 1;
+}
+
+// By vector operations per pixel. `in_order`: see above.
 template <class T>
-WeightPlan plan_weight(const ConvReluBackward& op, const Slab& slab) {
+WeightPlan plan_weight(const ConvReluBackward& op, const Slab& slab, bool in_order) {
   using E = Engine<T>;
-  const Images& w = op.grad_weight;
-  const int64_t channels = w.size[0] / op.conv.groups, images = op.grad_output.size[kBatch];
-  // The taps of a slab follow each other in the weight.
-  const bool in_order =
-      w.stride[kChannel] == 1 || w.size[kChannel] == 1 || w.size[kRow] * w.size[kColumn] == 1;
+  const int64_t channels = op.grad_weight.size[0] / op.conv.groups;
+  const int64_t images = op.grad_output.size[kBatch];
   constexpr int64_t kWidth = E::S::kWidth;
   const int64_t taps = slab.rows.taps * slab.columns.taps * slab.channels;
   const int64_t run = max64(SlabReader<T>::run(slab), 1);
@@ -89,7 +91,7 @@ void grad_weight_problem(const ConvReluBackward& op, typename Convert<T>::Acc* b
   const int64_t groups = op.conv.groups, k = w.size[0] / groups, c = w.size[1];
   problem->slab = weight_slab(op);
   const Windows &rows = problem->slab.rows, &columns = problem->slab.columns;
-  const WeightPlan plan = plan_weight<T>(op, problem->slab);
+  const WeightPlan plan = plan_weight<T>(op, problem->slab, taps_in_order(w));
   const bool channel_rows = plan.channel_rows;
 
   const bool channels_last = plan.reads_slab || input.stride[kChannel] == 1;

@@ -1,8 +1,6 @@
 // Windows times weight: the output of a convolution, and the gradient of its input.
 #pragma once
 
-#include <cstdlib>
-
 #include "cpu/gemm.h"
 #include "cpu/windows.h"
 
@@ -182,14 +180,17 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   // Along the side whose elements lie closer together, though taps may be read backwards.
   const bool w_channels_outer =
       w_taps.stride() == 1 ||
-      (w_channels.stride() != 1 && std::abs(w_taps.stride()) <= std::abs(w_channels.stride()));
+      (w_channels.stride() != 1 && abs64(w_taps.stride()) <= abs64(w_channels.stride()));
   const bool w_plain = w_taps.single() && w_taps.stride() == 1;
 
   const int64_t step = out.stride[kColumn] * op.out_step[1];
   const bool dense_channels = out.stride[kChannel] == 1 && !(out_channels == 1 && step == 1);
   // Few channels would leave lanes empty: then pixels fill them, if a slab has them side by side.
   constexpr int64_t kFewChannels = 3 * Engine<T>::S::kWidth / 4;
-  bool pixel_rows = dense_channels || pairs || prefers_pixel_rows<T>(op, in_channels, out_channels);
+  // Whether there are pairs must not depend on the layout of what is written.
+  const bool reads_pairs = pairs || (Engine<T>::kGroup == 2 && op.channels_last);
+  bool pixel_rows =
+      dense_channels || reads_pairs || prefers_pixel_rows<T>(op, in_channels, out_channels);
   bool reads_slab = false;
   if (dense_channels && out_channels < kFewChannels)
     pixel_rows = !(reads_slab = set_slab<T>(op, in_channels, out_channels, false, problem));

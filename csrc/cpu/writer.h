@@ -47,6 +47,26 @@ class Writer {
     if (waiting.data) ask(t, partial(t), waiting.row);
   }
 
+  // Where a tile goes that is finished where its sums are, or false: it lies in one piece, and its
+  // columns side by side.
+  bool direct(const Tile& t, const Acc* bias, Direct<Acc>* to) const {
+    if constexpr (sizeof(T) == sizeof(Acc)) {
+      T* out = g_.out + t.i * g_.out_row + t.j;
+      int64_t row = g_.out_row;
+      if (g_.scatter) {
+        const Axis& cols = g_.scatter->cols;
+        if (!g_.scatter->rows.single() || cols.stride() != 1 || t.cols > panel_.left(cols) ||
+            panel_.index[kDigits - 1] + t.cols > g_.scatter->cols_used)
+          return false;
+        row = g_.scatter->rows.stride();
+        out = g_.out + t.i * row + panel_.at.offset;
+      }
+      *to = {out, row, bias, g_.bias_of_rows, t.cols};
+      return true;
+    }
+    return false;
+  }
+
   // The sums of the blocks before.
   void resume(const Tile& t, int vectors, Acc* sums) const {
     resume_tile(destination(t), vectors, sums);

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from .variants import Combine, MaskGradient, Product, Tile, Variant
+from .variants import READERS, Combine, MaskGradient, Product, Tile, Variant
 
 # Operands of Linear+ReLU's products: with [N, K] weights as torch has them, then [K, N] as Keras.
 FORWARD = (("depth", "depth"), ("depth", "lines"))
@@ -33,7 +33,8 @@ WINDOWS = (
     ("windows_masked", "weight_lines", "identity", "windows"),
     ("lines_masked", "taps", "identity", "taps"),
 )
-# Any strides and alignment; the last for images with few channels.
+# Any strides and alignment, but a gradient has those of the output; the last for images with few
+# channels.
 WINDOW_ELEMENTS = (
     ("planes", "weight_strided", "strided_bias_relu", "planes"),
     ("planes_masked", "weight_strided", "identity", "planes"),
@@ -149,7 +150,7 @@ def linear(arch: int) -> Iterator[Variant]:
         forward = [(a, b, "bias_relu") for a, b in FORWARD]
         others = [(a, b, "identity") for a, b in GRAD_INPUT + GRAD_WEIGHT + PLAIN]
         for a, b, epilogue in forward + others:
-            masked = "masked" in a + b
+            masked = READERS[a].masked or READERS[b].masked
             large = (masked and tiles.large_masked) or tiles.large
             small = (masked and tiles.small_masked) or tiles.small
             for tile in (large, None if masked else tiles.wide):
@@ -179,11 +180,12 @@ def convolution(arch: int) -> Iterator[Variant]:
     for dtype, precision in TYPES:
         tiles = architecture.tiles(precision)
         for a, b, epilogue, store in WINDOWS:
-            masked = "masked" in a
+            masked = READERS[a].masked
             large = (masked and tiles.large_masked) or tiles.large
             small = (masked and tiles.small_masked) or tiles.small
             for tile in (large, small):
                 yield Product(a, b, epilogue, store, dtype, precision, tile)
+        assert tiles.small.n == _ELEMENTS[dtype == "fp32"].n == SPLIT_COLUMNS
         yield Product("lines_masked", "taps", "identity", "split", dtype, precision, tiles.small)
         for a, b, epilogue, store in WINDOW_ELEMENTS:
             tile = _ELEMENTS[dtype == "fp32"]

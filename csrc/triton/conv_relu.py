@@ -107,7 +107,7 @@ def flat_load(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.
 
 
 @triton.jit
-def flat_weight(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
+def weight_flat(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """args: weight, then the stride of the channels that are summed."""
     k = step * BLOCK_K + tl.arange(0, BLOCK_K)
     tap = k // args[1]

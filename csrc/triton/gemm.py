@@ -11,6 +11,7 @@ descriptors and behind pointers, matrices and windows of images pass through the
         `step` is a scalar: what depends on it alone, such as the tap of a window, is computed once
         per step and not for every element
 
+Numbers of rows, columns and steps are 32 bits wide, and so is each of them with a tile added.
 Elements outside of the operand are zero. Sums run in float32, step after step; cut into splits,
 each split is summed by itself and `combine` adds them up in their order.
 """
@@ -151,7 +152,7 @@ def store_split(out, split, i, j, rows, cols, x, BLOCK_M: tl.constexpr, BLOCK_N:
     """out: (float32 scratch [splits, rows, cols],)."""
     m = i + tl.arange(0, BLOCK_M)
     n = j + tl.arange(0, BLOCK_N)
-    line = (split * rows + m).to(tl.int64) * cols
+    line = (split.to(tl.int64) * rows + m) * cols
     inside = (m[:, None] < rows) & (n[None, :] < cols)
     tl.store(out[0] + line[:, None] + n[None, :], x, mask=inside)
 

@@ -118,7 +118,7 @@ READERS: dict[str, Reader] = {
     "weight_depth": Reader(_l.line_init, _c.weight_depth, _fields(_WEIGHT)),
     "weight_lines": Reader(_l.line_init, _c.weight_lines, _fields(_WEIGHT), "lines"),
     "weight_strided": Reader(_l.line_init, _c.weight_strided, _fields(_WEIGHT + _CHANNEL)),
-    "weight_flat": Reader(_l.line_init, _c.flat_weight, _fields(_WEIGHT + _CHANNEL)),
+    "weight_flat": Reader(_l.line_init, _c.weight_flat, _fields(_WEIGHT + _CHANNEL)),
     "taps": Reader(_c.tap_init, _c.tap_load, _fields(_IMAGE)),
     "taps_strided": Reader(_c.tap_init, _c.tap_strided, _fields(_IMAGE + _CHANNEL)),
     "pixels_masked": Reader(

@@ -1,4 +1,8 @@
-"""Runs variants of the GPU kernels in Triton's interpreter, on tensors in ordinary memory."""
+"""Runs variants of the GPU kernels in Triton's interpreter, on tensors in ordinary memory.
+
+That arguments are divisible is a promise to the compiler; the interpreter computes without it, so
+variants that read vectors run here on any sizes.
+"""
 
 from __future__ import annotations
 
@@ -58,15 +62,16 @@ def launch(variant: Any, programs: int, values: dict[str, Any]) -> None:
 
 
 @cache
-def find(arch: int = 90, **wanted: Any) -> Any:
-    """The variant of smallest tiles with these attributes, or None."""
+def find(arch: int = 90, *, largest: bool = False, **wanted: Any) -> Any:
+    """The variant of smallest (or largest) tiles with these attributes, or None."""
     found = [
         v
         for v in catalogue.variants(arch)
         if isinstance(v, variants.Product)
         and all(getattr(v, name) == value for name, value in wanted.items())
     ]
-    return min(found, key=lambda v: v.tile.m * v.tile.n, default=None)
+    choose = max if largest else min
+    return choose(found, key=lambda v: v.tile.m * v.tile.n, default=None)
 
 
 def contiguity(matrix: Tensor) -> str:

@@ -112,12 +112,7 @@ def test_parameters_are_read_from_the_code() -> None:
 
 
 def kernel_of(variant: Any, arch: int, **changes: Any) -> Any:
-    found = dict.fromkeys(aot.INSTRUCTIONS, 0) | {
-        "wgmma": 4,
-        "bulk copy": 8,
-        "mma": 4,
-        "cp.async": 8,
-    }
+    found = {"wgmma": 4, "tcgen05": 0, "bulk copy": 8, "mma": 4, "cp.async": 8, "load": 0}
     good = aot.Kernel(
         arch=arch,
         name=variant.name,
@@ -133,6 +128,7 @@ def kernel_of(variant: Any, arch: int, **changes: Any) -> Any:
         registers=128,
         spilled=0,
         instructions=found,
+        variant={},
     )
     assert aot.complaints(good, variant) == []
     return dataclasses.replace(good, instructions=found | changes.pop("found", {}), **changes)
@@ -155,6 +151,22 @@ def test_bad_code_is_refused(change: dict[str, Any], complaint: str) -> None:
     variant = launcher.find(90, a="tensor_depth_masked", b="tensor_lines", dtype="bf16")
     (found,) = aot.complaints(kernel_of(variant, 90, **change), variant)
     assert complaint in found
+
+
+def test_the_bias_may_be_loaded() -> None:
+    variant = launcher.find(
+        90, a="tensor_depth", b="tensor_depth", dtype="bf16", epilogue="bias_relu"
+    )
+    assert aot.complaints(kernel_of(variant, 90, found={"load": 2}), variant) == []
+    assert aot.complaints(kernel_of(variant, 90, found={"load": 6}), variant)
+
+
+def test_no_kernels_at_all_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "kept.sm_90.cubin").write_bytes(b"")
+    for arguments in (("--arch", "7.5"), ("--arch", "9.0", "--only", "no such variant")):
+        done = run(tmp_path, *arguments)
+        assert done.returncode == 2 and "no kernel for" in done.stderr
+    assert (tmp_path / "kept.sm_90.cubin").exists()
 
 
 def test_shared_memory_of_small_devices() -> None:

@@ -42,7 +42,7 @@ LAYOUTS = [
 ]
 every_case = pytest.mark.parametrize("case", INTERPRETED, ids=lambda case: case.id)
 some_cases = pytest.mark.parametrize(
-    "case", [case for case in INTERPRETED if case.id in LAYOUTS], ids=lambda case: case.id
+    "case", [BY_ID[name] for name in LAYOUTS], ids=lambda case: case.id
 )
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float16"])
 
@@ -70,7 +70,15 @@ def laid_out(t: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(t) if t.stride() != like.stride() else t
 
 
-def compute(problem: Problem, access: str, *, splits: int = 1, flat: bool = False) -> Results:
+def compute(
+    problem: Problem,
+    access: str,
+    *,
+    splits: int = 1,
+    flat: bool = False,
+    largest: bool = False,
+    multiplies: bool = False,
+) -> Results:
     case, geometry = problem.case, Geometry(problem.case)
     x, w, g = (
         images(tensor(o, problem.dtype))
@@ -107,7 +115,15 @@ def compute(problem: Problem, access: str, *, splits: int = 1, flat: bool = Fals
         bias = None if b is None else b[i * k : (i + 1) * k]
         out = group(output, k, i)
         windows.product(
-            group(x, c, i), filters, out, rows, columns, bias=bias, access=access, flat=flat
+            group(x, c, i),
+            filters,
+            out,
+            rows,
+            columns,
+            bias=bias,
+            access=access,
+            flat=flat,
+            largest=largest,
         )
     g = laid_out(g, output)
     for i in range(groups):
@@ -117,7 +133,8 @@ def compute(problem: Problem, access: str, *, splits: int = 1, flat: bool = Fals
         for (y0, x0), r, s in phases:
             part = to[:, :, y0 :: geometry.stride[0], x0 :: geometry.stride[1]]
             turned = filters.transpose(0, 1)
-            windows.product(grad, turned, part, r, s, mask=out, access=access)
+            options = {"access": access, "largest": largest, "multiplies": multiplies}
+            windows.product(grad, turned, part, r, s, mask=out, **options)
         windows.grad_weight(
             group(x, c, i),
             grad,
@@ -126,10 +143,11 @@ def compute(problem: Problem, access: str, *, splits: int = 1, flat: bool = Fals
             rows,
             columns,
             access=access,
-            multiplies=False,
+            multiplies=multiplies,
             splits=splits,
+            largest=largest,
         )
-    sum_pixels(g, output, grad_bias)
+    sum_pixels(g, output, grad_bias, multiplies)
 
     def result(t: Tensor, sizes: tuple[int, ...]) -> np.ndarray:
         values = t.contiguous().reshape(sizes)
@@ -143,7 +161,7 @@ def compute(problem: Problem, access: str, *, splits: int = 1, flat: bool = Fals
     )
 
 
-def sum_pixels(grad: Tensor, output: Tensor, sums: Tensor) -> None:
+def sum_pixels(grad: Tensor, output: Tensor, sums: Tensor, multiplies: bool) -> None:
     n, k, p, q = grad.shape
     variant = launcher.variants.MaskGradient(False, True, launcher.NAMES[grad.dtype], vectors=False)
     rows, parts = n * p * q, 2
@@ -154,7 +172,7 @@ def sum_pixels(grad: Tensor, output: Tensor, sums: Tensor) -> None:
     for name, t in (("grad", grad), ("output", output)):
         values |= {f"{name}_data": t, f"{name}_stride": t.stride(3), f"{name}_step": t.stride(1)}
         values[f"{name}_image"] = t.stride(0)
-    values |= {"nan_passes": 1, "pixels": p * q}
+    values |= {"nan_passes": int(not multiplies), "pixels": p * q}
     launcher.launch(variant, parts * launcher.divide(k, variant.cols), values)
     launcher.combine(partial, sums[None, :])
 
@@ -202,3 +220,21 @@ def test_channels_last(case: ConvCase, weight_layout: str, dtype: str) -> None:
 def test_few_channels(name: str) -> None:
     """A step of the reduced dimension takes several taps."""
     check(build(BY_ID[name], "float32"), "elements", flat=True)
+
+
+@pytest.mark.parametrize("name", ["three_by_three_stride_nhwc", "uneven_padding"])
+def test_large_tiles(name: str) -> None:
+    launcher.launched.clear()
+    check(relaid(build(BY_ID[name], "float32"), "channels_last"), "vectors", largest=True)
+    assert all("128x" in name for name in launcher.launched if name.startswith("windows"))
+
+
+@pytest.mark.parametrize("access", ["elements", "vectors"])
+def test_rule_of_tensorflow(access: str) -> None:
+    """The mask multiplies: infinite gradients of dropped elements become NaN."""
+    problem = relaid(build(BY_ID["nonfinite_nhwc"], "float32"), "channels_last")
+    ours = compute(problem, access, multiplies=True)
+    expected = reference64(problem, "multiply", output=ours.output)
+    for name in ("output", "grad_input", "grad_weight", "grad_bias"):
+        got, wanted = getattr(ours, name), getattr(expected, name)
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4, err_msg=name)

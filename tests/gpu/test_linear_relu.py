@@ -104,7 +104,8 @@ def test_case(case: LinearCase, access: str, dtype: str) -> None:
     check(case, dtype, access)
 
 
-SOME = [case for case in CASES if case.id in ("above_tile", "several_blocks", "weight_keras")]
+BY_ID = {case.id: case for case in CASES}
+SOME = [BY_ID[name] for name in ("above_tile", "several_blocks", "weight_keras")]
 some_cases = pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
 
 
@@ -134,7 +135,12 @@ TENSORS = (
 @pytest.mark.parametrize("plain", [False, True], ids=["masked", "plain"])
 @pytest.mark.parametrize("case", TENSORS, ids=lambda case: case.id)
 def test_descriptors(case: LinearCase, plain: bool, dtype: str) -> None:
+    launcher.launched.clear()
     check(case, dtype, "tensors", plain=plain)
+    products = [
+        name for name in launcher.launched if name.split("-")[0][:4] not in ("comb", "mask")
+    ]
+    assert len(products) == 3 and all(name.startswith("tensor_") for name in products)
 
 
 @pytest.mark.parametrize("access", ["elements", "vectors", "tensors"])

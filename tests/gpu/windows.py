@@ -88,6 +88,7 @@ def product(
     access: str,
     multiplies: bool = False,
     flat: bool = False,
+    largest: bool = False,
 ) -> None:
     """out[n, k, p, q] = sum over channels and taps; `weight` is [K, C, R, S], its taps those of the
     windows."""
@@ -105,6 +106,7 @@ def product(
         epilogue=epilogue if forward else "identity",
         store=store,
         dtype=NAMES[x.dtype],
+        largest=largest,
     )
     values = image("a", x, rows, columns) | pixels("out", out, rows.count, columns.count)
     if not names:
@@ -156,6 +158,7 @@ def grad_weight(
     access: str,
     multiplies: bool,
     splits: int,
+    largest: bool = False,
 ) -> None:
     """`out` is [K, C, R, S], of any strides."""
     assert grad.stride() == mask.stride()
@@ -170,6 +173,7 @@ def grad_weight(
         epilogue="identity",
         store="split" if splits > 1 else "taps",
         dtype=NAMES[x.dtype],
+        largest=largest,
     )
     values: dict[str, Any] = image("b", x, rows, columns)
     if vectors:
