@@ -119,24 +119,16 @@ def source(variant: Any) -> Any:
     from triton.compiler import ASTSource
 
     types = {"data": f"*{variant.dtype}", "fp32": "*fp32", "i32": "i32", "i64": "i64"}
-    by_position: dict[int, list[Any]] = {}
-    for argument in variant.arguments():
-        by_position.setdefault(argument.path[0], []).append(argument)
-    signature: dict[str, Any] = {}
-    constants = dict(variant.constants())
-    for position, name in enumerate(variant.function.arg_names):
-        group = by_position.get(position)
-        if name in constants or not group:
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-            continue
-        kinds = [
-            f"tensordesc<{variant.dtype}[{a.block[0]},{a.block[1]}]>"
-            if a.kind == "tensor"
-            else types[a.kind]
-            for a in group
-        ]
-        signature[name] = tuple(kinds) if len(group[0].path) > 1 else kinds[0]
+
+    def kind(argument: Any) -> str:
+        if argument.kind == "tensor":
+            return f"tensordesc<{variant.dtype}[{argument.block[0]},{argument.block[1]}]>"
+        return types[argument.kind]
+
+    given = variants.bind(variant, kind)
+    names = variant.function.arg_names
+    signature = dict.fromkeys(names, "constexpr") | given
+    constants = {name: None for name in names if name not in given} | variant.constants()
     divisible = [["tt.divisibility", variants.DIVISOR]]
     attributes = {a.path: divisible for a in variant.arguments() if a.divisible}
     return ASTSource(variant.function, signature, constants, attributes)

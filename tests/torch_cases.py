@@ -88,11 +88,17 @@ def check(op: Op, case: Case, dtype: str, rival: Op = native) -> None:
     problem = build(case, dtype)
     with poisoned_memory():
         ours = run(op, problem)
+    compare(problem, ours, rival)
+
+
+def compare(problem: Problem, ours: Results, rival: Op) -> None:
+    """Asserts the rule for every result that the case has."""
+    case = problem.case
     theirs = run(rival, problem)
     expected = reference64(problem, "select", output=ours.output)
     for name in ("output", "grad_input", "grad_weight", "grad_bias")[: 4 if case.bias else 3]:
         values = (getattr(results, name) for results in (ours, theirs, expected))
-        assert_within_twice(*values, f"{case.id} {name}", dtype=dtype)
+        assert_within_twice(*values, f"{case.id} {name}", dtype=problem.dtype)
 
 
 @contextmanager

@@ -140,7 +140,7 @@ class Chunk {
 
   // Width of the panel that starts `left` columns before the end of the block.
   int panel_vectors(int64_t left) const {
-    const int needed = left <= kWidth ? 1 : left <= 2 * kWidth ? 2 : 4;
+    const int needed = vectors_for(left, kWidth);
     return needed < vectors_ ? needed : vectors_;
   }
 
@@ -174,20 +174,17 @@ class Chunk {
         writer_.prefetch(tile_);
         in_.a = a + i * in_.a_row;
         in_.continued = !tile_.first;
-        if (direct[t < taller]) {
-          if (g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
-          Direct<Acc> to;
-          if (writer_.direct(tile_, bias, &to)) {
-            direct[t < taller](in_, sums, &to);
-            continue;
-          }
+        if (tile_.last && g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
+        Direct<Acc> to;
+        if (direct[t < taller] && writer_.direct(tile_, bias, &to)) {
+          direct[t < taller](in_, sums, &to);
+          continue;
         }
         if (in_.continued) writer_.resume(tile_, vectors, sums);
         if (streaming)
           multiply_streaming(j, sums);
         else
           kernels[t < taller](in_, sums, nullptr);
-        if (tile_.last && g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
         writer_.write(tile_, sums, vectors, bias);
       }
     }

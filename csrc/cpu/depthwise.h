@@ -60,8 +60,7 @@ class DepthwiseProduct {
         offset_(offset),
         row_(row),
         column_(column) {
-    const Images& i = image;
-    if (sizeof(T) == sizeof(Acc) && !mask && !image_.slab.planar && i.stride[kChannel] == 1 &&
+    if (sizeof(T) == sizeof(Acc) && !mask && !image_.slab.planar && image.stride[kChannel] == 1 &&
         channels() % kWidth == 0)
       in_place_ = &image;
   }

@@ -11,6 +11,10 @@ namespace twinfuse::cpu::TWINFUSE_ISA {
 // where there are few rows, so that enough sums are in flight to hide the latency of one.
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = kRegisters == 32 ? 14 : 6;
+// Vectors of the narrowest panel that holds `columns` columns, or of the widest.
+constexpr int vectors_for(int64_t columns, int64_t width) {
+  return columns <= width ? 1 : columns <= 2 * width ? 2 : kMaxVectors;
+}
 constexpr int max_rows(int vectors) { return vectors < 4 ? kMaxRows : kRegisters == 32 ? 6 : 2; }
 
 // Operands as packed or as they lie in memory; byte strides. A unit is Engine::Unit.

@@ -108,15 +108,11 @@ struct Scratch {
   static bool sums_in_output(const Gemm<T>& g) { return sizeof(T) == sizeof(Acc) && !g.scatter; }
 
   static int64_t aligned(int64_t n) { return round_up(n, 64); }
-  // Of the panels of so many columns: whole ones are of two or four vectors, the last of as many as
-  // it needs.
+  // Of the panels of so many columns: the last may be narrower than the others.
   static int64_t panels_width(int64_t cols) {
     constexpr int64_t kWidth = E::S::kWidth;
     const int64_t last = cols % (kMaxVectors * kWidth);
-    return cols - last +
-           (last <= kWidth       ? round_up(last, kWidth)
-            : last <= 2 * kWidth ? 2 * kWidth
-                                 : kMaxVectors * kWidth);
+    return cols - last + (last ? vectors_for(last, kWidth) * kWidth : 0);
   }
   // An odd number of cache lines, so that neighbouring rows do not share cache sets.
   static int64_t row_stride(int64_t depth) {

@@ -264,6 +264,22 @@ inline void store_even(float* p, __m512 x, int n) {
 }
 #endif
 
+// Elements p[0], p[3], ..., and nothing behind the last of them.
+template <class S, class T>
+typename S::V load_third(const T* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    const __m512i low = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0);
+    const __m512i high = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 19, 22, 25, 28, 31);
+    const __m512 x = _mm512_permutex2var_ps(S::load(p), low, S::load(p + 15));
+    return _mm512_permutex2var_ps(x, high, S::load(p + 30));
+  }
+#endif
+  T piece[S::kWidth];
+  for (int i = 0; i < S::kWidth; i++) piece[i] = p[3 * i];
+  return S::load(piece);
+}
+
 // Columns in 16 bytes of a row, and how many such pieces are transposed together: a whole cache
 // line where the registers allow. Rows a power of two apart share cache sets, and a line touched
 // again later would have been evicted.
@@ -291,22 +307,6 @@ __attribute__((always_inline)) inline void transpose(const char* p, int64_t row,
     }
 #pragma GCC unroll 4
   for (int piece = 0; piece < kCount; piece++) S::transpose_lanes(r[piece], out + piece * kColumns);
-}
-
-// Elements p[0], p[3], ..., and nothing behind the last of them.
-template <class S, class T>
-typename S::V load_third(const T* p) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) {
-    const __m512i low = _mm512_setr_epi32(0, 3, 6, 9, 12, 15, 19, 22, 25, 28, 31, 0, 0, 0, 0, 0);
-    const __m512i high = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 19, 22, 25, 28, 31);
-    const __m512 x = _mm512_permutex2var_ps(S::load(p), low, S::load(p + 15));
-    return _mm512_permutex2var_ps(x, high, S::load(p + 30));
-  }
-#endif
-  T piece[S::kWidth];
-  for (int i = 0; i < S::kWidth; i++) piece[i] = p[3 * i];
-  return S::load(piece);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

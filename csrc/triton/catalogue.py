@@ -60,6 +60,11 @@ class Tiles:
     large_masked: Tile | None = None
     small_masked: Tile | None = None
 
+    def large_and_small(self, masked: bool) -> tuple[Tile, Tile]:
+        if not masked:
+            return self.large, self.small
+        return self.large_masked or self.large, self.small_masked or self.small
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -151,8 +156,7 @@ def linear(arch: int) -> Iterator[Variant]:
         others = [(a, b, "identity") for a, b in GRAD_INPUT + GRAD_WEIGHT + PLAIN]
         for a, b, epilogue in forward + others:
             masked = READERS[a].masked or READERS[b].masked
-            large = (masked and tiles.large_masked) or tiles.large
-            small = (masked and tiles.small_masked) or tiles.small
+            large, small = tiles.large_and_small(masked)
             for tile in (large, None if masked else tiles.wide):
                 if tile:
                     variant = product(a, b, epilogue, tile)
@@ -180,10 +184,7 @@ def convolution(arch: int) -> Iterator[Variant]:
     for dtype, precision in TYPES:
         tiles = architecture.tiles(precision)
         for a, b, epilogue, store in WINDOWS:
-            masked = READERS[a].masked
-            large = (masked and tiles.large_masked) or tiles.large
-            small = (masked and tiles.small_masked) or tiles.small
-            for tile in (large, small):
+            for tile in tiles.large_and_small(READERS[a].masked):
                 yield Product(a, b, epilogue, store, dtype, precision, tile)
         assert tiles.small.n == _ELEMENTS[dtype == "fp32"].n == SPLIT_COLUMNS
         yield Product("lines_masked", "taps", "identity", "split", dtype, precision, tiles.small)

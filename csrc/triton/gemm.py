@@ -186,6 +186,20 @@ def combine(
 
 
 @triton.jit
+def matrix_at(args, m, n, pixels):
+    """args: (data, stride of the rows); columns lie side by side."""
+    return m[:, None].to(tl.int64) * args[1] + n[None, :]
+
+
+@triton.jit
+def images_at(args, m, n, pixels):
+    """Any strides, and images of `pixels` rows each. args: (data, stride of the rows, of the
+    columns, of the images)."""
+    row = (m % pixels).to(tl.int64) * args[1] + (m // pixels).to(tl.int64) * args[3]
+    return row[:, None] + n[None, :].to(tl.int64) * args[2]
+
+
+@triton.jit
 def mask_gradient(
     grad,
     output,
@@ -195,6 +209,8 @@ def mask_gradient(
     cols,
     nan_passes,
     height,
+    pixels,
+    AT: tl.constexpr,
     WRITE: tl.constexpr,
     SUM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -202,84 +218,8 @@ def mask_gradient(
 ):
     """The gradient behind ReLU, once: written as a matrix for plain products, and summed for the
     bias. Each program takes `height` rows, a multiple of BLOCK_M; `partial` is float32
-    [programs per column tile, cols], for `combine`.
-
-    grad, output, out: (data, stride of the rows); columns lie side by side.
+    [programs per column tile, cols], for `combine`. AT: where an element of `grad` and `output` is.
     """
-    _mask_gradient(
-        (grad[0], grad[1], 1, 0),
-        (output[0], output[1], 1, 0),
-        out,
-        partial,
-        rows,
-        cols,
-        nan_passes,
-        height,
-        rows,
-        WRITE,
-        SUM,
-        BLOCK_M,
-        BLOCK_N,
-    )
-
-
-@triton.jit
-def mask_strided_gradient(
-    grad,
-    output,
-    out,
-    partial,
-    rows,
-    cols,
-    nan_passes,
-    height,
-    pixels,
-    WRITE: tl.constexpr,
-    SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The same for any strides, and images of `pixels` rows each. grad, output: (data, stride of
-    the rows, of the columns, of the images)."""
-    _mask_gradient(
-        grad,
-        output,
-        out,
-        partial,
-        rows,
-        cols,
-        nan_passes,
-        height,
-        pixels,
-        WRITE,
-        SUM,
-        BLOCK_M,
-        BLOCK_N,
-    )
-
-
-@triton.jit
-def _pixel_at(args, m, n, pixels):
-    row = (m % pixels).to(tl.int64) * args[1] + (m // pixels).to(tl.int64) * args[3]
-    return row[:, None] + n[None, :].to(tl.int64) * args[2]
-
-
-@triton.jit
-def _mask_gradient(
-    grad,
-    output,
-    out,
-    partial,
-    rows,
-    cols,
-    nan_passes,
-    height,
-    pixels,
-    WRITE: tl.constexpr,
-    SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
     col_tiles = tl.cdiv(cols, BLOCK_N)
     part = tl.program_id(0) // col_tiles
     n = tl.program_id(0) % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -287,12 +227,11 @@ def _mask_gradient(
     for i in range(part * height, min((part + 1) * height, rows), BLOCK_M):
         m = i + tl.arange(0, BLOCK_M)
         inside = (m[:, None] < rows) & (n[None, :] < cols)
-        g = tl.load(grad[0] + _pixel_at(grad, m, n, pixels), mask=inside, other=0.0)
-        y = tl.load(output[0] + _pixel_at(output, m, n, pixels), mask=inside, other=0.0)
+        g = tl.load(grad[0] + AT(grad, m, n, pixels), mask=inside, other=0.0)
+        y = tl.load(output[0] + AT(output, m, n, pixels), mask=inside, other=0.0)
         g = masked(g, y, nan_passes)
         if WRITE:
-            line = m[:, None].to(tl.int64) * out[1]
-            tl.store(out[0] + line + n[None, :], g, mask=inside)
+            tl.store(out[0] + matrix_at(out, m, n, pixels), g, mask=inside)
         if SUM:
             sums += tl.sum(g.to(tl.float32), axis=0)
     if SUM:

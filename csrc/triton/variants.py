@@ -329,7 +329,7 @@ class MaskGradient:
 
     @property
     def function(self) -> Any:
-        return gemm.mask_gradient if self.vectors else gemm.mask_strided_gradient
+        return gemm.mask_gradient
 
     @property
     def options(self) -> dict[str, int]:
@@ -350,6 +350,7 @@ class MaskGradient:
 
     def constants(self) -> dict[str, Any]:
         return {
+            "AT": gemm.matrix_at if self.vectors else gemm.images_at,
             "WRITE": self.write,
             "SUM": self.sum,
             "BLOCK_M": self.rows,
@@ -358,3 +359,15 @@ class MaskGradient:
 
 
 Variant = Product | Combine | MaskGradient
+
+
+def bind(variant: Variant, value: Callable[[Argument], Any]) -> dict[str, Any]:
+    """`value` of each argument under the name of its parameter; those of one tuple as a tuple."""
+    names = variant.function.arg_names
+    groups: dict[str, list[Argument]] = {}
+    for argument in variant.arguments():
+        groups.setdefault(names[argument.path[0]], []).append(argument)
+    return {
+        name: tuple(map(value, group)) if len(group[0].path) > 1 else value(group[0])
+        for name, group in groups.items()
+    }

@@ -39,24 +39,16 @@ NAMES = {torch.float32: "fp32", torch.float16: "fp16"}
 
 def launch(variant: Any, programs: int, values: dict[str, Any]) -> None:
     """Every value must be an argument of the variant, and every argument have a value."""
-    arguments = variant.arguments()
-    assert {a.name for a in arguments} == set(values)
-    positions: dict[int, list[Any]] = {}
-    for argument in arguments:
-        value = values[argument.name]
-        if argument.kind == "tensor":
-            value = TensorDescriptor(value, value.shape, value.stride(), list(argument.block))
-        positions.setdefault(argument.path[0], []).append((argument.path, value))
-    constants = variant.constants()
-    call = {}
-    for position, name in enumerate(variant.function.arg_names):
-        if name in constants:
-            call[name] = constants[name]
-        elif position in positions:
-            group = positions[position]
-            call[name] = tuple(v for _, v in group) if len(group[0][0]) > 1 else group[0][1]
-        else:
-            call[name] = None
+    assert {a.name for a in variant.arguments()} == set(values)
+
+    def value(argument: Any) -> Any:
+        given = values[argument.name]
+        if argument.kind != "tensor":
+            return given
+        return TensorDescriptor(given, given.shape, given.stride(), list(argument.block))
+
+    nothing = dict.fromkeys(variant.function.arg_names)
+    call = nothing | variant.constants() | variants.bind(variant, value)
     variant.function[(programs,)](**call)
     launched.append(variant.name)
 
@@ -230,9 +222,11 @@ def combine(parts: Tensor, out: Tensor, bias: Tensor | None = None, forward: boo
 def mask_gradient(
     grad: Tensor, output: Tensor, *, write: bool, sums: Tensor | None, multiplies: bool = False
 ) -> Tensor | None:
-    """The masked gradient as a new matrix, if asked for, and its sums over the rows."""
-    rows, cols = grad.shape
-    vectors = all(t.stride(1) == 1 for t in (grad, output))
+    """The masked gradient of [images, pixels, channels] as a new matrix, if asked for, and its sums
+    over the pixels of all images."""
+    images, pixels, cols = grad.shape
+    rows = images * pixels
+    vectors = images == 1 and grad.stride(2) == output.stride(2) == 1
     variant = variants.MaskGradient(write, sums is not None, NAMES[grad.dtype], vectors)
     assert variant in catalogue.variants(90)
     parts = 3  # as if for several multiprocessors
@@ -240,9 +234,9 @@ def mask_gradient(
     parts = max(divide(rows, height), 1)
     values: dict[str, Any] = {}
     for name, t in (("grad", grad), ("output", output)):
-        values |= {f"{name}_data": t, f"{name}_stride": t.stride(0)}
+        values |= {f"{name}_data": t, f"{name}_stride": t.stride(1)}
         if not vectors:
-            values |= {f"{name}_step": t.stride(1), f"{name}_image": 0}
+            values |= {f"{name}_step": t.stride(2), f"{name}_image": t.stride(0)}
     written = None
     if write:
         written = torch.full((rows, cols), torch.nan, dtype=grad.dtype)
@@ -252,7 +246,7 @@ def mask_gradient(
         values["partial"] = partial
     values |= {"rows": rows, "cols": cols, "height": height, "nan_passes": int(not multiplies)}
     if not vectors:
-        values["pixels"] = rows
+        values["pixels"] = pixels
     launch(variant, parts * divide(cols, variant.cols), values)
     if sums is not None:
         combine(partial, sums[None, :])

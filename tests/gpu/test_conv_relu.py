@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.arrays import encode, lay_out
+from tests.arrays import lay_out
 from tests.conv_cases import CASES, ConvCase
 from tests.gpu import launcher, windows
+from tests.gpu.operands import operands, result
 from tests.problem import Problem, Results, build, reference64, relaid
-from tests.rule import assert_within_twice
-from tests.torch_cases import conv_calls, run, tensor
+from tests.torch_cases import compare, conv_calls
 
 # The interpreter takes minutes over many pixels or groups. Torch has no result without channels or
 # filters.
@@ -80,14 +80,7 @@ def compute(
     multiplies: bool = False,
 ) -> Results:
     case, geometry = problem.case, Geometry(problem.case)
-    x, w, g = (
-        images(tensor(o, problem.dtype))
-        for o in (problem.input, problem.weight, problem.grad_output)
-    )
-    b = tensor(problem.bias, problem.dtype) if problem.bias else None
-    if problem.dtype == "bfloat16":
-        x, w, g = x.float(), w.float(), g.float()
-        b = b.float() if b is not None else None
+    x, w, b, g = operands(problem, images)
     last = access == "vectors"
     groups = case.groups
     k, c = w.shape[0] // groups, w.shape[1]
@@ -147,44 +140,19 @@ def compute(
             splits=splits,
             largest=largest,
         )
-    sum_pixels(g, output, grad_bias, multiplies)
-
-    def result(t: Tensor, sizes: tuple[int, ...]) -> np.ndarray:
-        values = t.contiguous().reshape(sizes)
-        return encode(values.numpy(), "bfloat16") if problem.dtype == "bfloat16" else values.numpy()
+    grad, mask = (t.flatten(2).transpose(1, 2) for t in (g, output))
+    launcher.mask_gradient(grad, mask, write=False, sums=grad_bias, multiplies=multiplies)
 
     return Results(
-        result(output, case.output_sizes),
-        result(grad_input, case.input_sizes),
-        result(grad_weight, case.weight_sizes),
-        result(grad_bias, (case.filters,)),
+        result(problem, output, case.output_sizes),
+        result(problem, grad_input, case.input_sizes),
+        result(problem, grad_weight, case.weight_sizes),
+        result(problem, grad_bias, (case.filters,)),
     )
 
 
-def sum_pixels(grad: Tensor, output: Tensor, sums: Tensor, multiplies: bool) -> None:
-    n, k, p, q = grad.shape
-    variant = launcher.variants.MaskGradient(False, True, launcher.NAMES[grad.dtype], vectors=False)
-    rows, parts = n * p * q, 2
-    height = max(launcher.divide(launcher.divide(rows, parts), variant.rows), 1) * variant.rows
-    parts = max(launcher.divide(rows, height), 1)
-    partial = torch.full((parts, 1, k), torch.nan)
-    values: dict[str, Any] = {"partial": partial, "rows": rows, "cols": k, "height": height}
-    for name, t in (("grad", grad), ("output", output)):
-        values |= {f"{name}_data": t, f"{name}_stride": t.stride(3), f"{name}_step": t.stride(1)}
-        values[f"{name}_image"] = t.stride(0)
-    values |= {"nan_passes": int(not multiplies), "pixels": p * q}
-    launcher.launch(variant, parts * launcher.divide(k, variant.cols), values)
-    launcher.combine(partial, sums[None, :])
-
-
 def check(problem: Problem, access: str, **options: Any) -> None:
-    case, dtype = problem.case, problem.dtype
-    ours = compute(problem, access, **options)
-    theirs = run(conv_calls(case)[1], problem)
-    expected = reference64(problem, "select", output=ours.output)
-    for name in ("output", "grad_input", "grad_weight", "grad_bias")[: 4 if case.bias else 3]:
-        values = (getattr(results, name) for results in (ours, theirs, expected))
-        assert_within_twice(*values, f"{case.id} {name}", dtype=dtype)
+    compare(problem, compute(problem, access, **options), conv_calls(problem.case)[1])
 
 
 @every_dtype
@@ -195,7 +163,6 @@ def test_case(case: ConvCase, dtype: str) -> None:
 
 @some_cases
 def test_bfloat16(case: ConvCase) -> None:
-    """As float32 on values rounded to it: the interpreter's own bfloat16 is not right."""
     check(build(case, "bfloat16"), "elements")
 
 

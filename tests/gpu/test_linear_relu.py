@@ -1,7 +1,4 @@
-"""The Triton kernels of Linear+ReLU over the case table, outputs and gradients, in the interpreter.
-
-bfloat16 runs as float32 on values rounded to it: the interpreter's own bfloat16 is not right.
-"""
+"""The Triton kernels of Linear+ReLU over the case table, in the interpreter."""
 
 from __future__ import annotations
 
@@ -10,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.arrays import encode
 from tests.cases import CASES, LinearCase
 from tests.gpu import launcher
+from tests.gpu.operands import operands, result
 from tests.problem import Problem, ReluGrad, Results, build, reference64
-from tests.rule import assert_within_twice
-from tests.torch_cases import native, run, tensor
+from tests.torch_cases import compare, native
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_dtype = pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -27,31 +23,21 @@ def matrix(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1]) if t.dim() != 2 else t
 
 
-def operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    x, w, g = (
-        matrix(tensor(o, problem.dtype))
-        for o in (problem.input, problem.weight, problem.grad_output)
-    )
-    b = tensor(problem.bias, problem.dtype) if problem.bias else None
-    if problem.dtype == "bfloat16":
-        x, w, g = x.float(), w.float(), g.float()
-        b = b.float() if b is not None else None
-    return x, w, b, g
-
-
 def poisoned(*shape: int, like: Tensor) -> Tensor:
     return torch.full(shape, torch.nan, dtype=like.dtype)
 
 
 def compute(problem: Problem, access: str, *, rule: ReluGrad, plain: bool, splits: int) -> Results:
     """All results by the kernels. `plain`: the gradient is masked once, before the products."""
-    x, w, b, g = operands(problem)
+    x, w, b, g = operands(problem, matrix)
     options = {"access": access, "splits": splits}
     output = poisoned(len(x), len(w), like=x)
     launcher.multiply(x, w, output, bias=b, forward=True, **options)
     grad_bias = poisoned(len(w), like=x)
     multiplies = rule == "multiply"
-    written = launcher.mask_gradient(g, output, write=plain, sums=grad_bias, multiplies=multiplies)
+    written = launcher.mask_gradient(
+        g[None], output[None], write=plain, sums=grad_bias, multiplies=multiplies
+    )
     mask = None if written is not None else output
     if written is not None:
         g = written
@@ -66,35 +52,20 @@ def compute(problem: Problem, access: str, *, rule: ReluGrad, plain: bool, split
     else:
         launcher.multiply(g.T, x.T, grad_weight, mask_a=turned, **options)
 
-    def result(t: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-        values = t.reshape(shape)
-        return encode(values.numpy(), "bfloat16") if problem.dtype == "bfloat16" else values.numpy()
-
     case = problem.case
     return Results(
-        result(output, case.output_sizes),
-        result(grad_input, case.input_sizes),
-        result(grad_weight.T if keras else grad_weight, case.weight_sizes),
-        result(grad_bias, (case.n,)),
+        result(problem, output, case.output_sizes),
+        result(problem, grad_input, case.input_sizes),
+        result(problem, grad_weight.T if keras else grad_weight, case.weight_sizes),
+        result(problem, grad_bias, (case.n,)),
     )
 
 
 def check(
-    case: LinearCase,
-    dtype: str,
-    access: str,
-    *,
-    rule: ReluGrad = "select",
-    plain: bool = False,
-    splits: int = 1,
+    case: LinearCase, dtype: str, access: str, *, plain: bool = False, splits: int = 1
 ) -> None:
     problem = build(case, dtype)
-    ours = compute(problem, access, rule=rule, plain=plain, splits=splits)
-    theirs = run(native, problem)
-    expected = reference64(problem, rule, output=ours.output)
-    for name in ("output", "grad_input", "grad_weight", "grad_bias")[: 4 if case.bias else 3]:
-        values = (getattr(results, name) for results in (ours, theirs, expected))
-        assert_within_twice(*values, f"{case.id} {name}", dtype=dtype)
+    compare(problem, compute(problem, access, rule="select", plain=plain, splits=splits), native)
 
 
 @every_dtype
