@@ -38,6 +38,9 @@ if X86:
         "avx512_bf16": f"{_AVX512} -mavx512bf16",
     }
 KERNELS = "csrc/cpu/kernels.cc"
+# What `make kernels` has compiled; a build takes what is there and up to date.
+GPU_KERNELS = "build/kernels"
+NO_GPU_KERNELS = "csrc/gpu/no_kernels.cc"
 
 # Contraction would let the compiler choose where products are rounded, and with that the bits.
 CXXFLAGS = [
@@ -46,10 +49,9 @@ CXXFLAGS = [
 ]
 
 
-def load_build_module() -> ModuleType:
-    """`twinfuse/_build.py`, without importing the package that is being built."""
-    path = ROOT / "pyext/twinfuse/_build.py"
-    spec = importlib.util.spec_from_file_location("twinfuse_build", path)
+def load_module(name: str, path: Path) -> ModuleType:
+    """A file of the repository, without importing the package that is being built."""
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -58,7 +60,7 @@ def load_build_module() -> ModuleType:
     return module
 
 
-build = load_build_module()
+build = load_module("twinfuse_build", ROOT / "pyext/twinfuse/_build.py")
 
 
 def find_frameworks(python: str) -> dict[str, list[str] | None]:
@@ -107,7 +109,8 @@ class Ninja:
 
     def compile(self, source: Path, flags: list[str], variant: str = "") -> Path:
         suffix = f".{variant}.o" if variant else ".o"
-        out = self.folder / source.relative_to(ROOT).with_suffix(suffix)
+        made = source.is_relative_to(self.folder)
+        out = self.folder / source.relative_to(self.folder if made else ROOT).with_suffix(suffix)
         self._edge("compile", out, [source], flags, "")
         return out
 
@@ -185,6 +188,8 @@ class BuildExt(build_ext):
             flags.append("-DTWINFUSE_WITH_X86")
         kernels = ROOT / KERNELS
         plain = sorted(path for path in (ROOT / "csrc").rglob("*.cc") if path != kernels)
+        plain = [path for path in plain if path != ROOT / NO_GPU_KERNELS]
+        plain += self._gpu_kernels()
         objects = [ninja.compile(source, flags) for source in plain]
         objects += [
             ninja.compile(kernels, [*flags, f"-DTWINFUSE_ISA={isa}", *options.split()], isa)
@@ -197,6 +202,17 @@ class BuildExt(build_ext):
         ninja.link(out, objects, [*options, *self.extra_link], uses=exports)
         self.built.append(f"core ({', '.join(ISAS)})")
         return objects
+
+    def _gpu_kernels(self) -> list[Path]:
+        """Sources of the table of GPU kernels."""
+        folder = Path(os.environ.get("TWINFUSE_KERNELS") or ROOT / GPU_KERNELS)
+        embed = load_module("twinfuse_embed", ROOT / "csrc/embed.py")
+        if not embed.up_to_date(folder):
+            found = "older than csrc/triton" if (folder / "kernels.json").exists() else "not there"
+            self.left_out.append(f"GPU kernels ({folder} is {found}; `make kernels` makes it)")
+            return [ROOT / NO_GPU_KERNELS]
+        self.built.append("GPU kernels")
+        return embed.write(folder, self.objects / "gpu")
 
     def _add_binding(self, ninja: Ninja, name: str, framework: Any, python: str) -> None:
         title = build.TITLES[name]

@@ -40,23 +40,21 @@ ENVIRONMENT = {"TRITON_DISABLE_LINE_INFO": "1"}
 HIDDEN = ["u64", "u64"]
 
 
-def load_kernels() -> ModuleType:
-    """csrc/triton, under a name that is not Triton's."""
-    if PACKAGE in sys.modules:
-        return sys.modules[PACKAGE]
-    folder = HERE / "triton"
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+def _load(name: str, file: Path, folders: list[str] | None = None) -> ModuleType:
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folders)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[PACKAGE] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-load_kernels()
+# csrc/triton, under a name that is not Triton's.
+_load(PACKAGE, HERE / "triton/__init__.py", [str(HERE / "triton")])
+embed = _load("twinfuse_embed", HERE / "embed.py")
 from twinfuse_kernels import catalogue, variants  # noqa: E402
 
 
@@ -111,7 +109,6 @@ INSTRUCTIONS = {
     "bulk copy": r"cp\.async\.bulk\.tensor\.\dd\.shared",
 }
 TYPES = {"data": "u64", "fp32": "u64", "i32": "u32", "i64": "u64"}
-DESCRIPTOR = ["descriptor", "u32", "u32", "u64", "u64"]
 
 
 def source(variant: Any) -> Any:
@@ -122,7 +119,7 @@ def source(variant: Any) -> Any:
 
     def kind(argument: Any) -> str:
         if argument.kind == "tensor":
-            return f"tensordesc<{variant.dtype}[{argument.block[0]},{argument.block[1]}]>"
+            return f"tensordesc<{variant.dtype}[{','.join(map(str, argument.block))}]>"
         return types[argument.kind]
 
     given = variants.bind(variant, kind)
@@ -143,7 +140,7 @@ def compile_variant(arch: int, variant: Any) -> Kernel:
     compiled = triton.compile(source(variant), target=target, options=variant.options)
     metadata, ptx = compiled.metadata, compiled.asm["ptx"]
     parameters = list(_parameters(variant, metadata.tensordesc_meta or []))
-    expected = [t for p in parameters for t in (DESCRIPTOR if p.box else [TYPES[p.kind]])]
+    expected = [t for p in parameters for t in passed(p)]
     found = parameters_of(ptx)
     if found != expected + HIDDEN:
         raise RuntimeError(
@@ -170,6 +167,15 @@ def compile_variant(arch: int, variant: Any) -> Kernel:
         | {"load": len(re.findall(r"\btt\.load\b", compiled.asm["ttgir"]))},
         variant=asdict(variant),
     )
+
+
+def passed(parameter: Parameter) -> list[str]:
+    """What the compiled code takes for it: a descriptor is followed by the tensor's sizes and
+    strides."""
+    if not parameter.box:
+        return [TYPES[parameter.kind]]
+    rank = len(parameter.box)
+    return ["descriptor"] + ["u32"] * rank + ["u64"] * rank
 
 
 def _parameters(variant: Any, descriptors: list[dict[str, Any]]) -> Iterator[Parameter]:
@@ -290,6 +296,7 @@ def write(folder: Path, kernels: list[Kernel]) -> None:
         (folder / kernel.file).write_bytes(kernel.image)
     table = [kernel.description() for kernel in kernels]
     (folder / "kernels.json").write_text(json.dumps(table, indent=1) + "\n")
+    (folder / embed.SOURCES).write_text(embed.sources_hash() + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -51,6 +51,7 @@ class CContext(ctypes.Structure):
         ("device", ctypes.c_int32),
         ("device_index", ctypes.c_int32),
         ("stream", ctypes.c_void_p),
+        ("precision", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
         ("parallel_for", PARALLEL_FOR),
         ("allocate", ALLOCATE),
@@ -162,7 +163,7 @@ class Lender:
     def context(self) -> CContext:
         run = PARALLEL_FOR() if self.order == "serial" else PARALLEL_FOR(self._parallel_for)
         return CContext(
-            self.device, 0, None, self.num_threads, run, ALLOCATE(self._allocate), OPAQUE
+            self.device, 0, None, 0, self.num_threads, run, ALLOCATE(self._allocate), OPAQUE
         )
 
     def _allocate(self, opaque: int, size: int) -> int | None:

@@ -57,28 +57,29 @@ def conv_calls(case: ConvCase) -> tuple[Op, Op]:
     return our_call, native_call
 
 
-def tensor(operand: Operand, dtype: str) -> Tensor:
+def tensor(operand: Operand, dtype: str, device: str = "cpu") -> Tensor:
     """A view with the operand's sizes, strides and offset, on storage of its own."""
-    base = torch.from_numpy(operand.base.copy())
+    base = torch.from_numpy(operand.base.copy()).to(device)
     if dtype == "bfloat16":
         base = base.view(torch.bfloat16)
     return base.as_strided(operand.sizes, operand.strides, operand.offset)
 
 
 def array(result: Tensor) -> np.ndarray:
-    result = result.detach()
+    result = result.detach().cpu()
     return (result.view(torch.uint16) if result.dtype == torch.bfloat16 else result).numpy()
 
 
-def arguments(problem: Problem, requires_grad: bool = True) -> list[Tensor]:
+def arguments(problem: Problem, requires_grad: bool = True, device: str = "cpu") -> list[Tensor]:
     operands = [problem.input, problem.weight] + ([problem.bias] if problem.bias else [])
-    return [tensor(o, problem.dtype).requires_grad_(requires_grad) for o in operands]
+    return [tensor(o, problem.dtype, device).requires_grad_(requires_grad) for o in operands]
 
 
-def run(op: Op, problem: Problem) -> Results:
-    inputs = arguments(problem)
+def run(op: Op, problem: Problem, device: str = "cpu") -> Results:
+    inputs = arguments(problem, device=device)
     output = op(*inputs)
-    gradients = torch.autograd.grad(output, inputs, tensor(problem.grad_output, problem.dtype))
+    grad_output = tensor(problem.grad_output, problem.dtype, device)
+    gradients = torch.autograd.grad(output, inputs, grad_output)
     grad_bias = array(gradients[2]) if problem.bias else np.zeros(problem.case.weight_sizes[0])
     return Results(array(output), array(gradients[0]), array(gradients[1]), grad_bias)
 
@@ -91,10 +92,10 @@ def check(op: Op, case: Case, dtype: str, rival: Op = native) -> None:
     compare(problem, ours, rival)
 
 
-def compare(problem: Problem, ours: Results, rival: Op) -> None:
+def compare(problem: Problem, ours: Results, rival: Op, device: str = "cpu") -> None:
     """Asserts the rule for every result that the case has."""
     case = problem.case
-    theirs = run(rival, problem)
+    theirs = run(rival, problem, device)
     expected = reference64(problem, "select", output=ours.output)
     for name in ("output", "grad_input", "grad_weight", "grad_bias")[: 4 if case.bias else 3]:
         values = (getattr(results, name) for results in (ours, theirs, expected))

@@ -3,6 +3,8 @@
 #include "api/error.h"
 #include "api/kernel_table.h"
 #include "api/tensor.h"
+#include "cpu/kernels.h"
+#include "gpu/ops.h"
 
 namespace twinfuse {
 namespace {
@@ -105,8 +107,8 @@ TwinfuseStatus too_large(const Op& op) {
   return fail(TWINFUSE_UNSUPPORTED, std::string(op.name) + ": sizes are too large for a kernel");
 }
 
-cpu::Images images(const TwinfuseTensor* t, bool given = true) {
-  cpu::Images image;
+Images images(const TwinfuseTensor* t, bool given = true) {
+  Images image;
   if (!t || !given) return image;
   // An empty gradient was asked for all the same: give it an address.
   static char nothing;
@@ -139,15 +141,19 @@ TwinfuseStatus forward(const TwinfuseTensor* output, const TwinfuseTensor* input
   if (!check.ok()) return check.status();
   if (!addressable(op, input) || !addressable(op, output)) return too_large(op);
 
-  const cpu::ConvReluForward call{images(output),
-                                  images(input),
-                                  images(weight),
-                                  bias ? bias->data : nullptr,
-                                  bias ? bias->strides[0] : 0,
-                                  op.conv};
-  if (cpu::active_kernels().conv_relu_forward[input->dtype](call, *context) != TWINFUSE_OK)
+  const ConvReluForward call{images(output),
+                             images(input),
+                             images(weight),
+                             bias ? bias->data : nullptr,
+                             bias ? bias->strides[0] : 0,
+                             op.conv};
+  if (context->device == TWINFUSE_CUDA) {
+    const TwinfuseStatus status = gpu::conv_relu_forward(call, op.name, input->dtype, *context);
+    if (status != TWINFUSE_OK) return status;
+  } else if (cpu::active_kernels().conv_relu_forward[input->dtype](call, *context)) {
     return out_of_memory(op.name);
-  count_launch(Role::kConvReluForward, input->dtype);
+  }
+  count_launch(Role::kConvReluForward, input->dtype, context->device);
   return TWINFUSE_OK;
 }
 
@@ -187,19 +193,23 @@ TwinfuseStatus backward(const TwinfuseTensor* grad_input, const TwinfuseTensor* 
       !addressable(op, grad_weight ? input : nullptr))
     return too_large(op);
 
-  const cpu::ConvReluBackward call{images(grad_input),
-                                   images(grad_weight),
-                                   grad_bias ? grad_bias->data : nullptr,
-                                   grad_bias ? grad_bias->strides[0] : 0,
-                                   images(grad_output),
-                                   images(output),
-                                   images(input, grad_weight),
-                                   images(weight, grad_input),
-                                   op.conv,
-                                   relu_grad};
-  if (cpu::active_kernels().conv_relu_backward[dtype](call, *context) != TWINFUSE_OK)
+  const ConvReluBackward call{images(grad_input),
+                              images(grad_weight),
+                              grad_bias ? grad_bias->data : nullptr,
+                              grad_bias ? grad_bias->strides[0] : 0,
+                              images(grad_output),
+                              images(output),
+                              images(input, grad_weight),
+                              images(weight, grad_input),
+                              op.conv,
+                              relu_grad};
+  if (context->device == TWINFUSE_CUDA) {
+    const TwinfuseStatus status = gpu::conv_relu_backward(call, op.name, dtype, *context);
+    if (status != TWINFUSE_OK) return status;
+  } else if (cpu::active_kernels().conv_relu_backward[dtype](call, *context)) {
     return out_of_memory(op.name);
-  count_launch(Role::kConvReluBackward, dtype);
+  }
+  count_launch(Role::kConvReluBackward, dtype, context->device);
   return TWINFUSE_OK;
 }
 

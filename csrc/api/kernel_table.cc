@@ -5,6 +5,7 @@
 #include <string>
 
 #include "api/error.h"
+#include "gpu/kernels.h"
 #include "twinfuse/core.h"
 
 namespace twinfuse {
@@ -14,7 +15,8 @@ constexpr const char* kRoles[] = {"linear_relu_forward", "linear_relu_backward",
                                   "conv_relu_forward", "conv_relu_backward"};
 constexpr int kRoleCount = sizeof(kRoles) / sizeof(kRoles[0]);
 constexpr const char* kDtypes[TWINFUSE_DTYPE_COUNT] = {"f32", "f64", "bf16", "f16"};
-constexpr int kKernelCount = kRoleCount * TWINFUSE_DTYPE_COUNT;
+constexpr int kEntriesOfDevice = kRoleCount * TWINFUSE_DTYPE_COUNT;
+constexpr int kKernelCount = 2 * kEntriesOfDevice;
 
 std::array<std::atomic<int64_t>, kKernelCount> launches;
 
@@ -22,8 +24,9 @@ const std::string& kernel_name(int32_t index) {
   static const auto names = [] {
     std::array<std::string, kKernelCount> list;
     for (int i = 0; i < kKernelCount; i++)
-      list[i] = std::string(kRoles[i / TWINFUSE_DTYPE_COUNT]) + "_" +
-                kDtypes[i % TWINFUSE_DTYPE_COUNT] + "_" + twinfuse_isa();
+      list[i] = std::string(kRoles[i % kEntriesOfDevice / TWINFUSE_DTYPE_COUNT]) + "_" +
+                kDtypes[i % TWINFUSE_DTYPE_COUNT] + "_" +
+                (i < kEntriesOfDevice ? twinfuse_isa() : "cuda");
     return list;
   }();
   return names[index];
@@ -31,9 +34,9 @@ const std::string& kernel_name(int32_t index) {
 
 }  // namespace
 
-void count_launch(Role role, int32_t dtype) {
-  launches[static_cast<int>(role) * TWINFUSE_DTYPE_COUNT + dtype].fetch_add(
-      1, std::memory_order_relaxed);
+void count_launch(Role role, int32_t dtype, int32_t device) {
+  const int index = static_cast<int>(role) * TWINFUSE_DTYPE_COUNT + dtype;
+  launches[device * kEntriesOfDevice + index].fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace twinfuse
@@ -56,13 +59,16 @@ extern "C" const char* twinfuse_find_kernel(const char* role, int32_t dtype, int
   while (index < kRoleCount && std::string(kRoles[index]) != (role ? role : "")) index++;
   if (index == kRoleCount) {
     fail(TWINFUSE_UNSUPPORTED, std::string("no kernel has the role '") + (role ? role : "") + "'");
-  } else if (device != TWINFUSE_CPU) {
-    fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": no GPU kernel is built yet");
+  } else if (device != TWINFUSE_CPU && gpu::kKernelCount == 0) {
+    fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": this build has no GPU kernels");
+  } else if (device != TWINFUSE_CPU && dtype == TWINFUSE_FLOAT64) {
+    fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": no GPU kernel takes float64");
   } else if (dtype < 0 || dtype >= TWINFUSE_DTYPE_COUNT) {
     fail(TWINFUSE_UNSUPPORTED,
          std::string(role) + ": no kernel takes dtype number " + std::to_string(dtype));
   } else {
-    return kernel_name(index * TWINFUSE_DTYPE_COUNT + dtype).c_str();
+    const int first = device == TWINFUSE_CPU ? 0 : kEntriesOfDevice;
+    return kernel_name(first + index * TWINFUSE_DTYPE_COUNT + dtype).c_str();
   }
   return nullptr;
 }

@@ -5,9 +5,9 @@
 
 namespace twinfuse {
 
-// One entry per role and dtype. The order is that of the names in kernel_table.cc.
+// One entry per device, role and dtype. The order is that of the names in kernel_table.cc.
 enum class Role { kLinearReluForward, kLinearReluBackward, kConvReluForward, kConvReluBackward };
 
-void count_launch(Role role, int32_t dtype);
+void count_launch(Role role, int32_t dtype, int32_t device);
 
 }  // namespace twinfuse

@@ -3,6 +3,8 @@
 #include "api/error.h"
 #include "api/kernel_table.h"
 #include "api/tensor.h"
+#include "cpu/kernels.h"
+#include "gpu/ops.h"
 
 namespace twinfuse {
 namespace {
@@ -27,18 +29,22 @@ TwinfuseStatus forward(const TwinfuseTensor* output, const TwinfuseTensor* input
   if (!check.ok()) return check.status();
 
   Matrices matrices(*context);
-  cpu::LinearReluForward op{};
+  LinearReluForward op{};
   op.output = matrices.output(output, false);
   // Nothing is read for an empty output, so nothing need be staged for it.
   op.input = matrices.input(op.output.rows && op.output.cols ? input : nullptr);
   op.weight = matrices.input(weight);
   op.bias = bias ? bias->data : nullptr;
   op.bias_stride = bias ? bias->strides[0] : 0;
-  if (matrices.out_of_memory()) return out_of_memory(kOp);
-  TwinfuseStatus status = cpu::active_kernels().linear_relu_forward[input->dtype](op, *context);
-  if (status != TWINFUSE_OK) return out_of_memory(kOp);
+  if (matrices.failure(kOp) != TWINFUSE_OK) return matrices.failure(kOp);
+  if (context->device == TWINFUSE_CUDA) {
+    const TwinfuseStatus status = gpu::linear_relu_forward(op, input->dtype, *context);
+    if (status != TWINFUSE_OK) return status;
+  } else if (cpu::active_kernels().linear_relu_forward[input->dtype](op, *context)) {
+    return out_of_memory(kOp);
+  }
   matrices.commit();
-  count_launch(Role::kLinearReluForward, input->dtype);
+  count_launch(Role::kLinearReluForward, input->dtype, context->device);
   return TWINFUSE_OK;
 }
 
@@ -74,7 +80,7 @@ TwinfuseStatus backward(const TwinfuseTensor* grad_input, const TwinfuseTensor* 
   if (!check.ok()) return check.status();
 
   Matrices matrices(*context);
-  cpu::LinearReluBackward op{};
+  LinearReluBackward op{};
   op.grad_input = matrices.output(grad_input, false);
   op.grad_weight = matrices.output(grad_weight, true);
   op.grad_bias = grad_bias ? grad_bias->data : nullptr;
@@ -84,11 +90,15 @@ TwinfuseStatus backward(const TwinfuseTensor* grad_input, const TwinfuseTensor* 
   op.input = matrices.input(grad_weight ? input : nullptr);
   op.weight = matrices.input(grad_input ? weight : nullptr);
   op.relu_grad = relu_grad;
-  if (matrices.out_of_memory()) return out_of_memory(kOp);
-  TwinfuseStatus status = cpu::active_kernels().linear_relu_backward[dtype](op, *context);
-  if (status != TWINFUSE_OK) return out_of_memory(kOp);
+  if (matrices.failure(kOp) != TWINFUSE_OK) return matrices.failure(kOp);
+  if (context->device == TWINFUSE_CUDA) {
+    const TwinfuseStatus status = gpu::linear_relu_backward(op, dtype, *context);
+    if (status != TWINFUSE_OK) return status;
+  } else if (cpu::active_kernels().linear_relu_backward[dtype](op, *context)) {
+    return out_of_memory(kOp);
+  }
   matrices.commit();
-  count_launch(Role::kLinearReluBackward, dtype);
+  count_launch(Role::kLinearReluBackward, dtype, context->device);
   return TWINFUSE_OK;
 }
 

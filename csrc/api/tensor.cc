@@ -71,8 +71,8 @@ bool collapse(const TwinfuseTensor& t, int64_t* row_stride) {
 Checker::Checker(const char* op, const TwinfuseContext* context) : op_(op) {
   if (!context || !context->allocate)
     reject("context", "a context with an allocator", "none");
-  else if (context->device != TWINFUSE_CPU)
-    status_ = fail(TWINFUSE_UNSUPPORTED, std::string(op) + ": no GPU kernel is built yet");
+  else if (context->device != TWINFUSE_CPU && context->device != TWINFUSE_CUDA)
+    reject("context", "device 0 or 1", std::to_string(context->device));
 }
 
 void Checker::reject(const char* name, const std::string& expected, const std::string& got) {
@@ -149,9 +149,13 @@ void Checker::relu_grad(int32_t value) {
     reject("relu_grad", "0 or 1", std::to_string(value));
 }
 
-cpu::Matrix Matrices::stage(const TwinfuseTensor& t, bool copy_in) {
+Matrix Matrices::stage(const TwinfuseTensor& t, bool copy_in) {
+  if (context_.device != TWINFUSE_CPU) {
+    unsupported_ = true;
+    return {};
+  }
   const int64_t rows = row_count(t), cols = t.sizes[t.ndim - 1];
-  cpu::Matrix m{nullptr, rows, cols, cols, 1};
+  Matrix m{nullptr, rows, cols, cols, 1};
   // What is lent may start anywhere, and elements are read whole.
   constexpr size_t kSlack = 63;
   size_t bytes = kElementSize[t.dtype];
@@ -172,7 +176,7 @@ cpu::Matrix Matrices::stage(const TwinfuseTensor& t, bool copy_in) {
   return m;
 }
 
-cpu::Matrix Matrices::input(const TwinfuseTensor* t) {
+Matrix Matrices::input(const TwinfuseTensor* t) {
   if (!t) return {};
   const int64_t rows = row_count(*t), cols = t->sizes[t->ndim - 1];
   if (rows == 0 || cols == 0) return {t->data, rows, cols, cols, 1};
@@ -181,7 +185,7 @@ cpu::Matrix Matrices::input(const TwinfuseTensor* t) {
   return {t->data, rows, cols, row_stride, cols == 1 ? 1 : t->strides[t->ndim - 1]};
 }
 
-cpu::Matrix Matrices::output(const TwinfuseTensor* t, bool unit_rows_allowed) {
+Matrix Matrices::output(const TwinfuseTensor* t, bool unit_rows_allowed) {
   if (!t) return {};
   // An empty gradient was asked for all the same: give it an address.
   static char nothing;
@@ -189,9 +193,18 @@ cpu::Matrix Matrices::output(const TwinfuseTensor* t, bool unit_rows_allowed) {
   if (rows == 0 || cols == 0) return {&nothing, rows, cols, cols, 1};
   int64_t row_stride = 0;
   const int64_t col_stride = cols == 1 ? 1 : t->strides[t->ndim - 1];
-  if (!collapse(*t, &row_stride) || (col_stride != 1 && !(unit_rows_allowed && row_stride == 1)))
+  const bool any = context_.device != TWINFUSE_CPU;  // GPU kernels write any strides
+  if (!collapse(*t, &row_stride) ||
+      (col_stride != 1 && !any && !(unit_rows_allowed && row_stride == 1)))
     return stage(*t, false);
   return {t->data, rows, cols, row_stride, col_stride};
+}
+
+TwinfuseStatus Matrices::failure(const char* op) const {
+  if (unsupported_)
+    return fail(TWINFUSE_UNSUPPORTED,
+                std::string(op) + ": leading dimensions with strides of their own, on a GPU");
+  return out_of_memory_ ? out_of_memory(op) : TWINFUSE_OK;
 }
 
 void Matrices::commit() {

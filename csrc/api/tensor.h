@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "api/calls.h"
 #include "twinfuse/core.h"
 
 namespace twinfuse {
@@ -48,16 +48,18 @@ class Checker {
 };
 
 // Tensors as matrices: all dimensions but the last collapsed into rows. A tensor whose leading
-// dimensions do not collapse, or an output without a unit stride, is staged in scratch.
+// dimensions do not collapse, or an output without a unit stride, is staged in scratch. Nothing is
+// staged on a GPU.
 class Matrices {
  public:
   explicit Matrices(const TwinfuseContext& context) : context_(context) {}
 
   // `tensor` may be nullptr: no data.
-  cpu::Matrix input(const TwinfuseTensor* tensor);
-  cpu::Matrix output(const TwinfuseTensor* tensor, bool unit_rows_allowed);
+  Matrix input(const TwinfuseTensor* tensor);
+  Matrix output(const TwinfuseTensor* tensor, bool unit_rows_allowed);
 
-  bool out_of_memory() const { return out_of_memory_; }
+  // Whether all of them could be seen so.
+  TwinfuseStatus failure(const char* op) const;
   // Copies staged outputs to where they belong.
   void commit();
 
@@ -66,11 +68,11 @@ class Matrices {
     const TwinfuseTensor* tensor;
     char* data;
   };
-  cpu::Matrix stage(const TwinfuseTensor& tensor, bool copy_in);
+  Matrix stage(const TwinfuseTensor& tensor, bool copy_in);
 
   const TwinfuseContext& context_;
   std::vector<Staged> staged_;
-  bool out_of_memory_ = false;
+  bool out_of_memory_ = false, unsupported_ = false;
 };
 
 }  // namespace twinfuse

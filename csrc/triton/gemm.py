@@ -13,7 +13,7 @@ descriptors and behind pointers, matrices and windows of images pass through the
 
 Numbers of rows, columns and steps are 32 bits wide, and so is each of them with a tile added.
 Elements outside of the operand are zero. Sums run in float32, step after step; cut into splits,
-each split is summed by itself and `combine` adds them up in their order.
+each split is summed by itself and `combine` adds them up, in an order that is always the same.
 """
 
 from __future__ import annotations
@@ -169,19 +169,20 @@ def combine(
     STORE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Adds up what `store_split` has left, split after split."""
+    """Adds up what `store_split` has left, PARTS splits at a time."""
     col_tiles = tl.cdiv(cols, BLOCK_N)
     i = tl.program_id(0) // col_tiles * BLOCK_M
     j = tl.program_id(0) % col_tiles * BLOCK_N
-    m = i + tl.arange(0, BLOCK_M)
-    n = j + tl.arange(0, BLOCK_N)
-    inside = (m[:, None] < rows) & (n[None, :] < cols)
-    at = partial + m[:, None].to(tl.int64) * cols + n[None, :]
+    m = (i + tl.arange(0, BLOCK_M))[None, :, None]
+    n = (j + tl.arange(0, BLOCK_N))[None, None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for _ in range(splits):
-        sums += tl.load(at, mask=inside, other=0.0)
-        at += rows.to(tl.int64) * cols
+    for first in range(0, splits, PARTS):
+        part = (first + tl.arange(0, PARTS))[:, None, None]
+        at = partial + (part.to(tl.int64) * rows + m) * cols + n
+        inside = (part < splits) & (m < rows) & (n < cols)
+        sums += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
     STORE(out, 0, i, j, rows, cols, EPILOGUE(bias, sums, j, cols, BLOCK_N), BLOCK_M, BLOCK_N)
 
 

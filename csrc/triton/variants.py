@@ -11,140 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import conv_relu, gemm, linear_relu
-
-# Kinds of arguments: a pointer to elements of the variant's type or to float32, integers, and a
-# descriptor of a tensor in memory.
-DATA, FLOAT, INT, LONG, TENSOR = "data", "fp32", "i32", "i64", "tensor"
-DIVISOR = 16
-
-
-@dataclass(frozen=True)
-class Field:
-    """An argument; `vector`: divisible by 16 where operands are read and written as vectors."""
-
-    name: str
-    kind: str
-    vector: bool = False
-
-
-def _fields(text: str) -> tuple[Field, ...]:
-    """From `name:kind`, with a star behind what vectors need."""
-    parts = (part.split(":") for part in text.split())
-    return tuple(Field(name, kind.rstrip("*"), kind.endswith("*")) for name, kind in parts)
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A gather: its functions and arguments. `extent`: what lies side by side in memory, the
-    reduced dimension ("depth"), the lines of the operand ("lines"), or nothing that is known."""
-
-    init: Callable[..., Any]
-    load: Callable[..., Any]
-    fields: tuple[Field, ...]
-    extent: str | None = None
-    masked: bool = False
-
-
-@dataclass(frozen=True)
-class Writer:
-    store: Callable[..., Any]
-    fields: tuple[Field, ...]
-    extent: str | None = None
-
-
-_MATRIX = "data:data* stride:i64*"
-_MASK = " mask:data* mask_stride:i64* nan_passes:i32"
-_ANY = "data:data stride:i64 step:i64"
-_IMAGE = (
-    "data:data* channels:i32* height:i32 width:i32 rows:i32 columns:i32 taps:i32 step_y:i32"
-    " step_x:i32 origin_y:i32 origin_x:i32 dilation_y:i32 dilation_x:i32 image:i64* row:i32*"
-    " column:i32*"
+from . import gemm
+from .operands import (
+    ANY,
+    EPILOGUES,
+    FLOAT,
+    INT,
+    MATRIX,
+    READERS,
+    TENSOR,
+    WRITERS,
+    Field,
+    Reader,
+    Writer,
+    fields_of,
 )
-_WEIGHT = "data:data* channels:i32* taps:i32 tap_y:i32* tap_x:i32* stride:i32*"
-_PIXELS = "data:data* rows:i32 columns:i32 image:i64* row:i32* column:i32*"
 
-_CHANNEL = " channel:i32"
-
-_l, _c = linear_relu, conv_relu
-READERS: dict[str, Reader] = {
-    "depth": Reader(_l.line_init, _l.depth_load, _fields(_MATRIX), "depth"),
-    "lines": Reader(_l.line_init, _l.lines_load, _fields(_MATRIX), "lines"),
-    "left_lines": Reader(_l.line_init, _l.left_lines_load, _fields(_MATRIX), "lines"),
-    "strided": Reader(_l.line_init, _l.strided_load, _fields(_ANY)),
-    "depth_masked": Reader(
-        _l.line_init, _l.depth_masked, _fields(_MATRIX + _MASK), "depth", masked=True
-    ),
-    "lines_masked": Reader(
-        _l.line_init, _l.lines_masked, _fields(_MATRIX + _MASK), "lines", masked=True
-    ),
-    "strided_masked": Reader(
-        _l.line_init,
-        _l.strided_masked,
-        _fields(_ANY + " mask:data mask_stride:i64 mask_step:i64 nan_passes:i32"),
-        masked=True,
-    ),
-    "tensor_depth": Reader(_l.tensor_init, _l.tensor_depth_load, _fields("data:tensor"), "depth"),
-    "tensor_lines": Reader(_l.tensor_init, _l.tensor_lines_load, _fields("data:tensor"), "lines"),
-    "tensor_depth_masked": Reader(
-        _l.tensor_init,
-        _l.tensor_depth_masked,
-        _fields("data:tensor mask:tensor nan_passes:i32"),
-        "depth",
-        masked=True,
-    ),
-    "tensor_lines_masked": Reader(
-        _l.tensor_init,
-        _l.tensor_lines_masked,
-        _fields("data:tensor mask:tensor nan_passes:i32"),
-        "lines",
-        masked=True,
-    ),
-    "windows": Reader(_c.window_init, _c.window_load, _fields(_IMAGE)),
-    "windows_masked": Reader(
-        _c.window_init,
-        _c.window_masked,
-        _fields(_IMAGE + " mask:data* nan_passes:i32"),
-        masked=True,
-    ),
-    "planes": Reader(_c.window_init, _c.plane_load, _fields(_IMAGE + _CHANNEL)),
-    "planes_masked": Reader(
-        _c.window_init,
-        _c.plane_masked,
-        _fields(_IMAGE + _CHANNEL + " mask:data* nan_passes:i32"),
-        masked=True,
-    ),
-    "flat": Reader(_c.window_init, _c.flat_load, _fields(_IMAGE + _CHANNEL)),
-    "weight_depth": Reader(_l.line_init, _c.weight_depth, _fields(_WEIGHT)),
-    "weight_lines": Reader(_l.line_init, _c.weight_lines, _fields(_WEIGHT), "lines"),
-    "weight_strided": Reader(_l.line_init, _c.weight_strided, _fields(_WEIGHT + _CHANNEL)),
-    "weight_flat": Reader(_l.line_init, _c.weight_flat, _fields(_WEIGHT + _CHANNEL)),
-    "taps": Reader(_c.tap_init, _c.tap_load, _fields(_IMAGE)),
-    "taps_strided": Reader(_c.tap_init, _c.tap_strided, _fields(_IMAGE + _CHANNEL)),
-    "pixels_masked": Reader(
-        _l.line_init,
-        _c.pixels_masked,
-        _fields(_PIXELS + _CHANNEL + " mask:data* nan_passes:i32"),
-        masked=True,
-    ),
-}
-WRITERS: dict[str, Writer] = {
-    "lines": Writer(gemm.store_lines, _fields(_MATRIX), "lines"),
-    "strided": Writer(gemm.store_strided, _fields(_ANY)),
-    "tensor": Writer(gemm.store_tensor, _fields("data:tensor"), "lines"),
-    "split": Writer(gemm.store_split, _fields("data:fp32"), "lines"),
-    "windows": Writer(_c.store_windows, _fields(_PIXELS), "lines"),
-    "planes": Writer(_c.store_planes, _fields(_PIXELS + _CHANNEL)),
-    "taps": Writer(
-        _c.store_taps,
-        _fields("data:data channels:i32 taps:i32 tap_y:i32 tap_x:i32 stride:i32 channel:i32"),
-    ),
-}
-EPILOGUES = {
-    "bias_relu": (gemm.bias_relu, _fields("data:data* present:i32")),
-    "strided_bias_relu": (gemm.strided_bias_relu, _fields("data:data present:i32 stride:i64")),
-    "identity": (gemm.identity, ()),
-}
+DIVISOR = 16
 
 
 @dataclass(frozen=True)
@@ -166,7 +49,7 @@ class Argument:
     name: str
     kind: str
     divisible: bool
-    block: tuple[int, int] | None = None  # of a descriptor
+    block: tuple[int, ...] | None = None  # of a descriptor
 
 
 def _arguments(
@@ -174,7 +57,7 @@ def _arguments(
     prefix: str,
     fields: tuple[Field, ...],
     vectors: bool = False,
-    block: tuple[int, int] = (0, 0),
+    block: tuple[int, ...] = (),
 ) -> list[Argument]:
     return [
         Argument(
@@ -227,13 +110,16 @@ class Product:
         """In the order of the compiled kernel's parameters."""
         t, a, b, out = self.tile, READERS[self.a], READERS[self.b], WRITERS[self.store]
 
-        def block(reader: Reader, size: int) -> tuple[int, int]:
-            return (size, t.k) if reader.extent == "depth" else (t.k, size)
+        def block(access: Reader | Writer, lines: int, side: int) -> tuple[int, ...]:
+            return (1,) * (access.rank - 2) + (lines, side)
+
+        def read(reader: Reader, size: int) -> tuple[int, ...]:
+            return block(reader, *((size, t.k) if reader.extent == "depth" else (t.k, size)))
 
         found = [
-            *_arguments(0, "a", a.fields, self.vectors, block(a, t.m)),
-            *_arguments(1, "b", b.fields, self.vectors, block(b, t.n)),
-            *_arguments(2, "out", out.fields, self.vectors, (t.m, t.n)),
+            *_arguments(0, "a", a.fields, self.vectors, read(a, t.m)),
+            *_arguments(1, "b", b.fields, self.vectors, read(b, t.n)),
+            *_arguments(2, "out", out.fields, self.vectors, block(out, t.m, t.n)),
             *_arguments(3, "bias", EPILOGUES[self.epilogue][1], self.vectors),
         ]
         # Masks at the ends are vectors only where what lies side by side has such a length;
@@ -280,6 +166,7 @@ class Combine:
     dtype: str
     rows: int = 16
     cols: int = 128
+    parts: int = 4  # that are read at a time
 
     @property
     def name(self) -> str:
@@ -307,6 +194,7 @@ class Combine:
             "STORE": WRITERS[self.store].store,
             "BLOCK_M": self.rows,
             "BLOCK_N": self.cols,
+            "PARTS": self.parts,
         }
 
 
@@ -317,8 +205,8 @@ class MaskGradient:
     write: bool
     sum: bool
     dtype: str
-    vectors: bool = True
-    rows: int = 32
+    vectors: bool = True  # else any strides
+    rows: int = 64
     cols: int = 128
 
     @property
@@ -333,14 +221,14 @@ class MaskGradient:
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": 4}
+        return {"num_warps": 8 if self.vectors else 4}
 
     def arguments(self) -> list[Argument]:
-        operand = _fields(_MATRIX if self.vectors else f"{_ANY} image:i64")
+        operand = fields_of(MATRIX if self.vectors else f"{ANY} image:i64")
         found = _arguments(0, "grad", operand, self.vectors)
         found += _arguments(1, "output", operand, self.vectors)
         if self.write:
-            found += _arguments(2, "out", _fields(_MATRIX), self.vectors)
+            found += _arguments(2, "out", fields_of(MATRIX), self.vectors)
         if self.sum:
             found.append(Argument((3,), "partial", FLOAT, True))
         sizes = ("rows", "cols", "nan_passes", "height", "pixels")[: 4 if self.vectors else 5]

@@ -195,7 +195,8 @@ void* CurrentCudaStream(int32_t device_index);
 // Lends torch's threads, scratch memory and stream to the core for one call.
 class Context : public TwinfuseContext {
  public:
-  explicit Context(const View& like);
+  // torch has one setting for the float32 products of convolutions and one for all others.
+  Context(const View& like, bool convolution);
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;

@@ -6,7 +6,7 @@ import ctypes
 import functools
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY = Path(__file__).resolve().parent / "_lib" / "libtwinfuse.so"
 
 # The core's numbers for dtypes and devices, by the names both frameworks use.

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,15 +40,72 @@ launched: list[str] = []  # names of variants, in order
 NAMES = {torch.float32: "fp32", torch.float16: "fp16"}
 
 
+@dataclass(frozen=True)
+class Boxed:
+    """A tensor behind a descriptor with a box of the host's choice, of as many elements as the
+    block that the kernel knows; `steps` lie between those that it takes."""
+
+    tensor: Tensor
+    box: tuple[int, ...]
+    steps: tuple[int, ...]
+
+
+class Block(list[int]):
+    """A block that still knows its box behind Triton's copies of a descriptor."""
+
+    boxed: Boxed
+
+
+class BoxHandle(interpreter.TensorDescHandle):
+    """A descriptor as the hardware has it, where blocks are boxes."""
+
+    boxed: Boxed
+
+    def materialize_pointers(self, offsets: list[Any]) -> Any:
+        box, steps = self.boxed.box, self.boxed.steps
+        assert np.prod(box) == np.prod(self.block_shape)
+        # An encoder counts the elements between, too, and takes 256.
+        assert all(n * step <= 256 for n, step in zip(box, steps))
+        at, inside = self.base.data, np.ones(box, bool)
+        places = np.meshgrid(*map(np.arange, box), indexing="ij")
+        for i, place in enumerate(places):
+            index = int(offsets[i].data.item()) + place * steps[i]
+            inside &= (index >= 0) & (index < self.shape[i].data)
+            at = at + (index * self.strides[i].data * self.boxed.tensor.itemsize).astype(np.uint64)
+        pointers = interpreter.TensorHandle(at.reshape(self.block_shape), self.base.dtype.scalar)
+        return pointers, inside.reshape(self.block_shape)
+
+
+def _converted(argument: Any, convert: Any = interpreter._implicit_cvt) -> Any:
+    made = convert(argument)
+    block = getattr(argument, "block_shape", None)
+    if isinstance(block, Block):
+        plain = made.handle
+        made.handle = BoxHandle(
+            plain.base, plain.shape, plain.strides, plain.block_shape, plain.padding
+        )
+        made.handle.boxed = block.boxed
+    return made
+
+
+interpreter._implicit_cvt = _converted
+
+
+def descriptor(given: Tensor | Boxed, block: tuple[int, ...]) -> TensorDescriptor:
+    if isinstance(given, Tensor):
+        return TensorDescriptor(given, given.shape, given.stride(), list(block))
+    sizes = Block(block)
+    sizes.boxed = given
+    return TensorDescriptor(given.tensor, given.tensor.shape, given.tensor.stride(), sizes)
+
+
 def launch(variant: Any, programs: int, values: dict[str, Any]) -> None:
     """Every value must be an argument of the variant, and every argument have a value."""
     assert {a.name for a in variant.arguments()} == set(values)
 
     def value(argument: Any) -> Any:
         given = values[argument.name]
-        if argument.kind != "tensor":
-            return given
-        return TensorDescriptor(given, given.shape, given.stride(), list(argument.block))
+        return descriptor(given, argument.block) if argument.kind == "tensor" else given
 
     nothing = dict.fromkeys(variant.function.arg_names)
     call = nothing | variant.constants() | variants.bind(variant, value)
@@ -213,6 +273,8 @@ def bias_values(epilogue: str, bias: Tensor | None, dtype: torch.dtype) -> dict[
 def combine(parts: Tensor, out: Tensor, bias: Tensor | None = None, forward: bool = False) -> None:
     epilogue = "strided_bias_relu" if forward else "identity"
     variant = variants.Combine(epilogue, "strided", NAMES[out.dtype])
+    if len(out) == 1 and not forward:
+        variant = catalogue.SUMS[NAMES[out.dtype]]
     assert variant in catalogue.variants(90)
     values = {"partial": parts, "rows": out.shape[0], "cols": out.shape[1], "splits": len(parts)}
     values |= _output("strided", out) | bias_values(epilogue, bias, out.dtype)
@@ -227,7 +289,7 @@ def mask_gradient(
     images, pixels, cols = grad.shape
     rows = images * pixels
     vectors = images == 1 and grad.stride(2) == output.stride(2) == 1
-    variant = variants.MaskGradient(write, sums is not None, NAMES[grad.dtype], vectors)
+    variant = catalogue.mask_gradient(write, sums is not None, NAMES[grad.dtype], vectors)
     assert variant in catalogue.variants(90)
     parts = 3  # as if for several multiprocessors
     height = max(divide(divide(rows, variant.rows), parts), 1) * variant.rows

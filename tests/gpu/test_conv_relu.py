@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.arrays import lay_out
-from tests.conv_cases import CASES, ConvCase
-from tests.gpu import launcher, windows
+from tests.conv_cases import CASES, NHWC, ConvCase
+from tests.conv_cases import _case as make
+from tests.gpu import boxes, launcher, windows
 from tests.gpu.operands import operands, result
 from tests.problem import Problem, Results, build, reference64, relaid
 from tests.torch_cases import compare, conv_calls
@@ -78,10 +79,21 @@ def compute(
     flat: bool = False,
     largest: bool = False,
     multiplies: bool = False,
+    plain: bool = False,
+    box: boxes.Box | None = None,
 ) -> Results:
+    """All results by the kernels. `access`: "elements", "vectors" or "tensors". `plain`: the
+    gradient is masked once, before the products, as only descriptors are read."""
     case, geometry = problem.case, Geometry(problem.case)
     x, w, b, g = operands(problem, images)
-    last = access == "vectors"
+    last = access != "elements"
+    kernels: Any = boxes if access == "tensors" else windows
+    options: dict[str, Any] = {"largest": largest, "multiplies": multiplies}
+    of_products: dict[str, Any] = {"box": box}
+    forward: dict[str, Any] = {"forward": True}
+    if kernels is windows:
+        options["access"] = access
+        of_products, forward = {}, {"flat": flat}
     groups = case.groups
     k, c = w.shape[0] // groups, w.shape[1]
     rows, columns = (
@@ -107,41 +119,32 @@ def compute(
         filters = w[i * k : (i + 1) * k]
         bias = None if b is None else b[i * k : (i + 1) * k]
         out = group(output, k, i)
-        windows.product(
-            group(x, c, i),
-            filters,
-            out,
-            rows,
-            columns,
-            bias=bias,
-            access=access,
-            flat=flat,
-            largest=largest,
-        )
+        chosen = options | of_products | forward
+        kernels.product(group(x, c, i), filters, out, rows, columns, bias=bias, **chosen)
     g = laid_out(g, output)
+    grad, mask = (t.flatten(2).transpose(1, 2) for t in (g, output))
+    masked = launcher.mask_gradient(grad, mask, write=plain, sums=grad_bias, multiplies=multiplies)
+    if masked is not None:
+        g = masked.view(len(g), *g.shape[2:], -1).permute(0, 3, 1, 2)
     for i in range(groups):
         filters, grad, out = w[i * k : (i + 1) * k], group(g, k, i), group(output, k, i)
+        out = None if plain else out
         to = group(grad_input, c, i)
         phases = windows.grad_input_phases(tuple(x.shape[2:]), tuple(w.shape[2:]), geometry)
         for (y0, x0), r, s in phases:
             part = to[:, :, y0 :: geometry.stride[0], x0 :: geometry.stride[1]]
             turned = filters.transpose(0, 1)
-            options = {"access": access, "largest": largest, "multiplies": multiplies}
-            windows.product(grad, turned, part, r, s, mask=out, **options)
-        windows.grad_weight(
+            kernels.product(grad, turned, part, r, s, mask=out, **options | of_products)
+        kernels.grad_weight(
             group(x, c, i),
             grad,
             out,
             grad_weight[i * k : (i + 1) * k],
             rows,
             columns,
-            access=access,
-            multiplies=multiplies,
             splits=splits,
-            largest=largest,
+            **options,
         )
-    grad, mask = (t.flatten(2).transpose(1, 2) for t in (g, output))
-    launcher.mask_gradient(grad, mask, write=False, sums=grad_bias, multiplies=multiplies)
 
     return Results(
         result(problem, output, case.output_sizes),
@@ -183,6 +186,54 @@ def test_channels_last(case: ConvCase, weight_layout: str, dtype: str) -> None:
     assert ("lines_masked", "taps") in operands
 
 
+# Descriptors need channels of whole 16 bytes.
+BOXED = (
+    BY_ID["three_by_three_stride_nhwc"],
+    BY_ID["groups_of_vectors"],
+    make("boxes", (3, 24, 9, 8), 40, 3, padding=1, **NHWC),
+    make("boxes_no_bias", (5, 136, 7, 7), 72, 1, bias=False, **NHWC),
+    make("boxes_valid", (2, 72, 6, 11), 16, (2, 3), **NHWC),
+    make("boxes_rectangles", (2, 8, 9, 13), 24, (1, 5), (3, 1), (0, 3), (2, 2), **NHWC),
+    make("boxes_dilation_and_stride", (2, 8, 13, 12), 16, 3, 2, padding=3, dilation=3, **NHWC),
+    make("boxes_stride_beyond_kernel", (2, 8, 11, 13), 16, 2, stride=3, **NHWC),
+    make("boxes_of_one_row", (2, 64, 33), 40, 3, padding=((2, 0),), **NHWC),
+    make("boxes_integers", (2, 8, 6, 6), 16, 3, 2, padding=1, values="integers", **NHWC),
+    make("boxes_nonfinite", (2, 8, 8, 9), 16, 3, padding=1, values="nonfinite", **NHWC),
+)
+
+
+@every_dtype
+@pytest.mark.parametrize("plain", [False, True], ids=["masked", "plain"])
+@pytest.mark.parametrize("weight_layout", ["channels_last", "hwio"])
+@pytest.mark.parametrize("case", BOXED, ids=lambda case: case.id)
+def test_descriptors(case: ConvCase, weight_layout: str, plain: bool, dtype: str) -> None:
+    problem = relaid(build(case, dtype), "channels_last")
+    if weight_layout == "hwio":
+        problem = replace(problem, weight=lay_out(problem.weight.values, weight_layout, dtype))
+    launcher.launched.clear()
+    check(problem, "tensors", splits=2, plain=plain)
+    products = [name for name in launcher.launched if name[:4] not in ("comb", "mask")]
+    assert all(name.startswith("tensor_") for name in products)
+    weights = {name.split("-")[1] for name in products} - {"tensor_taps"}
+    assert weights == {"tensor_weight_depth", "tensor_weight_lines"}
+
+
+@pytest.mark.parametrize(
+    "box", [(128, 1, 1), (1, 128, 1), (1, 1, 128), (2, 8, 8), (16, 4, 2)], ids=str
+)
+def test_boxes(box: tuple[int, int, int]) -> None:
+    """Of any shape, and beyond every end of the output."""
+    check(relaid(build(BOXED[0], "float32"), "channels_last"), "tensors", box=boxes.Box(*box))
+
+
+def test_large_tiles_of_boxes() -> None:
+    launcher.launched.clear()
+    problem = relaid(build(BOXED[0], "float16"), "channels_last")
+    check(problem, "tensors", largest=True, plain=True)
+    names = [name for name in launcher.launched if name.startswith("tensor_windows")]
+    assert names and all("256x128" in name for name in names)
+
+
 @pytest.mark.parametrize("name", ["stem_valid", "uneven_padding", "1d_causal_dilation"])
 def test_few_channels(name: str) -> None:
     """A step of the reduced dimension takes several taps."""
@@ -196,11 +247,20 @@ def test_large_tiles(name: str) -> None:
     assert all("128x" in name for name in launcher.launched if name.startswith("windows"))
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["masked", "plain"])
+def test_rule_of_tensorflow_by_descriptors(plain: bool) -> None:
+    problem = relaid(build(BOXED[-1], "float32"), "channels_last")
+    check_multiplied(problem, compute(problem, "tensors", multiplies=True, plain=plain))
+
+
 @pytest.mark.parametrize("access", ["elements", "vectors"])
 def test_rule_of_tensorflow(access: str) -> None:
     """The mask multiplies: infinite gradients of dropped elements become NaN."""
     problem = relaid(build(BY_ID["nonfinite_nhwc"], "float32"), "channels_last")
-    ours = compute(problem, access, multiplies=True)
+    check_multiplied(problem, compute(problem, access, multiplies=True))
+
+
+def check_multiplied(problem: Problem, ours: Results) -> None:
     expected = reference64(problem, "multiply", output=ours.output)
     for name in ("output", "grad_input", "grad_weight", "grad_bias"):
         got, wanted = getattr(ours, name), getattr(expected, name)

@@ -76,6 +76,11 @@ def pixels(side: str, x: Tensor, rows: int, columns: int) -> dict[str, Any]:
     return {f"{side}_{name}": value for name, value in names.items()}
 
 
+def pointers(largest: bool) -> dict[str, Any]:
+    """Large tiles are read through pointers where there are no descriptors."""
+    return {"arch": 80, "largest": True} if largest else {"arch": 90}
+
+
 def product(
     x: Tensor,
     weight: Tensor,
@@ -106,7 +111,7 @@ def product(
         epilogue=epilogue if forward else "identity",
         store=store,
         dtype=NAMES[x.dtype],
-        largest=largest,
+        **pointers(largest),
     )
     values = image("a", x, rows, columns) | pixels("out", out, rows.count, columns.count)
     if not names:
@@ -173,7 +178,7 @@ def grad_weight(
         epilogue="identity",
         store="split" if splits > 1 else "taps",
         dtype=NAMES[x.dtype],
-        largest=largest,
+        **pointers(largest),
     )
     values: dict[str, Any] = image("b", x, rows, columns)
     if vectors:
@@ -183,19 +188,10 @@ def grad_weight(
         values |= pixels("a", grad, p, q) | {"a_channel": grad.stride(1), "a_mask": mask}
         values["b_channel"] = x.stride(1)
     values["a_nan_passes"] = int(not multiplies)
-    store = {
-        "out_data": out,
-        "out_channels": x.shape[1],
-        "out_taps": columns.taps,
-        "out_tap_y": out.stride(2),
-        "out_tap_x": out.stride(3),
-        "out_stride": out.stride(0),
-        "out_channel": out.stride(1),
-    }
     width = variant.tile.n
     cols = rows.taps * columns.taps * divide(x.shape[1], width) * width
     parts = torch.full((splits, k, cols), torch.nan)
-    values |= {"out_data": parts} if splits > 1 else store
+    values |= {"out_data": parts} if splits > 1 else weight_taps("out", out, columns)
     depth = n * p * q
     values |= {"rows": k, "cols": cols, "depth": depth, "splits": splits}
     values["steps"] = divide(depth, variant.tile.k)
@@ -203,7 +199,28 @@ def grad_weight(
     if tiles:
         launcher.launch(variant, tiles, values | {"programs": tiles})
     if splits > 1 and tiles:
-        wanted = launcher.variants.Combine("identity", "taps", NAMES[x.dtype], cols=width)
-        assert wanted in launcher.catalogue.variants(90)
-        sums = {"partial": parts, "rows": k, "cols": cols, "splits": splits}
-        launcher.launch(wanted, divide(k, wanted.rows) * divide(cols, width), store | sums)
+        combine_taps(parts, out, columns, width)
+
+
+def weight_taps(side: str, weight: Tensor, columns: Windows) -> dict[str, Any]:
+    """Arguments of a store to the taps of [K, C, R, S]."""
+    names = {
+        "data": weight,
+        "channels": weight.shape[1],
+        "taps": columns.taps,
+        "tap_y": weight.stride(2),
+        "tap_x": weight.stride(3),
+        "stride": weight.stride(0),
+        "channel": weight.stride(1),
+    }
+    return {f"{side}_{name}": value for name, value in names.items()}
+
+
+def combine_taps(parts: Tensor, out: Tensor, columns: Windows, width: int) -> None:
+    """Adds up splits of [K, taps and channels], in tiles of `width`."""
+    splits, k, cols = parts.shape
+    wanted = launcher.variants.Combine("identity", "taps", NAMES[out.dtype], cols=width)
+    assert wanted in launcher.catalogue.variants(90)
+    sums = {"partial": parts, "rows": k, "cols": cols, "splits": splits}
+    programs = divide(k, wanted.rows) * divide(cols, width)
+    launcher.launch(wanted, programs, weight_taps("out", out, columns) | sums)

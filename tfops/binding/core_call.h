@@ -17,6 +17,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "tensorflow/core/framework/op_kernel.h"
+#include "tsl/platform/tensor_float_32_utils.h"
 #include "twinfuse/core.h"
 #include "xla/stream_executor/stream.h"
 #include "xla/tsl/platform/threadpool.h"
@@ -142,6 +143,8 @@ class CoreCall {
     if (op->device()->device_type() == tensorflow::DEVICE_GPU) {
       context_.device = TWINFUSE_CUDA;
       context_.stream = op->op_device_context()->stream()->platform_specific_handle().stream;
+      context_.precision = tsl::tensor_float_32_execution_enabled() ? TWINFUSE_PRECISION_TF32
+                                                                    : TWINFUSE_PRECISION_IEEE;
       return;
     }
     context_.device = TWINFUSE_CPU;
@@ -165,6 +168,8 @@ class CoreCall {
         return absl::UnimplementedError(twinfuse_last_error());
       case TWINFUSE_OUT_OF_MEMORY:
         return absl::ResourceExhaustedError(twinfuse_last_error());
+      case TWINFUSE_DRIVER_ERROR:
+        break;
     }
     return absl::InternalError(twinfuse_last_error());
   }

@@ -24,7 +24,7 @@ extern "C" {
 
 // Bindings compare this with `twinfuse_abi_version()` before the first call. Raised whenever a
 // struct or a signature in include/twinfuse/ changes.
-#define TWINFUSE_ABI_VERSION 2
+#define TWINFUSE_ABI_VERSION 3
 
 typedef enum TwinfuseStatus {
   TWINFUSE_OK = 0,
@@ -35,6 +35,8 @@ typedef enum TwinfuseStatus {
   TWINFUSE_UNSUPPORTED = 2,
   // The framework's allocator returned NULL.
   TWINFUSE_OUT_OF_MEMORY = 3,
+  // The CUDA driver refused a call; the error text is its own.
+  TWINFUSE_DRIVER_ERROR = 4,
 } TwinfuseStatus;
 
 typedef enum TwinfuseDtype {
@@ -49,6 +51,12 @@ typedef enum TwinfuseDevice {
   TWINFUSE_CPU = 0,
   TWINFUSE_CUDA = 1,
 } TwinfuseDevice;
+
+// How float32 is multiplied on a GPU. CPU kernels do not look at it.
+typedef enum TwinfusePrecision {
+  TWINFUSE_PRECISION_IEEE = 0,  // to the accuracy of float32
+  TWINFUSE_PRECISION_TF32 = 1,  // operands rounded to 10 bits of mantissa
+} TwinfusePrecision;
 
 // A dense array lent for the length of one call. Strides count elements, may be zero or huge for
 // inputs, and describe any view the framework can make. `data` may be NULL when a size is 0.
@@ -68,6 +76,7 @@ typedef struct TwinfuseContext {
   int32_t device;        // TwinfuseDevice of every tensor in the call
   int32_t device_index;  // CUDA: the framework's ordinal
   void* stream;          // CUDA: CUstream; CPU: NULL
+  int32_t precision;     // TwinfusePrecision
 
   // CPU: runs `task(argument, i)` for every i in [0, count), possibly at the same time, and returns
   // when all are done. NULL means serial. `num_threads` is how many can run at once; results never

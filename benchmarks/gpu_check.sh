@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU: tests, compute-sanitizer on a few of them, then the benchmarks.
+#   benchmarks/gpu_check.sh [folder for raw results]
+# PYTHON names the interpreter that has torch with CUDA. The compiled parts are built unless they are
+# there already (libraries may come from another x86-64 machine); GPU kernels must have been compiled
+# by `make kernels`. KEEP_GOING=1 runs the benchmarks although tests fail.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+out=${1:-build/gpu}
+mkdir -p "$out"
+export PYTHONPATH=$PWD:$PWD/pyext${PYTHONPATH:+:$PYTHONPATH}
+export TWINFUSE_TEST_REQUIRE=core,torch,gpu
+
+loads="import twinfuse.torch as t; from twinfuse.torch import _operators as o; assert not o.missing, o.missing"
+if ! "$python" -c "$loads" 2>/dev/null; then
+  "$python" setup.py --quiet build_ext --inplace || exit
+  "$python" -c "$loads" || exit
+fi
+
+failed=0
+"$python" -m pytest -q -p no:cacheprovider -n "${WORKERS:-8}" tests/test_gpu_torch.py \
+  >"$out/tests.log" 2>&1 || failed=1
+tail -n 40 "$out/tests.log" | cut -c1-300
+
+if command -v compute-sanitizer >/dev/null; then
+  for tool in ${SANITIZERS:-memcheck racecheck}; do
+    # torch's caching allocator would hide an access beyond a tensor.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$tool" \
+      --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu_torch.py \
+      -k "${SANITIZED:-(odd_everywhere or uneven_padding or pointwise_stride or three_by_three_stride_nhwc) and not float32}" \
+      >"$out/$tool.log" 2>&1 || failed=1
+    echo "$tool: $(tail -n 2 "$out/$tool.log" | tr '\n' ' ' | cut -c1-200)"
+  done
+fi
+
+if [ "$failed" = 0 ] || [ "${KEEP_GOING:-}" = 1 ]; then
+  "$python" -m benchmarks.gpu ${BENCHMARKS:---compile} --json "$out/bfloat16.json" || failed=1
+fi
+exit "$failed"

@@ -1,0 +1,144 @@
+"""Writes compiled GPU kernels as sources that the core is built with.
+
+`write(kernels, out)` reads what csrc/aot.py has left in the folder `kernels` and makes in `out`
+
+    table.cc    the table that csrc/gpu/kernels.h declares
+    images.S    the machine code of all kernels, as one block
+    images.bin  which images.S includes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+SOURCES = "sources.sha256"  # beside kernels.json: of what the kernels were compiled from
+ALIGNMENT = 64
+KINDS = {"data": "pointer", "fp32": "pointer", "i32": "i32", "i64": "i64", "tensor": "tensor"}
+
+
+def sources_hash() -> str:
+    """Of the kernels' sources: the arguments that the core passes are those of one version."""
+    digest = hashlib.sha256()
+    for path in (*sorted((HERE / "triton").glob("*.py")), HERE / "aot.py"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def up_to_date(kernels: Path) -> bool:
+    stamp = kernels / SOURCES
+    return stamp.exists() and stamp.read_text().strip() == sources_hash()
+
+
+def write(kernels: Path, out: Path) -> list[Path]:
+    """The sources to compile. Files whose content has not changed are left alone."""
+    table = json.loads((kernels / "kernels.json").read_text())
+    out.mkdir(parents=True, exist_ok=True)
+    image = bytearray()
+    offsets: dict[bytes, int] = {}  # variants that compile to the same code share it
+    parameters: dict[str, str] = {}
+    rows = []
+    for kernel in table:
+        code = (kernels / kernel["file"]).read_bytes()
+        if code not in offsets:
+            image += bytes(-len(image) % ALIGNMENT)
+            offsets[code] = len(image)
+            image += code
+        listed = ", ".join(map(_parameter, kernel["parameters"]))
+        name = parameters.setdefault(listed, f"kParameters{len(parameters)}")
+        rows.append(_row(kernel, name, offsets[code], len(code)))
+    digest = hashlib.sha256(image).hexdigest()
+    _replace(out / "images.bin", bytes(image))
+    _replace(
+        out / "images.S", IMAGES.format(digest=digest, alignment=ALIGNMENT, folder=out).encode()
+    )
+    lists = "\n".join(f"const Parameter {name}[] = {{{x}}};" for x, name in parameters.items())
+    _replace(out / "table.cc", TABLE.format(lists=lists, rows="\n".join(rows)).encode())
+    return [out / "table.cc", out / "images.S"]
+
+
+def _parameter(parameter: dict[str, Any]) -> str:
+    box = parameter["box"] or []
+    values = [
+        f"Kind::{KINDS[parameter['kind']]}",
+        str(parameter["divisible"]).lower(),
+        str(len(box)),
+        str(parameter["swizzle"] or 0),
+        f"{{{', '.join(map(str, box))}}}",
+    ]
+    return f"{{{', '.join(values)}}}"
+
+
+def _row(kernel: dict[str, Any], parameters: str, offset: int, size: int) -> str:
+    v = kernel["variant"]
+    tile = v.get("tile") or {"m": v["rows"], "n": v["cols"], "k": 1, "stages": 1}
+    function = kernel["entry"].removeprefix("multiply") or "product"
+    role = [
+        f"Function::{function}",
+        f"Reader::{v.get('a', 'none')}",
+        f"Reader::{v.get('b', 'none')}",
+        f"Epilogue::{v.get('epilogue', 'none')}",
+        f"Writer::{v.get('store', 'none')}",
+        f"Type::{v['dtype']}",
+        f"Precision::{v.get('precision', 'ieee')}",
+        *(str(v.get(flag, False)).lower() for flag in ("vectors", "write", "sum")),
+    ]
+    values = [
+        kernel["arch"],
+        f"{{{', '.join(role)}}}",
+        f"{{{tile['m']}, {tile['n']}, {tile['k']}}}",
+        kernel["warps"],
+        tile["stages"],
+        str(v.get("persistent", False)).lower(),
+        kernel["registers"],
+        kernel["shared"],
+        parameters,
+        len(kernel["parameters"]),
+        offset,
+        size,
+        f'"{kernel["entry"]}"',
+        f'"{kernel["name"]}"',
+    ]
+    return f"    {{{', '.join(map(str, values))}}},"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    if not path.exists() or path.read_bytes() != content:
+        path.write_bytes(content)
+
+
+TABLE = """\
+// Written by csrc/embed.py.
+#include "gpu/kernels.h"
+
+extern "C" const unsigned char twinfuse_images[];
+
+namespace twinfuse::gpu {{
+namespace {{
+{lists}
+}}  // namespace
+
+const Kernel kKernels[] = {{
+{rows}
+}};
+const int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
+const unsigned char* const kImages = twinfuse_images;
+
+}}  // namespace twinfuse::gpu
+"""
+
+# The hash makes the file change with what it includes, which compilers do not list.
+IMAGES = """\
+# sha256 of images.bin: {digest}
+  .section .rodata
+  .balign {alignment}
+  .global twinfuse_images
+  .hidden twinfuse_images
+twinfuse_images:
+  .incbin "{folder}/images.bin"
+  .byte 0
+  .section .note.GNU-stack,"",@progbits
+"""

@@ -1,0 +1,191 @@
+#include "gpu/box_product.h"
+
+#include <algorithm>
+
+namespace twinfuse::gpu {
+namespace {
+
+constexpr int64_t kMostOfBox = 256;  // of one dimension, with what it steps over
+
+// Of pixels: a tile of an output, or a step of a sum over it; and how many cover the output.
+struct Box {
+  int64_t images = 0, rows = 0, columns = 0;
+  int64_t tiles_n = 0, tiles_y = 0, tiles_x = 0;
+
+  int64_t tiles() const { return tiles_n * tiles_y * tiles_x; }
+};
+
+// The box of so many pixels that wastes least of the output. `whole`: it must not reach beyond rows
+// and columns. No box: `images` is zero.
+Box box_of(int64_t pixels, const View& out, const Windows& rows, const Windows& columns,
+           bool whole) {
+  Box best;
+  for (int64_t h = 1; h <= pixels; h *= 2) {
+    for (int64_t w = 1; h * w <= pixels; w *= 2) {
+      if (h * rows.step > kMostOfBox || w * columns.step > kMostOfBox) continue;
+      if (pixels / (h * w) > kMostOfBox) continue;
+      if (whole && (rows.count % h || columns.count % w)) continue;
+      Box box{pixels / (h * w), h, w, 0, divide(rows.count, h), divide(columns.count, w)};
+      box.tiles_n = divide(out.size[0], box.images);
+      const bool better =
+          box.tiles() < best.tiles() || (box.tiles() == best.tiles() && box.images < best.images);
+      if (!best.images || better) best = box;
+    }
+  }
+  return best;
+}
+
+// Sizes and strides in the order of a descriptor, channels last. The strides of dimensions of one
+// element mean nothing, but the driver looks at them.
+Dense dense(const void* data, const View& v, const int (&order)[4]) {
+  Dense t{data, 4, {}, {}, {1, 1, 1, 1}};
+  for (int d = 0; d < 4; d++) {
+    t.size[d] = v.size[order[d]];
+    t.stride[d] = t.size[d] > 1 || d == 3 ? v.stride[order[d]] : kVector;
+  }
+  if (t.size[3] == 1) t.stride[3] = 1;
+  return t;
+}
+
+constexpr int kChannelsLast[4] = {0, 2, 3, 1};
+constexpr int kDepthLast[4] = {2, 3, 0, 1}, kLinesLast[4] = {2, 3, 1, 0};
+
+Dense boxed(const void* data, const View& v, const Box& box, int64_t step_y = 1,
+            int64_t step_x = 1) {
+  Dense t = dense(data, v, kChannelsLast);
+  const int64_t sizes[4] = {box.images, box.rows, box.columns, 0};
+  const int64_t steps[4] = {1, step_y, step_x, 1};
+  for (int d = 0; d < 4; d++) {
+    t.box[d] = static_cast<int32_t>(sizes[d]);
+    t.traversal[d] = static_cast<int32_t>(steps[d]);
+  }
+  return t;
+}
+
+bool by_depth(const View& weight) { return weight.stride[1] == 1 || weight.size[1] == 1; }
+
+Dense taps_of(const View& weight) {
+  return by_depth(weight) ? dense(weight.data, weight, kDepthLast)
+                          : dense(weight.data, weight, kLinesLast);
+}
+
+bool fits(const Call& call, const void* data, const View& v) {
+  return encodable(dense(data, v, kChannelsLast), call.type);
+}
+
+// Kernels decode steps exactly up to here.
+bool decodable(int64_t steps, int64_t divisor) {
+  return steps < INT32_MAX / std::max<int64_t>(divisor, 1);
+}
+
+void add_image(Launch& launch, const View& x, const Windows& rows, const Windows& columns,
+               const Box& box) {
+  launch.tensor(boxed(x.data, x, box, rows.step, columns.step));
+  launch.number(x.size[1]).number(columns.taps).number(box.tiles_y).number(box.tiles_x);
+  launch.number(box.images).number(box.rows * rows.step).number(box.columns * columns.step);
+  launch.number(rows.origin).number(columns.origin);
+  launch.number(rows.dilation).number(columns.dilation);
+}
+
+void add_pixels(Launch& launch, const View& v, const Box& box) {
+  launch.tensor(boxed(v.data, v, box)).number(box.tiles_y).number(box.tiles_x);
+  launch.number(box.images).number(box.rows).number(box.columns);
+}
+
+Shape shape_of(const WindowProduct& p, const Kernel& kernel, const Box& box) {
+  return {box.tiles() * kernel.tile.m, p.out.size[1], p.rows.taps * p.columns.taps * p.x.size[1]};
+}
+
+int64_t steps_of(const WindowProduct& p, const Kernel& kernel) {
+  return p.rows.taps * p.columns.taps * divide(p.x.size[1], kernel.tile.k);
+}
+
+}  // namespace
+
+Choice plan_boxes(const Call& call, const WindowProduct& p) {
+  Choice best;
+  const bool bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
+  const bool steps = p.rows.step <= 8 && p.columns.step <= 8;  // what descriptors can step over
+  if (!call.device.has_tensors() || !bias || !steps || !fits(call, p.x.data, p.x) ||
+      !fits(call, p.out.data, p.out) || (p.mask && !fits(call, p.mask, p.x)) ||
+      !encodable(taps_of(p.weight), call.type))
+    return best;
+  const bool depth = by_depth(p.weight);
+  const Role role{Function::product,
+                  p.mask ? Reader::tensor_windows_masked : Reader::tensor_windows,
+                  depth ? Reader::tensor_weight_depth : Reader::tensor_weight_lines,
+                  p.behind == Behind::nothing ? Epilogue::identity : Epilogue::bias_relu,
+                  Writer::tensor_windows,
+                  call.type,
+                  call.precision,
+                  true,
+                  false,
+                  false};
+  for (const Kernel* kernel : call.device.find(role)) {
+    const Box box = box_of(kernel->tile.m, p.out, p.rows, p.columns, false);
+    const int64_t count = steps_of(p, *kernel);
+    const int64_t chunks = divide(p.x.size[1], kernel->tile.k);
+    if (!box.images || !decodable(count, std::max(chunks, p.columns.taps))) continue;
+    Shape shape = shape_of(p, *kernel, box);
+    shape.depth = count * kernel->tile.k;
+    if (shape.rows > INT32_MAX - 1024) continue;
+    best.improve({kernel, 1, estimate(call.device, *kernel, shape, 1)});
+  }
+  return best;
+}
+
+void run_boxes(const Call& call, const WindowProduct& p, const Kernel& kernel) {
+  const Box box = box_of(kernel.tile.m, p.out, p.rows, p.columns, false);
+  Launch launch(call.device, kernel);
+  add_image(launch, p.x, p.rows, p.columns, box);
+  if (p.mask) {
+    launch.tensor(boxed(p.mask, p.x, box, p.rows.step, p.columns.step));
+    launch.number(call.nan_passes);
+  }
+  launch.tensor(taps_of(p.weight)).number(p.x.size[1]).number(p.columns.taps);
+  launch.number(p.rows.first).number(p.columns.first);
+  launch.number(p.rows.tap_step).number(p.columns.tap_step);
+  add_pixels(launch, p.out, box);
+  add(launch, kernel.role.epilogue, p.bias);
+  add_sizes(launch, call, kernel, shape_of(p, kernel, box), steps_of(p, kernel), 1);
+}
+
+Choice plan_boxes(const Call& call, const TapProduct& p) {
+  Choice best;
+  const bool steps = p.rows.step <= 8 && p.columns.step <= 8;
+  if (!call.device.has_tensors() || !steps || !fits(call, p.x.data, p.x) ||
+      !fits(call, p.grad.data, p.grad) || (p.mask && !fits(call, p.mask, p.grad)))
+    return best;
+  const Role role{Function::product,
+                  p.mask ? Reader::tensor_pixels_masked : Reader::tensor_pixels,
+                  Reader::tensor_taps,
+                  Epilogue::identity,
+                  Writer::split,
+                  call.type,
+                  call.precision,
+                  true,
+                  false,
+                  false};
+  for (const Kernel* kernel : call.device.find(role)) {
+    const Box box = box_of(kernel->tile.k, p.grad, p.rows, p.columns, true);
+    if (!box.images || !decodable(box.tiles(), std::max(box.tiles_y, box.tiles_x))) continue;
+    Shape shape = tap_shape(p, *kernel);
+    shape.depth = box.tiles() * kernel->tile.k;
+    const int splits = most_splits(call.device, *kernel, shape);
+    best.improve({kernel, splits, estimate(call.device, *kernel, shape, splits)});
+  }
+  return best;
+}
+
+void run_boxes(const Call& call, const TapProduct& p, const Choice& choice, void* parts) {
+  const Kernel& kernel = *choice.kernel;
+  const Box box = box_of(kernel.tile.k, p.grad, p.rows, p.columns, true);
+  Launch launch(call.device, kernel);
+  add_pixels(launch, p.grad, box);
+  if (p.mask) launch.tensor(boxed(p.mask, p.grad, box)).number(call.nan_passes);
+  add_image(launch, p.x, p.rows, p.columns, box);
+  launch.pointer(parts);
+  add_sizes(launch, call, kernel, tap_shape(p, kernel), box.tiles(), choice.splits);
+}
+
+}  // namespace twinfuse::gpu

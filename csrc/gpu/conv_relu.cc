@@ -1,0 +1,195 @@
+// Conv+ReLU on a GPU.
+#include "gpu/ops.h"
+#include "gpu/serve.h"
+#include "gpu/window_product.h"
+
+namespace twinfuse::gpu {
+namespace {
+
+// Each group is launched by itself; with more of them the framework's own layers are faster.
+constexpr int64_t kMostGroups = 4;
+
+void require_few_groups(const TwinfuseConv& conv) {
+  if (conv.groups > kMostGroups)
+    throw Unsupported("more than " + std::to_string(kMostGroups) + " groups on a GPU");
+}
+
+// Every how manieth channel of the view belongs to which group.
+View group(const View& v, int dimension, int64_t index, int64_t groups, Type type) {
+  const int64_t size = v.size[dimension] / groups;
+  return channels(v, dimension, index * size, size, type);
+}
+
+bool same_strides(const View& a, const View& b) {
+  for (int d = 0; d < 4; d++)
+    if (a.size[d] > 1 && a.stride[d] != b.stride[d]) return false;
+  return true;
+}
+
+// One tap, and windows that are the image's own pixels: a product of matrices.
+bool pointwise(const Windows& rows, const Windows& columns, const View& x) {
+  for (const Windows& w : {rows, columns})
+    if (w.taps != 1 || w.step != 1 || w.origin != 0) return false;
+  return rows.count == x.size[2] && columns.count == x.size[3];
+}
+
+// Pixels as the rows of a matrix, if they are equally far apart.
+bool collapses(const View& v, int64_t* stride) {
+  int64_t expected = 0;
+  bool started = false;
+  *stride = v.size[1];
+  for (const int d : {3, 2, 0}) {
+    if (v.size[d] == 1) continue;
+    if (!started)
+      *stride = v.stride[d], started = true;
+    else if (v.stride[d] != expected)
+      return false;
+    expected = v.stride[d] * v.size[d];
+  }
+  return true;
+}
+
+bool as_matrices(const Call& call, const WindowProduct& p, Product* product) {
+  int64_t x = 0, out = 0;
+  if (!pointwise(p.rows, p.columns, p.x) || !collapses(p.x, &x) || !collapses(p.out, &out))
+    return false;
+  const int64_t rows = p.x.size[0] * p.x.size[2] * p.x.size[3], depth = p.x.size[1];
+  const Operand a{p.x.data, rows, depth, x, p.x.stride[1], p.mask, x, p.x.stride[1]};
+  const char* tap = p.weight.data + tap_offset(p) * element_size(call.type);
+  const Operand b{tap, p.weight.size[0], depth, p.weight.stride[0], p.weight.stride[1]};
+  *product = {a, b, {p.out.data, out, p.out.stride[1]}, p.behind, p.bias};
+  return true;
+}
+
+bool as_matrices(const Call&, const TapProduct& p, Product* product) {
+  int64_t x = 0, grad = 0;
+  if (!pointwise(p.rows, p.columns, p.x) || !collapses(p.x, &x) || !collapses(p.grad, &grad))
+    return false;
+  const int64_t depth = p.x.size[0] * p.x.size[2] * p.x.size[3];
+  const Operand a{p.grad.data, p.grad.size[1],   depth, p.grad.stride[1], grad,
+                  p.mask,      p.grad.stride[1], grad};
+  const Operand b{p.x.data, p.x.size[1], depth, p.x.stride[1], x};
+  *product = oriented({a, b, {p.out.data, p.out.stride[0], p.out.stride[1]}});
+  return true;
+}
+
+template <class Windowed>
+void compute(const Call& call, const Windowed& p) {
+  Product product;
+  if (as_matrices(call, p, &product))
+    run(call, product, plan(call, product));
+  else
+    run(call, p, plan(call, p));
+}
+
+// The gradient of the input, phase by phase of the stride.
+template <class Body>
+void each_phase(const View& grad, const View& weight, const View& grad_input,
+                const TwinfuseConv& conv, Type type, const Body& body) {
+  View transposed = weight;
+  std::swap(transposed.size[0], transposed.size[1]);
+  std::swap(transposed.stride[0], transposed.stride[1]);
+  for (int64_t y = 0; y < std::min(conv.stride[0], grad_input.size[2]); y++) {
+    for (int64_t x = 0; x < std::min(conv.stride[1], grad_input.size[3]); x++) {
+      const int64_t phase[2] = {y, x};
+      Windows windows[2];
+      View out = grad_input;
+      for (int d = 0; d < 2; d++) {
+        windows[d] = transposed_windows(grad_input.size[2 + d], weight.size[2 + d], conv.stride[d],
+                                        conv.padding_low[d], conv.dilation[d], phase[d]);
+        out.data += phase[d] * out.stride[2 + d] * element_size(type);
+        out.size[2 + d] = windows[d].count;
+        out.stride[2 + d] *= conv.stride[d];
+      }
+      body(WindowProduct{grad, nullptr, transposed, windows[0], windows[1], out});
+    }
+  }
+}
+
+}  // namespace
+
+TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const char* name, int32_t dtype,
+                                 const TwinfuseContext& context) {
+  return serve(name, dtype, context, [&](const Call& call) {
+    require_few_groups(op.conv);
+    const View input = view(op.input), weight = view(op.weight), output = view(op.output);
+    const int64_t groups = op.conv.groups;
+    Windows windows[2];
+    for (int d = 0; d < 2; d++)
+      windows[d] = forward_windows(output.size[2 + d], weight.size[2 + d], op.conv.stride[d],
+                                   op.conv.padding_low[d], op.conv.dilation[d]);
+    for (int64_t i = 0; i < groups; i++) {
+      const View filters = group(weight, 0, i, groups, call.type);
+      const char* bias = static_cast<const char*>(op.bias);
+      if (bias) bias += i * filters.size[0] * op.bias_stride * element_size(call.type);
+      compute(call, WindowProduct{group(input, 1, i, groups, call.type),
+                                  nullptr,
+                                  filters,
+                                  windows[0],
+                                  windows[1],
+                                  group(output, 1, i, groups, call.type),
+                                  Behind::bias_relu,
+                                  {bias, op.bias_stride}});
+    }
+  });
+}
+
+TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const char* name, int32_t dtype,
+                                  const TwinfuseContext& context) {
+  return serve(name, dtype, context, [&](Call call) {
+    require_few_groups(op.conv);
+    call.nan_passes = op.relu_grad == TWINFUSE_RELU_GRAD_SELECT;
+    const View grad = view(op.grad_output), output = view(op.output);
+    const View input = view(op.input), weight = view(op.weight);
+    const View grad_input = view(op.grad_input), grad_weight = view(op.grad_weight);
+    const int64_t groups = op.conv.groups, filters = grad.size[1];
+    const int64_t pixels = grad.size[2] * grad.size[3];
+    const bool wants_input = op.grad_input.data != nullptr;
+    const bool wants_weight = op.grad_weight.data != nullptr;
+
+    // One pass over the gradient sums it for the bias, and leaves it masked with its channels side
+    // by side, as products read it best.
+    const bool products = wants_input || wants_weight;
+    const bool once =
+        products && (op.grad_bias || !same_strides(grad, output) || (wants_input && wants_weight));
+    View masked = grad;
+    if (once) {
+      const int64_t pitch = divide(filters, kVector) * kVector;
+      masked.data = static_cast<char*>(
+          call.allocate(grad.size[0] * pixels * pitch * element_size(call.type)));
+      masked.stride[1] = 1;
+      masked.stride[3] = pitch;
+      masked.stride[2] = pitch * grad.size[3];
+      masked.stride[0] = pitch * pixels;
+    }
+    if (once || op.grad_bias) {
+      const Vector sums{op.grad_bias, op.grad_bias_stride};
+      mask_images(call, grad, output, once ? masked.data : nullptr, masked.stride[3],
+                  op.grad_bias ? &sums : nullptr);
+    }
+    for (int64_t i = 0; i < groups && products; i++) {
+      const View g = group(masked, 1, i, groups, call.type);
+      const void* mask = once ? nullptr : group(output, 1, i, groups, call.type).data;
+      if (wants_input) {
+        each_phase(g, group(weight, 0, i, groups, call.type),
+                   group(grad_input, 1, i, groups, call.type), op.conv, call.type,
+                   [&](WindowProduct product) {
+                     product.mask = mask;
+                     compute(call, product);
+                   });
+      }
+      if (wants_weight) {
+        Windows windows[2];
+        for (int d = 0; d < 2; d++)
+          windows[d] = forward_windows(grad.size[2 + d], grad_weight.size[2 + d], op.conv.stride[d],
+                                       op.conv.padding_low[d], op.conv.dilation[d]);
+        const TapProduct product{
+            g,          mask,       group(input, 1, i, groups, call.type),
+            windows[0], windows[1], group(grad_weight, 0, i, groups, call.type)};
+        compute(call, product);
+      }
+    }
+  });
+}
+
+}  // namespace twinfuse::gpu

@@ -1,0 +1,126 @@
+// The kernels that csrc/aot.py has compiled: what each computes, and what its launch needs.
+//
+// The table itself is generated beside the machine code (build/kernels/table.cc). The enumerators
+// are the names of csrc/triton/variants.py.
+#pragma once
+
+#include <stdint.h>
+
+namespace twinfuse::gpu {
+
+enum class Function : uint8_t { product, combine, mask_gradient };
+
+enum class Reader : uint8_t {
+  none,
+  depth,
+  lines,
+  left_lines,
+  strided,
+  depth_masked,
+  lines_masked,
+  strided_masked,
+  tensor_depth,
+  tensor_lines,
+  tensor_depth_masked,
+  tensor_lines_masked,
+  windows,
+  windows_masked,
+  planes,
+  planes_masked,
+  flat,
+  weight_depth,
+  weight_lines,
+  weight_strided,
+  weight_flat,
+  taps,
+  taps_strided,
+  pixels_masked,
+  tensor_windows,
+  tensor_windows_masked,
+  tensor_weight_depth,
+  tensor_weight_lines,
+  tensor_taps,
+  tensor_pixels,
+  tensor_pixels_masked,
+};
+
+enum class Epilogue : uint8_t { none, bias_relu, strided_bias_relu, identity };
+
+enum class Writer : uint8_t {
+  none,
+  lines,
+  strided,
+  tensor,
+  split,
+  windows,
+  planes,
+  taps,
+  tensor_windows
+};
+
+enum class Type : uint8_t { bf16, fp16, fp32 };
+
+enum class Precision : uint8_t { ieee, tf32, tf32x3 };
+
+// What a kernel computes. `access` of a product: whether it reads vectors. Of a MaskGradient, `a`
+// and `b` are none, and what it writes is told by `writes` and `sums`.
+struct Role {
+  Function function;
+  Reader a, b;
+  Epilogue epilogue;
+  Writer store;
+  Type type;
+  Precision precision;
+  bool vectors;
+  bool writes, sums;
+
+  uint64_t key() const {
+    const uint8_t parts[] = {uint8_t(function),  uint8_t(a),
+                             uint8_t(b),         uint8_t(epilogue),
+                             uint8_t(store),     uint8_t(type),
+                             uint8_t(precision), uint8_t(vectors * 4 + writes * 2 + sums)};
+    uint64_t key = 0;
+    for (const uint8_t part : parts) key = key << 8 | part;
+    return key;
+  }
+};
+
+constexpr int kMostRank = 5;
+
+enum class Kind : uint8_t { pointer, i32, i64, tensor };
+
+// A parameter: whether its value must be divisible by 16, and how a descriptor is encoded.
+struct Parameter {
+  Kind kind;
+  bool divisible;
+  uint8_t rank;
+  uint8_t swizzle;
+  uint16_t box[kMostRank];  // outermost dimension first
+};
+
+// Rows and columns of the output that one program computes, and `k` of the reduced dimension that
+// it takes at a time.
+struct Tile {
+  int32_t m, n, k;
+};
+
+struct Kernel {
+  int32_t arch;
+  Role role;
+  Tile tile;
+  int32_t warps, stages;
+  bool persistent;
+  int32_t registers;  // of a thread
+  uint32_t shared;    // bytes
+  const Parameter* parameters;
+  int32_t parameter_count;
+  uint32_t offset, size;  // of the machine code in kImages
+  const char* entry;
+  const char* name;
+};
+
+extern const Kernel kKernels[];
+extern const int kKernelCount;
+extern const unsigned char* const kImages;
+
+}  // namespace twinfuse::gpu

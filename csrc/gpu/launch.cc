@@ -1,0 +1,95 @@
+#include "gpu/launch.h"
+
+namespace twinfuse::gpu {
+namespace {
+
+constexpr int kDataTypes[] = {9, 6, 7};  // CUtensorMapDataType of bfloat16, float16 and float32
+constexpr int kPromoteTo128 = 2;         // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+constexpr int64_t kVector = 16;          // bytes, and what `divisible` means
+
+[[noreturn]] void refuse(const Kernel& kernel, const char* text) {
+  throw std::logic_error(std::string("kernel ") + kernel.name + ": " + text);
+}
+
+}  // namespace
+
+bool encodable(const Dense& t, Type type) {
+  if (reinterpret_cast<uintptr_t>(t.data) % kVector || t.stride[t.rank - 1] != 1) return false;
+  for (int d = 0; d < t.rank; d++) {
+    if (t.size[d] < 1 || t.size[d] > INT32_MAX || t.traversal[d] < 1 || t.traversal[d] > 8)
+      return false;
+    const int64_t bytes = t.stride[d] * element_size(type);
+    if (d + 1 < t.rank && (bytes % kVector || bytes <= 0 || bytes >= int64_t{1} << 40))
+      return false;
+  }
+  return true;
+}
+
+void Launch::push(const void* argument) {
+  if (count_ == kMostArguments) refuse(kernel_, "too many arguments");
+  arguments_[count_++] = const_cast<void*>(argument);
+}
+
+Launch& Launch::cell(uint64_t value) {
+  if (given_ == kernel_.parameter_count) refuse(kernel_, "more arguments than parameters");
+  const Parameter& parameter = kernel_.parameters[given_++];
+  if (parameter.kind == Kind::tensor) refuse(kernel_, "a number where a descriptor belongs");
+  if (parameter.divisible && value % kVector) refuse(kernel_, "an argument is not divisible by 16");
+  cells_[count_] = value;
+  push(&cells_[count_]);
+  return *this;
+}
+
+Launch& Launch::tensor(const Dense& t) {
+  if (given_ == kernel_.parameter_count) refuse(kernel_, "more arguments than parameters");
+  const Parameter& parameter = kernel_.parameters[given_++];
+  if (parameter.kind != Kind::tensor || parameter.rank != t.rank || tensors_ == kMostTensors)
+    refuse(kernel_, "a descriptor that is not the parameter's");
+  uint64_t sizes[kMostRank], strides[kMostRank];
+  unsigned box[kMostRank], traversal[kMostRank];
+  const int64_t element = element_size(kernel_.role.type);
+  for (int d = 0; d < t.rank; d++) {
+    const int from = t.rank - 1 - d;  // the driver starts with the innermost dimension
+    sizes[d] = static_cast<uint64_t>(t.size[from]);
+    traversal[d] = static_cast<unsigned>(t.traversal[from]);
+    // A box counts what it spans, not what is read of it.
+    const bool own = t.box[0] && d;
+    box[d] = (own ? static_cast<unsigned>(t.box[from]) : parameter.box[from]) * traversal[d];
+    if (d) strides[d - 1] = static_cast<uint64_t>(t.stride[from] * element);
+  }
+  CUtensorMap& map = maps_[tensors_++];
+  const Driver& driver = device_.driver();
+  check(driver, "cuTensorMapEncodeTiled",
+        driver.cuTensorMapEncodeTiled(&map, kDataTypes[static_cast<int>(kernel_.role.type)],
+                                      static_cast<unsigned>(t.rank), const_cast<void*>(t.data),
+                                      sizes, strides, box, traversal, 0, parameter.swizzle,
+                                      kPromoteTo128, 0));
+  push(&map);
+  for (const int64_t* list : {t.size, t.stride}) {
+    for (int d = 0; d < t.rank; d++) {
+      cells_[count_] = static_cast<uint64_t>(list[d]);
+      push(&cells_[count_]);
+    }
+  }
+  return *this;
+}
+
+void Launch::run(int64_t programs, void* stream) {
+  if (given_ != kernel_.parameter_count) refuse(kernel_, "fewer arguments than parameters");
+  for (int hidden = 0; hidden < 2; hidden++) {  // scratch of the kernel and of a profiler: none
+    cells_[count_] = 0;
+    push(&cells_[count_]);
+  }
+  const CUfunction function = device_.function(kernel_);
+  const CUlaunchConfig config = {{static_cast<unsigned>(programs), 1, 1},
+                                 {static_cast<unsigned>(kernel_.warps) * 32, 1, 1},
+                                 kernel_.shared,
+                                 static_cast<CUstream>(stream),
+                                 nullptr,
+                                 0};
+  const Driver& driver = device_.driver();
+  check(driver, "cuLaunchKernelEx",
+        driver.cuLaunchKernelEx(&config, function, arguments_, nullptr));
+}
+
+}  // namespace twinfuse::gpu

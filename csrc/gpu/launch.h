@@ -1,0 +1,52 @@
+// One launch: the arguments of a kernel in the order of its parameters, and the call of the driver.
+#pragma once
+
+#include "gpu/device.h"
+
+namespace twinfuse::gpu {
+
+// A tensor in memory as a descriptor sees it, outermost dimension first; the last has stride 1.
+struct Dense {
+  const void* data;
+  int rank;
+  int64_t size[kMostRank];
+  int64_t stride[kMostRank];     // in elements
+  int32_t traversal[kMostRank];  // every how manieth element of a dimension is read
+  // Instead of the parameter's but for the last dimension, and of as many elements; zeros: not.
+  int32_t box[kMostRank] = {};
+};
+
+constexpr int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
+
+// Whether the hardware can copy boxes of it.
+bool encodable(const Dense& tensor, Type type);
+
+class Launch {
+ public:
+  Launch(Device& device, const Kernel& kernel) : device_(device), kernel_(kernel) {}
+
+  // In the order of the kernel's parameters. Numbers fill parameters of 32 and of 64 bits alike:
+  // the driver reads as many bytes as the parameter has.
+  Launch& pointer(const void* data) { return cell(reinterpret_cast<uintptr_t>(data)); }
+  Launch& number(int64_t value) { return cell(static_cast<uint64_t>(value)); }
+  Launch& tensor(const Dense& tensor);
+
+  // Throws DriverError, or std::logic_error where the arguments are not what the kernel was
+  // compiled for.
+  void run(int64_t programs, void* stream);
+
+ private:
+  Launch& cell(uint64_t value);
+  void push(const void* argument);
+
+  static constexpr int kMostArguments = 64, kMostTensors = 5;
+
+  Device& device_;
+  const Kernel& kernel_;
+  int given_ = 0, tensors_ = 0, count_ = 0;
+  uint64_t cells_[kMostArguments];
+  CUtensorMap maps_[kMostTensors];
+  void* arguments_[kMostArguments];
+};
+
+}  // namespace twinfuse::gpu

@@ -1,0 +1,105 @@
+// Linear+ReLU on a GPU.
+#include "gpu/ops.h"
+#include "gpu/serve.h"
+
+namespace twinfuse::gpu {
+namespace {
+
+constexpr const char* kOp = "linear_relu";
+
+Operand operand(const Matrix& m) { return {m.data, m.rows, m.cols, m.row_stride, m.col_stride}; }
+
+Operand transposed(const Operand& m) {
+  return {m.data, m.depth, m.lines, m.step, m.line, m.mask, m.mask_step, m.mask_line};
+}
+
+Result result(const Matrix& m) { return {m.data, m.row_stride, m.col_stride}; }
+
+}  // namespace
+
+TwinfuseStatus linear_relu_forward(const LinearReluForward& op, int32_t dtype,
+                                   const TwinfuseContext& context) {
+  return serve(kOp, dtype, context, [&](const Call& call) {
+    const Product product{operand(op.input),
+                          operand(op.weight),
+                          result(op.output),
+                          Behind::bias_relu,
+                          {op.bias, op.bias_stride}};
+    run(call, product, plan(call, product));
+  });
+}
+
+TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, int32_t dtype,
+                                    const TwinfuseContext& context) {
+  return serve(kOp, dtype, context, [&](Call call) {
+    call.nan_passes = op.relu_grad == TWINFUSE_RELU_GRAD_SELECT;
+    const Matrix& g = op.grad_output;
+    const Gradient gradient{g.data,
+                            op.output.data,
+                            1,
+                            g.rows,
+                            g.cols,
+                            0,
+                            g.row_stride,
+                            g.col_stride,
+                            0,
+                            op.output.row_stride,
+                            op.output.col_stride};
+    Operand masked = operand(g);
+    masked.mask = op.output.data;
+    masked.mask_line = op.output.row_stride;
+    masked.mask_step = op.output.col_stride;
+
+    const auto input_gradient = [&](const Operand& grad) {
+      return Product{grad, transposed(operand(op.weight)), result(op.grad_input)};
+    };
+    const auto weight_gradient = [&](const Operand& grad) {
+      return oriented({transposed(grad), transposed(operand(op.input)), result(op.grad_weight)});
+    };
+    const bool input = op.grad_input.data && op.grad_input.rows && op.grad_input.cols;
+    const bool weight = op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols;
+
+    // Either the gradient is masked once and written for plain products, or where it is read.
+    const int64_t pitch = divide(g.cols, kVector) * kVector;
+    alignas(128) static char somewhere;  // plans look at alignment alone
+    Operand written{&somewhere, g.rows, g.cols, pitch, 1};
+    struct Plans {
+      Choice input, weight;
+      double clocks = 0;
+      bool complete = true;
+    };
+    const auto plans = [&](const Operand& grad) {
+      Plans found;
+      if (input) found.input = plan(call, input_gradient(grad));
+      if (weight) found.weight = plan(call, weight_gradient(grad));
+      for (const auto& [wanted, choice] : {std::pair{input, found.input}, {weight, found.weight}}) {
+        if (!wanted) continue;
+        found.complete &= choice.kernel != nullptr;
+        found.clocks += choice.clocks;
+      }
+      return found;
+    };
+    Plans chosen = plans(masked);
+    Operand grad = masked;
+    const bool sums = op.grad_bias != nullptr;
+    if ((input || weight) && g.rows && g.cols) {
+      const Plans plain = plans(written);
+      const double read = sums ? mask_clocks(call, gradient, false) : 0;
+      if (plain.complete && plain.clocks + mask_clocks(call, gradient, true) <
+                                (chosen.complete ? chosen.clocks + read : 1e300)) {
+        chosen = plain;
+        written.data = call.allocate(g.rows * pitch * element_size(call.type));
+        grad = written;
+      }
+    }
+    const Vector bias{op.grad_bias, op.grad_bias_stride};
+    const bool writes = grad.data == written.data;
+    if (writes || sums)
+      mask_gradient(call, gradient, writes ? const_cast<void*>(written.data) : nullptr, pitch,
+                    sums ? &bias : nullptr);
+    if (input) run(call, input_gradient(grad), chosen.input);
+    if (weight) run(call, weight_gradient(grad), chosen.weight);
+  });
+}
+
+}  // namespace twinfuse::gpu

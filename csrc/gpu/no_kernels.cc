@@ -1,0 +1,10 @@
+// The table of a build without GPU kernels; see kernels.h.
+#include "gpu/kernels.h"
+
+namespace twinfuse::gpu {
+
+const Kernel kKernels[] = {{}};
+const int kKernelCount = 0;
+const unsigned char* const kImages = nullptr;
+
+}  // namespace twinfuse::gpu

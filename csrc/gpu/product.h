@@ -1,0 +1,104 @@
+// Products of matrices: out[i, j] = epilogue(sum over r of a[i, r] * b[j, r]).
+#pragma once
+
+#include "api/calls.h"
+#include "gpu/choice.h"
+#include "gpu/launch.h"
+
+namespace twinfuse::gpu {
+
+inline int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What vectors need: of addresses in bytes, of strides and sizes in elements.
+constexpr int64_t kVector = 16;
+
+inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kVector == 0; }
+
+// What every launch of a call shares.
+struct Call {
+  const TwinfuseContext& context;
+  Device& device;
+  Type type;
+  Precision precision;
+  bool nan_passes = true;  // by the rule of TwinfuseReluGrad
+
+  // Throws OutOfMemory.
+  void* allocate(int64_t bytes) const;
+};
+
+// An operand [lines, depth] with the strides of both, and beside it, where the operand is a
+// gradient, ReLU's output.
+struct Operand {
+  const void* data;
+  int64_t lines, depth, line, step;
+  const void* mask = nullptr;
+  int64_t mask_line = 0, mask_step = 0;
+};
+
+struct Vector {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// Where results of [rows, cols] go.
+struct Result {
+  void* data;
+  int64_t row, col;
+};
+
+enum class Behind { nothing, bias_relu };
+
+struct Product {
+  Operand a, b;
+  Result out;
+  Behind behind = Behind::nothing;
+  Vector bias = {};
+
+  Shape shape() const { return {a.lines, b.lines, a.depth}; }
+};
+
+// Kernels write columns that lie side by side: where rows do, the product is transposed (which it
+// can be without anything behind it).
+inline Product oriented(const Product& p) {
+  if (p.out.col == 1 || p.out.row != 1) return p;
+  return {p.b, p.a, {p.out.data, p.out.col, p.out.row}};
+}
+
+// The kernel for a product; none where no kernel serves it.
+Choice plan(const Call& call, const Product& product);
+
+// Throws Unsupported, DriverError or OutOfMemory.
+void run(const Call& call, const Product& product, const Choice& choice);
+
+// A gradient and ReLU's output, as [images * pixels, cols]; strides of both.
+struct Gradient {
+  const void* data;
+  const void* output;
+  int64_t images, pixels, cols;
+  int64_t image, pixel, col;
+  int64_t output_image, output_pixel, output_col;
+};
+
+// The gradient behind ReLU, once: written to `written` with rows `pitch` apart (nullptr: not), and
+// summed over the rows to `sums` (nullptr: not).
+void mask_gradient(const Call& call, const Gradient& gradient, void* written, int64_t pitch,
+                   const Vector* sums);
+
+// Clocks that it takes, as Choice has them.
+double mask_clocks(const Call& call, const Gradient& gradient, bool writes);
+
+// Adds up parts [splits, rows, cols] of float32.
+void combine(const Call& call, const void* parts, int splits, int64_t rows, int64_t cols,
+             const Result& out, Behind behind, const Vector& bias);
+
+// The sizes behind the operands of every product, and the launch.
+void add_sizes(Launch& launch, const Call& call, const Kernel& kernel, const Shape& shape,
+               int64_t steps, int splits);
+
+// The bias, as an epilogue takes it.
+void add(Launch& launch, Epilogue epilogue, const Vector& bias);
+
+// Whether numbers of tiles and elements fit into the 32 bits that kernels count with.
+void require_countable(int64_t size);
+
+}  // namespace twinfuse::gpu

@@ -1,0 +1,309 @@
+#include "gpu/window_product.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <numeric>
+
+#include "gpu/box_product.h"
+
+namespace twinfuse::gpu {
+namespace {
+
+// Whether offsets inside of one image (or of a weight: from = 0) fit into 32 bits, with so many
+// rows and columns more than it has.
+bool small_offsets(const View& v, int from, int64_t rows = 0, int64_t columns = 0) {
+  const int64_t room[4] = {0, 0, rows, columns};
+  __int128 most = 0;
+  for (int d = from; d < 4; d++) most += __int128{v.size[d] + room[d]} * std::llabs(v.stride[d]);
+  return most < INT32_MAX;
+}
+
+bool vector_strides(const View& v) {
+  return v.stride[1] == 1 && aligned(v.data) && v.stride[0] % kVector == 0 &&
+         v.stride[2] % kVector == 0 && v.stride[3] % kVector == 0;
+}
+
+// How far windows reach beyond their image.
+int64_t reach(const Windows& w) {
+  return std::llabs(w.origin) + w.count * w.step + w.taps * w.dilation;
+}
+
+bool small(const View& x, const View& weight, const View& out, const Windows& rows,
+           const Windows& columns) {
+  return small_offsets(x, 1, reach(rows), reach(columns)) && small_offsets(weight, 0) &&
+         small_offsets(out, 1);
+}
+
+void require_small(const View& x, const View& weight, const View& out, const Windows& rows,
+                   const Windows& columns) {
+  if (!small(x, weight, out, rows, columns))
+    throw Unsupported("GPU kernels find elements of an image by offsets of 32 bits");
+}
+
+int64_t pixels(const View& v) { return v.size[0] * v.size[2] * v.size[3]; }
+
+int64_t pixel_stride(const View& v) {
+  if (v.size[3] > 1) return v.stride[3];
+  return v.size[2] > 1 ? v.stride[2] : v.stride[0];
+}
+
+// Whether all pixels of an image are equally far apart.
+bool rows_follow(const View& v) {
+  return v.size[2] <= 1 || v.size[3] <= 1 || v.stride[2] == v.size[3] * v.stride[3];
+}
+
+// Whether all pixels of all images are.
+bool dense_pixels(const View& v) {
+  const int64_t in_image = v.size[2] * v.size[3];
+  return rows_follow(v) &&
+         (v.size[0] <= 1 || in_image <= 1 || v.stride[0] == in_image * pixel_stride(v));
+}
+
+void add_image(Launch& launch, const View& x, const Windows& rows, const Windows& columns) {
+  launch.pointer(x.data).number(x.size[1]).number(x.size[2]).number(x.size[3]);
+  launch.number(rows.count).number(columns.count).number(columns.taps);
+  launch.number(rows.step).number(columns.step).number(rows.origin).number(columns.origin);
+  launch.number(rows.dilation).number(columns.dilation);
+  launch.number(x.stride[0]).number(x.stride[2]).number(x.stride[3]);
+}
+
+void add_pixels(Launch& launch, const View& v) {
+  launch.pointer(v.data).number(v.size[2]).number(v.size[3]);
+  launch.number(v.stride[0]).number(v.stride[2]).number(v.stride[3]);
+}
+
+void add_mask(Launch& launch, const Call& call, const void* mask) {
+  if (mask) launch.pointer(mask).number(call.nan_passes);
+}
+
+bool flat(const Kernel& kernel) { return kernel.role.a == Reader::flat; }
+
+}  // namespace
+
+Windows forward_windows(int64_t count, int64_t taps, int64_t stride, int64_t low,
+                        int64_t dilation) {
+  return {count, stride, -low, taps, dilation};
+}
+
+Windows transposed_windows(int64_t size, int64_t taps, int64_t stride, int64_t low,
+                           int64_t dilation, int64_t phase) {
+  const int64_t tap_step = stride / std::gcd(stride, dilation);
+  const int64_t at = phase + low;
+  Windows w{divide(size - phase, stride), 1, 0, 0, tap_step * dilation / stride, 0, -tap_step};
+  int64_t first = 0;
+  while (first < std::min(taps, tap_step) && (at - first * dilation) % stride != 0) first++;
+  if (first == std::min(taps, tap_step)) return w;
+  w.taps = (taps - 1 - first) / tap_step + 1;
+  w.first = first + (w.taps - 1) * tap_step;
+  w.origin = (at - w.first * dilation) / stride;
+  return w;
+}
+
+View view(const Images& images) {
+  View v{static_cast<char*>(images.data), {}, {}};
+  std::copy_n(images.size, 4, v.size);
+  std::copy_n(images.stride, 4, v.stride);
+  return v;
+}
+
+View channels(View v, int dimension, int64_t first, int64_t count, Type type) {
+  if (v.data) v.data += first * v.stride[dimension] * element_size(type);
+  v.size[dimension] = count;
+  return v;
+}
+
+Choice plan(const Call& call, const WindowProduct& p) {
+  const int64_t taps = p.rows.taps * p.columns.taps, depth = p.x.size[1];
+  const Shape shape{p.x.size[0] * p.rows.count * p.columns.count, p.out.size[1], taps * depth};
+  for (const int64_t size : {shape.rows, shape.cols, shape.depth}) require_countable(size);
+  const bool nothing = p.behind == Behind::nothing;
+  Role role{Function::product, {}, {}, {}, {}, call.type, call.precision, true, false, false};
+  Choice best = plan_boxes(call, p);
+  // Each tap takes whole steps.
+  const auto consider = [&](Reader a, Reader b) {
+    role.a = a;
+    role.b = b;
+    for (const Kernel* kernel : call.device.find(role)) {
+      Shape padded = shape;
+      if (a != Reader::flat) padded.depth = taps * divide(depth, kernel->tile.k) * kernel->tile.k;
+      best.improve({kernel, 1, estimate(call.device, *kernel, padded, 1)});
+    }
+  };
+  const View& w = p.weight;
+  const bool by_depth = w.stride[1] == 1, by_lines = w.stride[0] == 1;
+  const bool other_strides = w.stride[by_depth ? 0 : 1] % kVector == 0 &&
+                             w.stride[2] % kVector == 0 && w.stride[3] % kVector == 0;
+  const bool bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
+  if (vector_strides(p.x) && vector_strides(p.out) && (!p.mask || aligned(p.mask)) &&
+      (by_depth || by_lines) && other_strides && aligned(w.data) && tap_offset(p) % kVector == 0 &&
+      depth % kVector == 0 && shape.cols % kVector == 0 && bias &&
+      small(p.x, p.weight, p.out, p.rows, p.columns)) {
+    role.epilogue = nothing ? Epilogue::identity : Epilogue::bias_relu;
+    role.store = Writer::windows;
+    consider(p.mask ? Reader::windows_masked : Reader::windows,
+             by_depth ? Reader::weight_depth : Reader::weight_lines);
+  }
+  if (best.kernel) return best;
+  require_small(p.x, p.weight, p.out, p.rows, p.columns);
+  role.vectors = false;
+  role.epilogue = nothing ? Epilogue::identity : Epilogue::strided_bias_relu;
+  role.store = Writer::planes;
+  consider(p.mask ? Reader::planes_masked : Reader::planes, Reader::weight_strided);
+  if (!nothing) consider(Reader::flat, Reader::weight_flat);
+  return best;
+}
+
+void run(const Call& call, const WindowProduct& p, const Choice& choice) {
+  const int64_t taps = p.rows.taps * p.columns.taps, depth = p.x.size[1];
+  const Shape shape{p.x.size[0] * p.rows.count * p.columns.count, p.out.size[1], taps * depth};
+  if (!shape.rows || !shape.cols) return;
+  if (!choice.kernel) throw Unsupported("this build has no GPU kernel for these strides");
+  const Kernel& kernel = *choice.kernel;
+  if (kernel.role.store == Writer::tensor_windows) return run_boxes(call, p, kernel);
+  const bool elements = !kernel.role.vectors;
+  const View& w = p.weight;
+  Launch launch(call.device, kernel);
+  add_image(launch, p.x, p.rows, p.columns);
+  if (elements) launch.number(p.x.stride[1]);
+  add_mask(launch, call, p.mask);
+  launch.pointer(w.data + tap_offset(p) * element_size(call.type))
+      .number(depth)
+      .number(p.columns.taps);
+  launch.number(p.rows.tap_step * w.stride[2]).number(p.columns.tap_step * w.stride[3]);
+  launch.number(kernel.role.b == Reader::weight_lines ? w.stride[1] : w.stride[0]);
+  if (elements) launch.number(w.stride[1]);
+  add_pixels(launch, p.out);
+  if (elements) launch.number(p.out.stride[1]);
+  add(launch, kernel.role.epilogue, p.bias);
+  const int64_t steps =
+      flat(kernel) ? divide(shape.depth, kernel.tile.k) : taps * divide(depth, kernel.tile.k);
+  add_sizes(launch, call, kernel, shape, steps, 1);
+}
+
+namespace {
+
+Role tap_role(const Call& call, const TapProduct& p) {
+  const bool vectors = vector_strides(p.x) && vector_strides(p.grad) && dense_pixels(p.grad) &&
+                       (!p.mask || aligned(p.mask)) && p.x.size[1] % kVector == 0 &&
+                       p.grad.size[1] % kVector == 0;
+  Role role{Function::product, {},    {},   Epilogue::identity, {}, call.type, call.precision,
+            vectors,           false, false};
+  role.a = vectors ? (p.mask ? Reader::lines_masked : Reader::left_lines)
+                   : (p.mask ? Reader::pixels_masked : Reader::strided);
+  role.b = vectors ? Reader::taps : Reader::taps_strided;
+  return role;
+}
+
+void add_taps(Launch& launch, const TapProduct& p) {
+  launch.pointer(p.out.data).number(p.x.size[1]).number(p.columns.taps);
+  launch.number(p.out.stride[2]).number(p.out.stride[3]);
+  launch.number(p.out.stride[0]).number(p.out.stride[1]);
+}
+
+void add_gradient(Launch& launch, const Call& call, const TapProduct& p, Reader reader) {
+  switch (reader) {
+    case Reader::lines_masked:
+      launch.pointer(p.grad.data).number(pixel_stride(p.grad));
+      launch.pointer(p.mask).number(pixel_stride(p.grad)).number(call.nan_passes);
+      break;
+    case Reader::left_lines:
+      launch.pointer(p.grad.data).number(pixel_stride(p.grad));
+      break;
+    case Reader::strided:
+      launch.pointer(p.grad.data).number(p.grad.stride[1]).number(pixel_stride(p.grad));
+      break;
+    default:
+      add_pixels(launch, p.grad);
+      launch.number(p.grad.stride[1]);
+      add_mask(launch, call, p.mask);
+  }
+}
+
+// Adds up parts into `out`.
+void combine_taps(const Call& call, const TapProduct& p, const Shape& shape, const void* parts,
+                  int splits) {
+  Role role{};
+  role.function = Function::combine;
+  role.epilogue = Epilogue::identity;
+  role.store = Writer::taps;
+  role.type = call.type;
+  const auto found = call.device.find(role);
+  if (found.empty()) throw Unsupported("this build has no GPU kernel that adds up parts");
+  const Kernel& kernel = **found.begin();
+  Launch launch(call.device, kernel);
+  launch.pointer(parts);
+  add_taps(launch, p);
+  launch.number(shape.rows).number(shape.cols).number(splits);
+  launch.run(divide(shape.rows, kernel.tile.m) * divide(shape.cols, kernel.tile.n),
+             call.context.stream);
+}
+
+}  // namespace
+
+Shape tap_shape(const TapProduct& p, const Kernel& kernel) {
+  const int64_t width = kernel.tile.n;
+  return {p.grad.size[1], p.rows.taps * p.columns.taps * divide(p.x.size[1], width) * width,
+          pixels(p.grad)};
+}
+
+Choice plan(const Call& call, const TapProduct& p) {
+  Choice best = plan_boxes(call, p);
+  if (best.kernel && !small(p.x, p.out, p.grad, p.rows, p.columns)) return best;
+  require_small(p.x, p.out, p.grad, p.rows, p.columns);
+  Role role = tap_role(call, p);
+  // A gradient without a mask was written by `mask_gradient`, with its pixels side by side.
+  if (role.a == Reader::strided && !dense_pixels(p.grad)) return best;
+  if (best.kernel && !role.vectors) return best;
+  for (const Writer store : {Writer::taps, Writer::split}) {
+    role.store = store;
+    for (const Kernel* kernel : call.device.find(role)) {
+      const Shape shape = tap_shape(p, *kernel);
+      for (const int64_t size : {shape.rows, shape.cols, shape.depth}) require_countable(size);
+      const int splits = store == Writer::split ? most_splits(call.device, *kernel, shape) : 1;
+      best.improve({kernel, splits, estimate(call.device, *kernel, shape, splits)});
+    }
+  }
+  return best;
+}
+
+void run(const Call& call, const TapProduct& p, const Choice& choice) {
+  if (!choice.kernel) throw Unsupported("this build has no GPU kernel for these strides");
+  const Kernel& kernel = *choice.kernel;
+  const Shape shape = tap_shape(p, kernel);
+  if (!shape.rows || !shape.cols) return;
+  void* parts = nullptr;
+  if (kernel.role.store == Writer::split)
+    parts = call.allocate(choice.splits * shape.rows * shape.cols * 4);
+  if (kernel.role.b == Reader::tensor_taps) {
+    run_boxes(call, p, choice, parts);
+  } else {
+    Launch launch(call.device, kernel);
+    add_gradient(launch, call, p, kernel.role.a);
+    add_image(launch, p.x, p.rows, p.columns);
+    if (!kernel.role.vectors) launch.number(p.x.stride[1]);
+    parts ? void(launch.pointer(parts)) : add_taps(launch, p);
+    add_sizes(launch, call, kernel, shape, divide(shape.depth, kernel.tile.k), choice.splits);
+  }
+  if (parts) combine_taps(call, p, shape, parts, choice.splits);
+}
+
+void mask_images(const Call& call, const View& grad, const View& output, void* written,
+                 int64_t pitch, const Vector* sums) {
+  const int64_t channels = grad.size[1], in_image = grad.size[2] * grad.size[3];
+  if (dense_pixels(grad) && dense_pixels(output)) {
+    mask_gradient(call,
+                  {grad.data, output.data, 1, pixels(grad), channels, 0, pixel_stride(grad),
+                   grad.stride[1], 0, pixel_stride(output), output.stride[1]},
+                  written, pitch, sums);
+  } else if (rows_follow(grad) && rows_follow(output)) {
+    mask_gradient(call,
+                  {grad.data, output.data, grad.size[0], in_image, channels, grad.stride[0],
+                   pixel_stride(grad), grad.stride[1], output.stride[0], pixel_stride(output),
+                   output.stride[1]},
+                  written, pitch, sums);
+  } else {
+    throw Unsupported("gradients of images whose rows do not follow each other, on a GPU");
+  }
+}
+
+}  // namespace twinfuse::gpu
