@@ -286,7 +286,7 @@ class BuildExt(build_ext):
 
 
 class BuildPy(build_py):
-    """Adds to the wheel the sources from which a binding is compiled at first import."""
+    """Adds to the wheel what bindings (at first import) and GPU kernels are compiled from."""
 
     def run(self) -> None:
         package = Path(self.build_lib, "twinfuse")
@@ -294,7 +294,8 @@ class BuildPy(build_py):
             shutil.rmtree(package, ignore_errors=True)  # modules deleted since an earlier build
         super().run()
         if not self.editable_mode:
-            for file in {file for name in build.SOURCES for file in build.source_files(name)}:
+            files = {file for name in build.SOURCES for file in build.source_files(name)}
+            for file in files.union(build.kernel_sources()):
                 target = package / "_src" / file.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, target)

@@ -222,7 +222,8 @@ def sections(
         return row
 
     def conv(n: int, c: int, s: int, k: int, r: int, stride: int, section: str) -> Row:
-        pad, last = r // 2, torch.channels_last
+        pad = r // 2
+        last = torch.contiguous_format if "NCHW" in section else torch.channels_last
         out = (s + 2 * pad - r) // stride + 1
         flops = 2.0 * n * out * out * k * c * r * r
         traffic = size * (n * s * s * c + k * c * r * r + n * out * out * k)
@@ -237,7 +238,7 @@ def sections(
                 normal(k, dtype=dtype),
             )
         )
-        if section == "conv":
+        if "training" not in section:
             graph_seconds(forward_calls(functions, inputs), row)
         else:
             row.flops *= 3
@@ -251,6 +252,8 @@ def sections(
         "tiny": (linear, TINY),
         "conv": (conv, CONV),
         "conv training": (conv, CONV[:4] + CONV[7:9]),
+        "conv NCHW": (conv, CONV[:4] + CONV[7:]),
+        "conv NCHW training": (conv, CONV[:4] + CONV[7:9]),
     }
     for section, (function, shapes) in tables.items():
         for shape in shapes if section in chosen else ():
@@ -276,7 +279,7 @@ def environment() -> dict[str, str]:
 def ceilings() -> dict[str, float]:
     """What this device reaches at best: TFLOP/s of a large product, TB/s of a large copy."""
     a, b = (normal(8192, 8192, dtype=torch.bfloat16) for _ in range(2))
-    large = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    large = torch.empty(1 << 30, dtype=torch.float32, device="cuda")
     other = torch.empty_like(large)
     row = Row("ceiling", "", "", 0, 0)
     calls: dict[str, list[Call]] = {
@@ -286,7 +289,7 @@ def ceilings() -> dict[str, float]:
     graph_seconds(calls, row, least=0.02)
     return {
         "product_tflops": 2 * 8192**3 / row.seconds["product"] / 1e12,
-        "copy_tbs": 2 * large.numel() / row.seconds["copy"] / 1e12,
+        "copy_tbs": 2 * large.nbytes / row.seconds["copy"] / 1e12,
     }
 
 
@@ -311,7 +314,7 @@ def table(section: str, rows: list[Row], limits: dict[str, float]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    every = "linear,linear training,tiny,conv,conv training"
+    every = "linear,linear training,tiny,conv,conv training,conv NCHW,conv NCHW training"
     parser.add_argument("--section", default=every, help="comma-separated; default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--compile", action="store_true", help="also torch.compile, in two modes")

@@ -229,7 +229,8 @@ def complaints(kernel: Kernel, variant: Any) -> list[str]:
     multiplies = {9: "wgmma", 10: "tcgen05"}.get(kernel.arch // 10, "mma")
     if variant.tile.m < 64:
         multiplies = "mma"
-    if not found[multiplies]:
+    one_by_one = (variant.dtype, variant.precision) == catalogue.SHALLOW
+    if not found[multiplies] and not one_by_one:
         wrong.append(f"has no {multiplies}")
     if not variant.vectors:
         return wrong

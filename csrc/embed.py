@@ -15,8 +15,15 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+MEASURED = HERE / "gpu" / "choices"
 SOURCES = "sources.sha256"  # beside kernels.json: of what the kernels were compiled from
 ALIGNMENT = 64
+READS = {  # of rearrangements
+    "vectors": "lines",
+    "elements": "strided",
+    "planes": "planes",
+    "plane_vectors": "planes",
+}
 KINDS = {"data": "pointer", "fp32": "pointer", "i32": "i32", "i64": "i64", "tensor": "tensor"}
 
 
@@ -33,8 +40,12 @@ def up_to_date(kernels: Path) -> bool:
     return stamp.exists() and stamp.read_text().strip() == sources_hash()
 
 
-def write(kernels: Path, out: Path) -> list[Path]:
-    """The sources to compile. Files whose content has not changed are left alone."""
+def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:
+    """The sources to compile. Files whose content has not changed are left alone.
+
+    `measured` holds choices for GPUs of these architectures, in files as `twinfuse.tune` writes
+    them. What it has for kernels that are not there is left out.
+    """
     table = json.loads((kernels / "kernels.json").read_text())
     out.mkdir(parents=True, exist_ok=True)
     image = bytearray()
@@ -56,7 +67,14 @@ def write(kernels: Path, out: Path) -> list[Path]:
         out / "images.S", IMAGES.format(digest=digest, alignment=ALIGNMENT, folder=out).encode()
     )
     lists = "\n".join(f"const Parameter {name}[] = {{{x}}};" for x, name in parameters.items())
-    _replace(out / "table.cc", TABLE.format(lists=lists, rows="\n".join(rows)).encode())
+    names = {(kernel["arch"], kernel["name"]) for kernel in table}
+    text = TABLE.format(
+        lists=lists,
+        rows="\n".join(rows),
+        choices=_choices(measured, names),
+        sources=(kernels / SOURCES).read_text().strip(),
+    )
+    _replace(out / "table.cc", text.encode())
     return [out / "table.cc", out / "images.S"]
 
 
@@ -78,13 +96,14 @@ def _row(kernel: dict[str, Any], parameters: str, offset: int, size: int) -> str
     function = kernel["entry"].removeprefix("multiply") or "product"
     role = [
         f"Function::{function}",
-        f"Reader::{v.get('a', 'none')}",
+        f"Reader::{v.get('a') or READS.get(v.get('access'), 'none')}",
         f"Reader::{v.get('b', 'none')}",
         f"Epilogue::{v.get('epilogue', 'none')}",
         f"Writer::{v.get('store', 'none')}",
         f"Type::{v['dtype']}",
         f"Precision::{v.get('precision', 'ieee')}",
-        *(str(v.get(flag, False)).lower() for flag in ("vectors", "write", "sum")),
+        str(v.get("vectors", v.get("access") == "plane_vectors")).lower(),
+        *(str(v.get(flag, False)).lower() for flag in ("mask", "write", "sum")),
     ]
     values = [
         kernel["arch"],
@@ -103,6 +122,18 @@ def _row(kernel: dict[str, Any], parameters: str, offset: int, size: int) -> str
         f'"{kernel["name"]}"',
     ]
     return f"    {{{', '.join(map(str, values))}}},"
+
+
+def _choices(folder: Path, kernels: set[tuple[int, str]]) -> str:
+    """C literals of the lines that the core reads (twinfuse_tune_select)."""
+    lines = []
+    for file in sorted(folder.glob("*.json")):
+        for choice in json.loads(file.read_text())["choices"]:
+            problem, kernel, splits = choice["problem"], choice["kernel"], int(choice["splits"])
+            arch = int(problem.partition(" ")[0].removeprefix("sm_"))
+            if splits == 0 or (arch, kernel) in kernels:  # a way of computing has no kernel
+                lines.append("    " + json.dumps(f"{problem}\t{kernel}\t{splits}\n"))
+    return "\n".join(lines) or '    ""'
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -126,6 +157,9 @@ const Kernel kKernels[] = {{
 }};
 const int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 const unsigned char* const kImages = twinfuse_images;
+const char* const kMeasured =
+{choices};
+const char* const kSources = "{sources}";
 
 }}  // namespace twinfuse::gpu
 """

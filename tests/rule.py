@@ -15,12 +15,14 @@ def assert_within_twice(
     what: str,
     *,
     dtype: str,
+    flushed_below: float = 0.0,
 ) -> None:
     """Assert `max|ours - reference| <= 2 * max|native - reference| + tiny`.
 
     `native` is the framework's own result in the same dtype. `tiny` is one unit in the last place
     of the largest reference element: what must be granted where the native result happens to be
-    exact, as it may where there are few elements. NaN and infinities must be where the reference,
+    exact, as it may where there are few elements; `flushed_below` is granted where numbers as small
+    may be taken for zero. NaN and infinities must be where the reference,
     rounded to `dtype`, has them, and where the native result has them.
     """
     ours, native = (np.asarray(_wide(a, reference.dtype)) for a in (ours, native))
@@ -43,7 +45,7 @@ def assert_within_twice(
             reference,
         )
     )
-    tiny = 2 * ROUNDOFF[dtype] * scale.max() + SMALLEST[dtype] + flushed(dtype)
+    tiny = 2 * ROUNDOFF[dtype] * scale.max() + SMALLEST[dtype] + max(flushed(dtype), flushed_below)
     limit = 2 * native_error.max() + tiny
     if our_error.max() <= limit:
         return

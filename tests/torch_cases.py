@@ -99,7 +99,10 @@ def compare(problem: Problem, ours: Results, rival: Op, device: str = "cpu") -> 
     expected = reference64(problem, "select", output=ours.output)
     for name in ("output", "grad_input", "grad_weight", "grad_bias")[: 4 if case.bias else 3]:
         values = (getattr(results, name) for results in (ours, theirs, expected))
-        assert_within_twice(*values, f"{case.id} {name}", dtype=problem.dtype)
+        # Terms of TF32 lose the last bits of denormals.
+        flushed = 2.0**-142 if device != "cpu" and problem.dtype == "float32" else 0.0
+        what = f"{case.id} {name}"
+        assert_within_twice(*values, what, dtype=problem.dtype, flushed_below=flushed)
 
 
 @contextmanager

@@ -80,16 +80,23 @@ bool decodable(int64_t steps, int64_t divisor) {
 
 void add_image(Launch& launch, const View& x, const Windows& rows, const Windows& columns,
                const Box& box) {
-  launch.tensor(boxed(x.data, x, box, rows.step, columns.step));
+  launch.tensor(boxed(x.data, x, box, rows.step, columns.step), Use::factor);
   launch.number(x.size[1]).number(columns.taps).number(box.tiles_y).number(box.tiles_x);
   launch.number(box.images).number(box.rows * rows.step).number(box.columns * columns.step);
   launch.number(rows.origin).number(columns.origin);
   launch.number(rows.dilation).number(columns.dilation);
 }
 
-void add_pixels(Launch& launch, const View& v, const Box& box) {
-  launch.tensor(boxed(v.data, v, box)).number(box.tiles_y).number(box.tiles_x);
+void add_pixels(Launch& launch, const View& v, const Box& box, Use use) {
+  launch.tensor(boxed(v.data, v, box), use).number(box.tiles_y).number(box.tiles_x);
   launch.number(box.images).number(box.rows).number(box.columns);
+}
+
+void add_planes(Launch& launch, const View& v, const Box& box) {
+  launch.pointer(v.data).number(box.tiles_y).number(box.tiles_x);
+  launch.number(box.images).number(box.rows).number(box.columns);
+  launch.number(v.size[0]).number(v.size[2]).number(v.size[3]);
+  launch.number(v.stride[0]).number(v.stride[2]).number(v.stride[3]).number(v.stride[1]);
 }
 
 Shape shape_of(const WindowProduct& p, const Kernel& kernel, const Box& box) {
@@ -102,25 +109,32 @@ int64_t steps_of(const WindowProduct& p, const Kernel& kernel) {
 
 }  // namespace
 
-Choice plan_boxes(const Call& call, const WindowProduct& p) {
-  Choice best;
+bool readable(const Call& call, const View& images) { return fits(call, images.data, images); }
+
+bool readable_weight(const Call& call, const View& weight) {
+  // Large tiles take float32 along the reduced dimension alone (but on consumers' GPUs).
+  const bool turned = call.type == Type::fp32 && call.device.architecture() < 120;
+  return encodable(taps_of(weight), call.type) && (by_depth(weight) || !turned);
+}
+
+void add_boxes(const Call& call, const WindowProduct& p, Candidates& found) {
   const bool bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
-  const bool steps = p.rows.step <= 8 && p.columns.step <= 8;  // what descriptors can step over
-  if (!call.device.has_tensors() || !bias || !steps || !fits(call, p.x.data, p.x) ||
-      !fits(call, p.out.data, p.out) || (p.mask && !fits(call, p.mask, p.x)) ||
-      !encodable(taps_of(p.weight), call.type))
-    return best;
+  const bool planes = !bias || !fits(call, p.out.data, p.out);  // single elements are written
+  const bool steps = p.rows.step <= 8 && p.columns.step <= 8;   // what descriptors can step over
+  if (call.shallow(p.rows.taps * p.columns.taps * p.x.size[1]) || !call.device.has_tensors() ||
+      !steps || !fits(call, p.x.data, p.x) || !readable_weight(call, p.weight))
+    return;
   const bool depth = by_depth(p.weight);
   const Role role{Function::product,
-                  p.mask ? Reader::tensor_windows_masked : Reader::tensor_windows,
+                  Reader::tensor_windows,
                   depth ? Reader::tensor_weight_depth : Reader::tensor_weight_lines,
-                  p.behind == Behind::nothing ? Epilogue::identity : Epilogue::bias_relu,
-                  Writer::tensor_windows,
+                  p.behind == Behind::nothing ? Epilogue::identity
+                  : planes                    ? Epilogue::strided_bias_relu
+                                              : Epilogue::bias_relu,
+                  planes ? Writer::box_planes : Writer::tensor_windows,
                   call.type,
                   call.precision,
-                  true,
-                  false,
-                  false};
+                  true};
   for (const Kernel* kernel : call.device.find(role)) {
     const Box box = box_of(kernel->tile.m, p.out, p.rows, p.columns, false);
     const int64_t count = steps_of(p, *kernel);
@@ -129,60 +143,61 @@ Choice plan_boxes(const Call& call, const WindowProduct& p) {
     Shape shape = shape_of(p, *kernel, box);
     shape.depth = count * kernel->tile.k;
     if (shape.rows > INT32_MAX - 1024) continue;
-    best.improve({kernel, 1, estimate(call.device, *kernel, shape, 1)});
+    found.add(*kernel, shape);
   }
-  return best;
+}
+
+Choice plan_boxes(const Call& call, const WindowProduct& p) {
+  Candidates found(call.device, extents_of(p));
+  add_boxes(call, p, found);
+  return found.choose();
 }
 
 void run_boxes(const Call& call, const WindowProduct& p, const Kernel& kernel) {
   const Box box = box_of(kernel.tile.m, p.out, p.rows, p.columns, false);
   Launch launch(call.device, kernel);
   add_image(launch, p.x, p.rows, p.columns, box);
-  if (p.mask) {
-    launch.tensor(boxed(p.mask, p.x, box, p.rows.step, p.columns.step));
-    launch.number(call.nan_passes);
-  }
-  launch.tensor(taps_of(p.weight)).number(p.x.size[1]).number(p.columns.taps);
+  launch.tensor(taps_of(p.weight), Use::factor).number(p.x.size[1]).number(p.columns.taps);
   launch.number(p.rows.first).number(p.columns.first);
   launch.number(p.rows.tap_step).number(p.columns.tap_step);
-  add_pixels(launch, p.out, box);
+  if (kernel.role.store == Writer::box_planes)
+    add_planes(launch, p.out, box);
+  else
+    add_pixels(launch, p.out, box, Use::exact);
   add(launch, kernel.role.epilogue, p.bias);
   add_sizes(launch, call, kernel, shape_of(p, kernel, box), steps_of(p, kernel), 1);
 }
 
-Choice plan_boxes(const Call& call, const TapProduct& p) {
-  Choice best;
+void add_boxes(const Call& call, const TapProduct& p, Candidates& found) {
   const bool steps = p.rows.step <= 8 && p.columns.step <= 8;
-  if (!call.device.has_tensors() || !steps || !fits(call, p.x.data, p.x) ||
-      !fits(call, p.grad.data, p.grad) || (p.mask && !fits(call, p.mask, p.grad)))
-    return best;
-  const Role role{Function::product,
-                  p.mask ? Reader::tensor_pixels_masked : Reader::tensor_pixels,
-                  Reader::tensor_taps,
-                  Epilogue::identity,
-                  Writer::split,
-                  call.type,
-                  call.precision,
-                  true,
-                  false,
-                  false};
+  if (call.shallow(p.grad.size[0] * p.grad.size[2] * p.grad.size[3]) ||
+      !call.device.has_tensors() || !steps || !fits(call, p.x.data, p.x) ||
+      !fits(call, p.grad.data, p.grad))
+    return;
+  const Role role{Function::product,   Reader::tensor_pixels,
+                  Reader::tensor_taps, Epilogue::identity,
+                  Writer::split,       call.type,
+                  call.precision,      true};
   for (const Kernel* kernel : call.device.find(role)) {
     const Box box = box_of(kernel->tile.k, p.grad, p.rows, p.columns, true);
     if (!box.images || !decodable(box.tiles(), std::max(box.tiles_y, box.tiles_x))) continue;
     Shape shape = tap_shape(p, *kernel);
     shape.depth = box.tiles() * kernel->tile.k;
-    const int splits = most_splits(call.device, *kernel, shape);
-    best.improve({kernel, splits, estimate(call.device, *kernel, shape, splits)});
+    found.add(*kernel, shape);
   }
-  return best;
+}
+
+Choice plan_boxes(const Call& call, const TapProduct& p) {
+  Candidates found(call.device, extents_of(p));
+  add_boxes(call, p, found);
+  return found.choose();
 }
 
 void run_boxes(const Call& call, const TapProduct& p, const Choice& choice, void* parts) {
   const Kernel& kernel = *choice.kernel;
   const Box box = box_of(kernel.tile.k, p.grad, p.rows, p.columns, true);
   Launch launch(call.device, kernel);
-  add_pixels(launch, p.grad, box);
-  if (p.mask) launch.tensor(boxed(p.mask, p.grad, box)).number(call.nan_passes);
+  add_pixels(launch, p.grad, box, Use::factor);
   add_image(launch, p.x, p.rows, p.columns, box);
   launch.pointer(parts);
   add_sizes(launch, call, kernel, tap_shape(p, kernel), box.tiles(), choice.splits);

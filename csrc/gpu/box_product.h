@@ -1,10 +1,20 @@
 // Products over windows that read and write boxes of pixels (csrc/triton/conv_tensor.py).
 #pragma once
 
+#include "gpu/tuning.h"
 #include "gpu/window_product.h"
 
 namespace twinfuse::gpu {
 
+// Whether boxes of it can be read (or written) where it lies.
+bool readable(const Call& call, const View& images);
+bool readable_weight(const Call& call, const View& weight);
+
+// Adds the kernels that can compute the product.
+void add_boxes(const Call& call, const WindowProduct& product, Candidates& found);
+void add_boxes(const Call& call, const TapProduct& product, Candidates& found);
+
+// Of these kernels alone.
 Choice plan_boxes(const Call& call, const WindowProduct& product);
 Choice plan_boxes(const Call& call, const TapProduct& product);
 

@@ -13,14 +13,8 @@ bool is_masked(Reader reader) {
   switch (reader) {
     case Reader::depth_masked:
     case Reader::lines_masked:
-    case Reader::strided_masked:
     case Reader::tensor_depth_masked:
     case Reader::tensor_lines_masked:
-    case Reader::windows_masked:
-    case Reader::planes_masked:
-    case Reader::pixels_masked:
-    case Reader::tensor_windows_masked:
-    case Reader::tensor_pixels_masked:
       return true;
     default:
       return false;
@@ -32,12 +26,17 @@ double step_clocks(const Kernel& kernel) {
   const double products = double(kernel.tile.m) * kernel.tile.n * kernel.tile.k;
   const double rate = kernel.role.type != Type::fp32             ? 2048
                       : kernel.role.precision == Precision::tf32 ? 1024
+                      : kernel.role.precision == Precision::ieee ? 128
                                                                  : 340;
-  // Addresses of elements cost more than their products; masks pass through registers.
-  const bool masked = is_masked(kernel.role.a) || is_masked(kernel.role.b);
-  const double efficiency = !kernel.role.vectors ? 0.1
-                            : kernel.persistent  ? (masked ? 0.5 : 0.85)
-                                                 : (masked ? 0.4 : 0.6);
+  // Addresses of elements cost more than their products; masks pass through registers. Measured on
+  // sm_90.
+  const Role& role = kernel.role;
+  const bool masked = is_masked(role.a) || is_masked(role.b);
+  const double efficiency = role.a == Reader::flat ? 0.02
+                            : !role.vectors        ? 0.04
+                            : masked               ? 0.12
+                            : kernel.persistent    ? 0.85
+                                                   : 0.6;
   return products / (rate * efficiency);
 }
 
@@ -56,9 +55,15 @@ double estimate(const Device& device, const Kernel& kernel, const Shape& shape, 
   const int64_t together = std::clamp<int64_t>(divide(blocks, processors), 1, most);
   const double waves = double(divide(blocks, processors * together));
   const double steps = double(divide(divide(shape.depth, kernel.tile.k), splits));
-  // A single tile waits for its data; several hide each other's waiting.
+  // A single tile waits for its data; several hide each other's waiting, and share what a
+  // multiprocessor can read.
+  const double bytes = double(kernel.tile.m + kernel.tile.n) * kernel.tile.k *
+                       double(element_size(kernel.role.type));
   const double step =
-      std::max(together * step_clocks(kernel), kernel.role.vectors ? 400.0 : 1500.0);
+      std::max({together * step_clocks(kernel), together * bytes / (kernel.persistent ? 64 : 40),
+                !kernel.role.vectors ? 1500.0
+                : kernel.persistent  ? 400.0
+                                     : 550.0});
   double clocks = kLaunchClocks + waves * (steps * step + 700);
   if (splits > 1)
     clocks +=
@@ -74,14 +79,11 @@ int most_splits(const Device& device, const Kernel& kernel, const Shape& shape) 
   return static_cast<int>(std::clamp<int64_t>(std::min(wanted, steps / 4), 2, kMostSplits));
 }
 
-Choice choose(const Device& device, const Role& role, const Shape& shape) {
-  Choice best;
-  for (const Kernel* kernel : device.find(role)) {
-    const bool cut = role.store == Writer::split;
-    const int splits = cut ? most_splits(device, *kernel, shape) : 1;
-    best.improve({kernel, splits, estimate(device, *kernel, shape, splits)});
-  }
-  return best;
+int possible_splits(const Device& device, const Kernel& kernel, const Shape& shape) {
+  const int64_t tiles = divide(shape.rows, kernel.tile.m) * divide(shape.cols, kernel.tile.n);
+  const int64_t together = 8 * device.multiprocessors() / std::max<int64_t>(tiles, 1);
+  const int64_t steps = divide(shape.depth, kernel.tile.k);
+  return static_cast<int>(std::clamp<int64_t>(std::min(together, steps), 2, kMostSplits));
 }
 
 }  // namespace twinfuse::gpu

@@ -13,11 +13,16 @@ struct Shape {
 struct Choice {
   const Kernel* kernel = nullptr;
   int splits = 1;
-  double clocks = 0;  // estimated
+  double clocks = 0;              // estimated, of the fastest candidate
+  const Kernel* first = nullptr;  // of the candidates
+  uint64_t problem = 0;           // for measurements; zero: nobody measures
 
   // Takes `other` if it has a kernel that is faster.
   void improve(const Choice& other) {
-    if (other.kernel && (!kernel || other.clocks < clocks)) *this = other;
+    if (!other.kernel || (kernel && other.clocks >= clocks)) return;
+    kernel = other.kernel;
+    splits = other.splits;
+    clocks = other.clocks;
   }
 };
 
@@ -33,7 +38,7 @@ double estimate(const Device& device, const Kernel& kernel, const Shape& shape, 
 // Into how many parts it pays to cut the sums of a kernel that stores splits.
 int most_splits(const Device& device, const Kernel& kernel, const Shape& shape);
 
-// The best kernel of a role for a shape, or none. Roles that store splits are cut as it pays.
-Choice choose(const Device& device, const Role& role, const Shape& shape);
+// The largest number of parts that may be tried: none without work, nor many more than can run.
+int possible_splits(const Device& device, const Kernel& kernel, const Shape& shape);
 
 }  // namespace twinfuse::gpu

@@ -2,21 +2,57 @@
 
 #include <algorithm>
 
+#include "gpu/compiler.h"
+#include "gpu/tuning.h"
+
 namespace twinfuse::gpu {
 namespace {
 
 // "a" targets run on exactly one architecture; code for 8.0 runs on all of 8.x.
-int built_architecture(int arch) { return arch / 10 == 8 ? 80 : arch; }
+Rows rows_for(int arch) {
+  const int own = arch / 10 == 8 ? 80 : arch;
+  for (int i = 0; i < kKernelCount; i++)
+    if (kKernels[i].arch == own) return {own, true};
+  if (arch < kLeastCompiled || kKernelCount == 0) return {};
+  return {kKernels[0].arch, false};  // the lowest, which asks for least
+}
 
-std::string built_architectures() {
-  std::string text;
-  for (int i = 0, last = 0; i < kKernelCount; i++) {
-    const int arch = kKernels[i].arch;
-    if (arch == last) continue;
-    text += (last ? ", " : "") + std::to_string(arch / 10) + "." + std::to_string(arch % 10);
-    last = arch;
-  }
-  return text;
+// Descriptors are copied by instructions that not every architecture has.
+bool reads_descriptors(const Kernel& kernel) {
+  const Parameter* const end = kernel.parameters + kernel.parameter_count;
+  return std::any_of(kernel.parameters, end,
+                     [](const Parameter& p) { return p.kind == Kind::tensor; });
+}
+
+int attribute_of(const Driver& driver, CUdevice device, int attribute) {
+  int value = 0;
+  check(driver, "cuDeviceGetAttribute", driver.cuDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+int architecture_of(const Driver& driver, CUdevice device) {
+  return attribute_of(driver, device, kArchitectureMajor) * 10 +
+         attribute_of(driver, device, kArchitectureMinor);
+}
+
+// Throws Unsupported unless kernels of these rows can run.
+void require(const Rows& rows, int arch) {
+  if (!rows.arch)
+    throw Unsupported("this build has GPU kernels for the architectures " + built_architectures() +
+                      ", the device is " + architecture_text(arch));
+  if (!rows.code && !has_compiler())
+    throw Unsupported(
+        "this build has GPU kernels for the architectures " + built_architectures() +
+        "; the device is " + architecture_text(arch) +
+        ", for which they are compiled when Triton is installed (pip install triton)");
+}
+
+const Driver& opened_driver() {
+  if (kKernelCount == 0) throw Unsupported("this build has no GPU kernels");
+  std::string why;
+  const Driver* found = driver(&why);
+  if (!found) throw Unsupported(why);
+  return *found;
 }
 
 // Every context that has been seen. They are as many as GPUs, and stay.
@@ -67,24 +103,51 @@ void check(const Driver& driver, const char* call, CUresult result) {
   if (result) throw DriverError(failure(driver, call, result));
 }
 
-Device::Device(const Driver& driver, CUcontext context, CUdevice device)
-    : driver_(driver), context_(context) {
-  const int major = attribute(device, kArchitectureMajor);
-  arch_ = built_architecture(major * 10 + attribute(device, kArchitectureMinor));
-  multiprocessors_ = attribute(device, kMultiprocessors);
-  const auto shared = static_cast<uint32_t>(attribute(device, kSharedOptIn));
-  for (int i = 0; i < kKernelCount; i++)
-    if (kKernels[i].arch == arch_ && kKernels[i].shared <= shared) kernels_.push_back(&kKernels[i]);
-  std::stable_sort(kernels_.begin(), kernels_.end(),
-                   [](const Kernel* a, const Kernel* b) { return a->role.key() < b->role.key(); });
-  functions_ = std::make_unique<std::atomic<CUfunction>[]>(kKernelCount);
+std::string architecture_text(int arch) {
+  return std::to_string(arch / 10) + "." + std::to_string(arch % 10);
 }
 
-int Device::attribute(CUdevice device, int attribute) const {
-  int value = 0;
-  check(driver_, "cuDeviceGetAttribute", driver_.cuDeviceGetAttribute(&value, attribute, device));
-  return value;
+std::string built_architectures() {
+  std::string text;
+  for (int i = 0, last = 0; i < kKernelCount; i++) {
+    const int arch = kKernels[i].arch;
+    if (arch == last) continue;
+    text += (last ? ", " : "") + architecture_text(arch);
+    last = arch;
+  }
+  return text;
 }
+
+const char* backend(int index) {
+  const Driver& driver = opened_driver();
+  CUdevice device = 0;
+  check(driver, "cuDeviceGet", driver.cuDeviceGet(&device, index));
+  const int arch = architecture_of(driver, device);
+  const Rows rows = rows_for(arch);
+  require(rows, arch);
+  return rows.code ? "cuda" : "triton";
+}
+
+Device::Device(const Driver& driver, CUcontext context, CUdevice device)
+    : driver_(driver),
+      context_(context),
+      arch_(architecture_of(driver, device)),
+      multiprocessors_(attribute_of(driver, device, kMultiprocessors)),
+      shared_(static_cast<uint32_t>(attribute_of(driver, device, kSharedOptIn))),
+      rows_(rows_for(arch_)) {
+  check(driver, "cuDeviceGetName", driver.cuDeviceGetName(name_, sizeof name_, device));
+  for (int i = 0; i < kKernelCount; i++) {
+    const Kernel& kernel = kKernels[i];
+    if (kernel.arch == rows_.arch && kernel.shared <= shared_ &&
+        (rows_.code || !reads_descriptors(kernel)))
+      kernels_.push_back(&kernel);
+  }
+  std::stable_sort(kernels_.begin(), kernels_.end(),
+                   [](const Kernel* a, const Kernel* b) { return a->role.key() < b->role.key(); });
+  slots_ = std::make_unique<Slot[]>(kKernelCount);
+}
+
+void Device::require_kernels() const { require(rows_, arch_); }
 
 Device::Range Device::find(const Role& role) const {
   const uint64_t key = role.key();
@@ -97,32 +160,59 @@ Device::Range Device::find(const Role& role) const {
   return {first, end};
 }
 
-CUfunction Device::function(const Kernel& kernel) {
-  std::atomic<CUfunction>& slot = functions_[&kernel - kKernels];
-  if (const CUfunction loaded = slot.load(std::memory_order_acquire)) return loaded;
+const Device::Loaded& Device::loaded(const Kernel& kernel) {
+  Slot& slot = slots_[&kernel - kKernels];
+  const Loaded* found = slot.load(std::memory_order_acquire);
+  if (!found) found = load(kernel, slot);
+  if (!found->function) throw Unsupported(found->refused);
+  return *found;
+}
+
+const Device::Loaded* Device::load(const Kernel& kernel, Slot& slot) {
+  auto made = std::make_unique<Loaded>();
+  const void* image = kImages + kernel.offset;
+  const char* entry = kernel.entry;
+  made->warps = kernel.warps;
+  made->shared = kernel.shared;
+  if (!rows_.code) {
+    // Nothing is locked: the compiler waits for locks of its own (Python's), whose owners may be
+    // waiting here for a kernel. Threads may ask for the same one at once.
+    Compiled compiled = compile(kernel, arch_);
+    image = compiled.kernel.image;
+    entry = compiled.kernel.entry;
+    made->warps = compiled.kernel.warps;
+    made->shared = static_cast<uint32_t>(compiled.kernel.shared);
+    made->refused = std::move(compiled.refused);
+    if (made->refused.empty() && made->shared > shared_)
+      made->refused = std::string("kernel ") + kernel.name + " for architecture " +
+                      architecture_text(arch_) + " needs " + std::to_string(made->shared) +
+                      " bytes of shared memory, the device has " + std::to_string(shared_);
+  }
   const std::lock_guard lock(loading_);
-  if (const CUfunction loaded = slot.load(std::memory_order_relaxed)) return loaded;
+  if (const Loaded* other = slot.load(std::memory_order_relaxed)) return other;
+  if (made->refused.empty()) made->function = function(image, entry, made->shared);
+  owned_.push_back(std::move(made));
+  slot.store(owned_.back().get(), std::memory_order_release);
+  return owned_.back().get();
+}
+
+CUfunction Device::function(const void* image, const char* entry, uint32_t shared) const {
   const Relaxed relaxed(driver_);
   CUmodule module = nullptr;
   CUfunction function = nullptr;
-  check(driver_, "cuModuleLoadData", driver_.cuModuleLoadData(&module, kImages + kernel.offset));
+  check(driver_, "cuModuleLoadData", driver_.cuModuleLoadData(&module, image));
   const char* call = "cuModuleGetFunction";
-  CUresult result = driver_.cuModuleGetFunction(&function, module, kernel.entry);
+  CUresult result = driver_.cuModuleGetFunction(&function, module, entry);
   if (!result) {
     call = "cuFuncSetAttribute";
-    result = driver_.cuFuncSetAttribute(function, kMaxDynamicShared, kernel.shared);
+    result = driver_.cuFuncSetAttribute(function, kMaxDynamicShared, static_cast<int>(shared));
   }
   if (result) driver_.cuModuleUnload(module);
   check(driver_, call, result);
-  slot.store(function, std::memory_order_release);
   return function;
 }
 
-Current::Current(const TwinfuseContext& call) {
-  if (kKernelCount == 0) throw Unsupported("this build has no GPU kernels");
-  std::string why;
-  driver_ = gpu::driver(&why);
-  if (!driver_) throw Unsupported(why);
+Current::Current(const TwinfuseContext& call) : driver_(&opened_driver()) {
   CUcontext context = nullptr;
   // The default streams (0, 1 and 2) belong to whatever context is current.
   if (reinterpret_cast<uintptr_t>(call.stream) > 2)
@@ -138,19 +228,19 @@ Current::Current(const TwinfuseContext& call) {
       CUdevice number = 0;
       check(*driver_, "cuCtxGetDevice", driver_->cuCtxGetDevice(&number));
       auto made = std::make_unique<Device>(*driver_, context, number);
-      const std::lock_guard lock(devices_mutex);
-      for (const auto& device : devices)
-        if (device->context() == context) device_ = device.get();
-      if (!device_) {
-        device_ = made.get();
-        devices.push_back(std::move(made));
+      {
+        const std::lock_guard lock(devices_mutex);
+        for (const auto& device : devices)
+          if (device->context() == context) device_ = device.get();
+        if (!device_) {
+          device_ = made.get();
+          devices.push_back(std::move(made));
+        }
       }
+      // Calls back, and so must hold no lock.
+      if (!made) announce(*device_);
     }
-    if (!device_->has_kernels())
-      throw Unsupported("this build has GPU kernels for the architectures " +
-                        built_architectures() + ", the device is " +
-                        std::to_string(device_->architecture() / 10) + "." +
-                        std::to_string(device_->architecture() % 10));
+    device_->require_kernels();
   } catch (...) {
     CUcontext popped = nullptr;
     driver_->cuCtxPopCurrent_v2(&popped);

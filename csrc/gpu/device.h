@@ -27,16 +27,27 @@ struct DriverError : std::runtime_error {
 // The framework has no memory to lend.
 struct OutOfMemory {};
 
+// Whose rows of the table serve an architecture (0: none), and whether their machine code does,
+// too.
+struct Rows {
+  int arch = 0;
+  bool code = false;
+};
+
 class Device {
  public:
   Device(const Driver& driver, CUcontext context, CUdevice device);
 
   const Driver& driver() const { return driver_; }
   CUcontext context() const { return context_; }
+  const char* name() const { return name_; }
   int multiprocessors() const { return multiprocessors_; }
-  int architecture() const { return arch_; }
-  bool has_kernels() const { return !kernels_.empty(); }
-  bool has_tensors() const { return arch_ >= 90; }
+  // For which the kernels here are compiled.
+  int architecture() const { return rows_.code ? rows_.arch : arch_; }
+  // Kernels that are compiled for an architecture that nobody knew read no descriptors.
+  bool has_tensors() const { return rows_.code && rows_.arch >= 90; }
+  // Throws Unsupported where no kernel can run here.
+  void require_kernels() const;
 
   // All kernels of this role, or none.
   struct Range {
@@ -48,17 +59,33 @@ class Device {
   };
   Range find(const Role& role) const;
 
-  // Loaded by the first call that asks. The context must be current.
-  CUfunction function(const Kernel& kernel);
+  // What a launch needs of a kernel, or why there never will be anything to launch.
+  struct Loaded {
+    CUfunction function = nullptr;
+    int32_t warps = 0;
+    uint32_t shared = 0;
+    std::string refused;
+  };
+
+  // Loaded, and compiled where there is no code, by the first call that asks. The context must be
+  // current. Throws Unsupported or DriverError.
+  const Loaded& loaded(const Kernel& kernel);
 
  private:
-  int attribute(CUdevice device, int attribute) const;
+  using Slot = std::atomic<const Loaded*>;
+
+  const Loaded* load(const Kernel& kernel, Slot& slot);
+  CUfunction function(const void* image, const char* entry, uint32_t shared) const;
 
   const Driver& driver_;
   CUcontext context_;
   int arch_, multiprocessors_;
+  char name_[256];
+  uint32_t shared_;  // bytes that a block may have
+  Rows rows_;
   std::vector<const Kernel*> kernels_;  // those that run here, in the order of their keys
-  std::unique_ptr<std::atomic<CUfunction>[]> functions_;  // indexed as kKernels
+  std::unique_ptr<Slot[]> slots_;       // indexed as kKernels
+  std::vector<std::unique_ptr<const Loaded>> owned_;
   std::mutex loading_;
 };
 
@@ -80,5 +107,13 @@ class Current {
 
 // Throws DriverError unless `result` is success.
 void check(const Driver& driver, const char* call, CUresult result);
+
+// "9.0" for 90, and all that this build has machine code for: "8.0, 9.0".
+std::string architecture_text(int arch);
+std::string built_architectures();
+
+// "cuda" or "triton": what serves calls on the device of this number. Needs no context. Throws
+// Unsupported or DriverError.
+const char* backend(int index);
 
 }  // namespace twinfuse::gpu

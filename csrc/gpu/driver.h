@@ -45,6 +45,7 @@ constexpr int kLeastDriver = 13000;
   F(cuDriverGetVersion, (int*))                                                                    \
   F(cuInit, (unsigned))                                                                            \
   F(cuDeviceGet, (CUdevice*, int))                                                                 \
+  F(cuDeviceGetName, (char*, int, CUdevice))                                                       \
   F(cuDeviceGetAttribute, (int*, int, CUdevice))                                                   \
   F(cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice))                                              \
   F(cuStreamGetCtx, (CUstream, CUcontext*))                                                        \

@@ -8,7 +8,7 @@
 
 namespace twinfuse::gpu {
 
-enum class Function : uint8_t { product, combine, mask_gradient };
+enum class Function : uint8_t { product, combine, rearrange };
 
 enum class Reader : uint8_t {
   none,
@@ -18,15 +18,12 @@ enum class Reader : uint8_t {
   strided,
   depth_masked,
   lines_masked,
-  strided_masked,
   tensor_depth,
   tensor_lines,
   tensor_depth_masked,
   tensor_lines_masked,
   windows,
-  windows_masked,
   planes,
-  planes_masked,
   flat,
   weight_depth,
   weight_lines,
@@ -34,14 +31,11 @@ enum class Reader : uint8_t {
   weight_flat,
   taps,
   taps_strided,
-  pixels_masked,
   tensor_windows,
-  tensor_windows_masked,
   tensor_weight_depth,
   tensor_weight_lines,
   tensor_taps,
   tensor_pixels,
-  tensor_pixels_masked,
 };
 
 enum class Epilogue : uint8_t { none, bias_relu, strided_bias_relu, identity };
@@ -55,30 +49,35 @@ enum class Writer : uint8_t {
   windows,
   planes,
   taps,
-  tensor_windows
+  tensor_windows,
+  box_planes,
 };
 
 enum class Type : uint8_t { bf16, fp16, fp32 };
 
+constexpr int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
+
 enum class Precision : uint8_t { ieee, tf32, tf32x3 };
 
-// What a kernel computes. `access` of a product: whether it reads vectors. Of a MaskGradient, `a`
-// and `b` are none, and what it writes is told by `writes` and `sums`.
+// What a kernel computes. `vectors` of a product: whether it reads vectors. Of a rearrangement, `a`
+// is how it reads (lines, strided or planes, the latter by vectors or not), and what it does is
+// told by `masks`, `writes` and `sums`.
 struct Role {
-  Function function;
-  Reader a, b;
-  Epilogue epilogue;
-  Writer store;
-  Type type;
-  Precision precision;
-  bool vectors;
-  bool writes, sums;
+  Function function = Function::product;
+  Reader a = Reader::none, b = Reader::none;
+  Epilogue epilogue = Epilogue::none;
+  Writer store = Writer::none;
+  Type type = Type::bf16;
+  Precision precision = Precision::ieee;
+  bool vectors = false;
+  bool masks = false, writes = false, sums = false;
 
   uint64_t key() const {
-    const uint8_t parts[] = {uint8_t(function),  uint8_t(a),
-                             uint8_t(b),         uint8_t(epilogue),
-                             uint8_t(store),     uint8_t(type),
-                             uint8_t(precision), uint8_t(vectors * 4 + writes * 2 + sums)};
+    const uint8_t parts[] = {
+        uint8_t(function),  uint8_t(a),
+        uint8_t(b),         uint8_t(epilogue),
+        uint8_t(store),     uint8_t(type),
+        uint8_t(precision), uint8_t(vectors * 8 + masks * 4 + writes * 2 + sums)};
     uint64_t key = 0;
     for (const uint8_t part : parts) key = key << 8 | part;
     return key;
@@ -122,5 +121,9 @@ struct Kernel {
 extern const Kernel kKernels[];
 extern const int kKernelCount;
 extern const unsigned char* const kImages;
+extern const char* const kSources;  // hash of what the kernels were compiled from
+
+// Choices that were measured when this was built: lines as twinfuse_tune_select takes them.
+extern const char* const kMeasured;
 
 }  // namespace twinfuse::gpu

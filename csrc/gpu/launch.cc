@@ -4,6 +4,7 @@ namespace twinfuse::gpu {
 namespace {
 
 constexpr int kDataTypes[] = {9, 6, 7};  // CUtensorMapDataType of bfloat16, float16 and float32
+constexpr int kTf32 = 11;                // of float32 that is rounded as it is copied
 constexpr int kPromoteTo128 = 2;         // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 constexpr int64_t kVector = 16;          // bytes, and what `divisible` means
 
@@ -40,7 +41,7 @@ Launch& Launch::cell(uint64_t value) {
   return *this;
 }
 
-Launch& Launch::tensor(const Dense& t) {
+Launch& Launch::tensor(const Dense& t, Use use) {
   if (given_ == kernel_.parameter_count) refuse(kernel_, "more arguments than parameters");
   const Parameter& parameter = kernel_.parameters[given_++];
   if (parameter.kind != Kind::tensor || parameter.rank != t.rank || tensors_ == kMostTensors)
@@ -57,13 +58,14 @@ Launch& Launch::tensor(const Dense& t) {
     box[d] = (own ? static_cast<unsigned>(t.box[from]) : parameter.box[from]) * traversal[d];
     if (d) strides[d - 1] = static_cast<uint64_t>(t.stride[from] * element);
   }
+  const bool rounded = use == Use::factor && kernel_.role.precision == Precision::tf32;
+  const int type = rounded ? kTf32 : kDataTypes[static_cast<int>(kernel_.role.type)];
   CUtensorMap& map = maps_[tensors_++];
   const Driver& driver = device_.driver();
   check(driver, "cuTensorMapEncodeTiled",
-        driver.cuTensorMapEncodeTiled(&map, kDataTypes[static_cast<int>(kernel_.role.type)],
-                                      static_cast<unsigned>(t.rank), const_cast<void*>(t.data),
-                                      sizes, strides, box, traversal, 0, parameter.swizzle,
-                                      kPromoteTo128, 0));
+        driver.cuTensorMapEncodeTiled(&map, type, static_cast<unsigned>(t.rank),
+                                      const_cast<void*>(t.data), sizes, strides, box, traversal, 0,
+                                      parameter.swizzle, kPromoteTo128, 0));
   push(&map);
   for (const int64_t* list : {t.size, t.stride}) {
     for (int d = 0; d < t.rank; d++) {
@@ -80,16 +82,16 @@ void Launch::run(int64_t programs, void* stream) {
     cells_[count_] = 0;
     push(&cells_[count_]);
   }
-  const CUfunction function = device_.function(kernel_);
+  const Device::Loaded& loaded = device_.loaded(kernel_);
   const CUlaunchConfig config = {{static_cast<unsigned>(programs), 1, 1},
-                                 {static_cast<unsigned>(kernel_.warps) * 32, 1, 1},
-                                 kernel_.shared,
+                                 {static_cast<unsigned>(loaded.warps) * 32, 1, 1},
+                                 loaded.shared,
                                  static_cast<CUstream>(stream),
                                  nullptr,
                                  0};
   const Driver& driver = device_.driver();
   check(driver, "cuLaunchKernelEx",
-        driver.cuLaunchKernelEx(&config, function, arguments_, nullptr));
+        driver.cuLaunchKernelEx(&config, loaded.function, arguments_, nullptr));
 }
 
 }  // namespace twinfuse::gpu

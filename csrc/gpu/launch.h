@@ -16,7 +16,8 @@ struct Dense {
   int32_t box[kMostRank] = {};
 };
 
-constexpr int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
+// What becomes of a descriptor's elements: factors of a product are rounded to its precision.
+enum class Use { exact, factor };
 
 // Whether the hardware can copy boxes of it.
 bool encodable(const Dense& tensor, Type type);
@@ -29,7 +30,7 @@ class Launch {
   // the driver reads as many bytes as the parameter has.
   Launch& pointer(const void* data) { return cell(reinterpret_cast<uintptr_t>(data)); }
   Launch& number(int64_t value) { return cell(static_cast<uint64_t>(value)); }
-  Launch& tensor(const Dense& tensor);
+  Launch& tensor(const Dense& tensor, Use use);
 
   // Throws DriverError, or std::logic_error where the arguments are not what the kernel was
   // compiled for.
@@ -39,7 +40,7 @@ class Launch {
   Launch& cell(uint64_t value);
   void push(const void* argument);
 
-  static constexpr int kMostArguments = 64, kMostTensors = 5;
+  static constexpr int kMostArguments = 96, kMostTensors = 5;
 
   Device& device_;
   const Kernel& kernel_;

@@ -1,6 +1,7 @@
 // Linear+ReLU on a GPU.
 #include "gpu/ops.h"
 #include "gpu/serve.h"
+#include "gpu/tuning.h"
 
 namespace twinfuse::gpu {
 namespace {
@@ -34,21 +35,17 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, int32_t dtype,
   return serve(kOp, dtype, context, [&](Call call) {
     call.nan_passes = op.relu_grad == TWINFUSE_RELU_GRAD_SELECT;
     const Matrix& g = op.grad_output;
-    const Gradient gradient{g.data,
-                            op.output.data,
-                            1,
-                            g.rows,
-                            g.cols,
-                            0,
-                            g.row_stride,
-                            g.col_stride,
-                            0,
-                            op.output.row_stride,
-                            op.output.col_stride};
+    const Matrix& y = op.output;
+    const Pixels gradient{true,
+                          1,
+                          g.rows,
+                          g.cols,
+                          {g.data, 0, g.row_stride, g.col_stride},
+                          {y.data, 0, y.row_stride, y.col_stride}};
     Operand masked = operand(g);
-    masked.mask = op.output.data;
-    masked.mask_line = op.output.row_stride;
-    masked.mask_step = op.output.col_stride;
+    masked.mask = y.data;
+    masked.mask_line = y.row_stride;
+    masked.mask_step = y.col_stride;
 
     const auto input_gradient = [&](const Operand& grad) {
       return Product{grad, transposed(operand(op.weight)), result(op.grad_input)};
@@ -82,11 +79,23 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, int32_t dtype,
     Plans chosen = plans(masked);
     Operand grad = masked;
     const bool sums = op.grad_bias != nullptr;
-    if ((input || weight) && g.rows && g.cols) {
+    if (input || weight) {
       const Plans plain = plans(written);
-      const double read = sums ? mask_clocks(call, gradient, false) : 0;
-      if (plain.complete && plain.clocks + mask_clocks(call, gradient, true) <
-                                (chosen.complete ? chosen.clocks + read : 1e300)) {
+      const double read = sums ? rearrange_clocks(call, gradient, false) : 0;
+      const auto describe = [&](Problem& problem) {
+        for (const Plans& both : {chosen, plain})
+          for (const Choice& choice : {both.input, both.weight})
+            if (choice.first) problem.add_role(*choice.first);
+        for (const auto& [wanted, name] :
+             {std::pair{input, "input"}, {weight, "weight"}, {sums, "bias"}})
+          if (wanted) problem.add_label(name);
+      };
+      const double once = plain.clocks + rearrange_clocks(call, gradient, true);
+      if (plain.complete &&
+          (!chosen.complete ||
+           choose(call.device, {g.rows, g.cols, input ? op.weight.cols : op.input.cols},
+                  {{"masked_where_read", chosen.clocks + read}, {"masked_once", once}},
+                  describe) == 1)) {
         chosen = plain;
         written.data = call.allocate(g.rows * pitch * element_size(call.type));
         grad = written;
@@ -95,8 +104,8 @@ TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, int32_t dtype,
     const Vector bias{op.grad_bias, op.grad_bias_stride};
     const bool writes = grad.data == written.data;
     if (writes || sums)
-      mask_gradient(call, gradient, writes ? const_cast<void*>(written.data) : nullptr, pitch,
-                    sums ? &bias : nullptr);
+      rearrange(call, gradient, writes ? const_cast<void*>(written.data) : nullptr, pitch,
+                sums ? &bias : nullptr);
     if (input) run(call, input_gradient(grad), chosen.input);
     if (weight) run(call, weight_gradient(grad), chosen.weight);
   });

@@ -6,5 +6,7 @@ namespace twinfuse::gpu {
 const Kernel kKernels[] = {{}};
 const int kKernelCount = 0;
 const unsigned char* const kImages = nullptr;
+const char* const kMeasured = "";
+const char* const kSources = "";
 
 }  // namespace twinfuse::gpu

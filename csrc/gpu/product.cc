@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "gpu/tuning.h"
+
 namespace twinfuse::gpu {
 namespace {
 
@@ -57,13 +59,12 @@ Reader reader(Side side, bool masked, bool tensor) {
     return masked ? Reader::tensor_lines_masked : Reader::tensor_lines;
   }
   if (side == Side::depth) return masked ? Reader::depth_masked : Reader::depth;
-  if (side == Side::lines) return masked ? Reader::lines_masked : Reader::lines;
-  return masked ? Reader::strided_masked : Reader::strided;
+  return masked ? Reader::lines_masked : Reader::lines;
 }
 
 // All arguments of an operand, in the order of csrc/triton/variants.py.
 void add(Launch& launch, const Call& call, const Operand& m, Reader reader) {
-  const bool any = reader == Reader::strided || reader == Reader::strided_masked;
+  const bool any = reader == Reader::strided;
   const bool tensor = reader >= Reader::tensor_depth && reader <= Reader::tensor_lines_masked;
   const bool depth = reader == Reader::depth || reader == Reader::depth_masked ||
                      reader == Reader::tensor_depth || reader == Reader::tensor_depth_masked;
@@ -71,7 +72,7 @@ void add(Launch& launch, const Call& call, const Operand& m, Reader reader) {
   for (const bool mask : {false, true}) {
     if (mask && !m.mask) break;
     if (tensor) {
-      launch.tensor(dense(m, side, mask));
+      launch.tensor(dense(m, side, mask), mask ? Use::exact : Use::factor);
     } else if (any) {
       launch.pointer(mask ? m.mask : m.data)
           .number(mask ? m.mask_line : m.line)
@@ -143,45 +144,51 @@ Choice plan(const Call& call, const Product& p) {
   const bool plain_bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
   const bool nothing = p.behind == Behind::nothing;
   const Epilogue epilogue = nothing ? Epilogue::identity : Epilogue::bias_relu;
-  Role role{Function::product, {}, {}, {}, {}, call.type, call.precision, true, false, false};
-  Choice best;
-  if (call.device.has_tensors() && plain_bias && fits_tensor(p.a, left, call.type) &&
+  Role role{Function::product, {}, {}, {}, {}, call.type, call.precision, true};
+  Candidates found(call.device, {shape.rows, shape.cols, shape.depth});
+  const bool shallow = call.shallow(shape.depth);
+  if (!shallow && call.device.has_tensors() && plain_bias && fits_tensor(p.a, left, call.type) &&
       fits_tensor(p.b, right, call.type) && p.out.col == 1 &&
       encodable(dense(p.out, shape.rows, shape.cols), call.type)) {
     role.a = reader(left, p.a.mask, true);
     role.b = reader(right, p.b.mask, true);
     role.epilogue = epilogue;
     role.store = Writer::tensor;
-    best.improve(choose(call.device, role, shape));
+    found.add(role, shape);
+    role.epilogue = Epilogue::identity;
+    role.store = Writer::split;
+    if (shape.cols % kVector == 0) found.add(role, shape);
   }
-  if (fits_vectors(p.a, left) && fits_vectors(p.b, right) && shape.cols % kVector == 0) {
+  if (!shallow && fits_vectors(p.a, left) && fits_vectors(p.b, right) &&
+      shape.cols % kVector == 0) {
     const bool turned = left == Side::lines && !p.a.mask;
     role.a = turned ? Reader::left_lines : reader(left, p.a.mask, false);
     role.b = reader(right, p.b.mask, false);
     if (aligned(p.out.data) && p.out.col == 1 && p.out.row % kVector == 0 && plain_bias) {
       role.epilogue = epilogue;
       role.store = Writer::lines;
-      best.improve(choose(call.device, role, shape));
+      found.add(role, shape);
     }
     role.epilogue = Epilogue::identity;
     role.store = Writer::split;
-    best.improve(choose(call.device, role, shape));
+    found.add(role, shape);
   }
-  if (!best.kernel) {
-    role.a = reader(Side::neither, p.a.mask, false);
-    role.b = reader(Side::neither, p.b.mask, false);
+  if (found.empty() && !p.a.mask && !p.b.mask) {
+    role.a = role.b = Reader::strided;
+    role.precision = call.of_elements(shape.depth);
     role.epilogue = nothing ? Epilogue::identity : Epilogue::strided_bias_relu;
     role.store = Writer::strided;
     role.vectors = false;
-    best = choose(call.device, role, shape);
+    found.add(role, shape);
   }
-  return best;
+  return found.choose();
 }
 
 void run(const Call& call, const Product& p, const Choice& choice) {
   const Shape shape = p.shape();
   if (!shape.rows || !shape.cols) return;
   if (!choice.kernel) throw Unsupported("this build has no GPU kernel for these strides");
+  note_run(choice);
   const Kernel& kernel = *choice.kernel;
   Launch launch(call.device, kernel);
   add(launch, call, p.a, kernel.role.a);
@@ -191,7 +198,7 @@ void run(const Call& call, const Product& p, const Choice& choice) {
     parts = call.allocate(choice.splits * shape.rows * shape.cols * 4);
     launch.pointer(parts);
   } else if (kernel.role.store == Writer::tensor) {
-    launch.tensor(dense(p.out, shape.rows, shape.cols));
+    launch.tensor(dense(p.out, shape.rows, shape.cols), Use::exact);
   } else {
     launch.pointer(p.out.data).number(p.out.row);
     if (kernel.role.store == Writer::strided) launch.number(p.out.col);
@@ -201,51 +208,91 @@ void run(const Call& call, const Product& p, const Choice& choice) {
   if (parts) combine(call, parts, choice.splits, shape.rows, shape.cols, p.out, p.behind, p.bias);
 }
 
-double mask_clocks(const Call& call, const Gradient& g, bool writes) {
+double rearrange_clocks(const Call& call, const Pixels& p, bool writes) {
   const double bytes =
-      double(g.images) * double(g.pixels) * double(g.cols) * element_size(call.type);
-  return kLaunchClocks + bytes * (writes ? 3 : 2) / kBytesOfClock;
+      double(p.images) * double(p.pixels) * double(p.cols) * element_size(call.type);
+  return kLaunchClocks + bytes * (1 + p.masked + writes) / kBytesOfClock;
 }
 
-void mask_gradient(const Call& call, const Gradient& g, void* written, int64_t pitch,
-                   const Vector* sums) {
-  const int64_t rows = g.images * g.pixels;
-  for (const int64_t size : {rows, g.cols}) require_countable(size);
-  if (!g.cols) return;
-  Role role{};
-  role.function = Function::mask_gradient;
+namespace {
+
+bool fits_vectors(const Pixels::Source& s) {
+  return s.col == 1 && aligned(s.data) && s.pixel % kVector == 0;
+}
+
+bool fits_planes(const Pixels::Source& s) {
+  return aligned(s.data) && s.col % kVector == 0 && s.image % kVector == 0;
+}
+
+// How the pass reads.
+void set_access(const Pixels& p, Role* role) {
+  role->a = Reader::strided;
+  if (p.images == 1 && p.cols % kVector == 0 && p.masked && fits_vectors(p.x) &&
+      fits_vectors(p.output)) {
+    role->a = Reader::lines;
+  } else if (p.pixels > 1 && p.x.pixel == 1 && (!p.masked || p.output.pixel == 1)) {
+    role->a = Reader::planes;
+    role->vectors =
+        p.pixels % kVector == 0 && fits_planes(p.x) && (!p.masked || fits_planes(p.output));
+  }
+}
+
+void add(Launch& launch, const Pixels::Source& s, Reader reader) {
+  launch.pointer(s.data);
+  if (reader == Reader::planes) {
+    launch.number(s.col).number(s.image);
+    return;
+  }
+  launch.number(s.pixel);
+  if (reader == Reader::strided) launch.number(s.col).number(s.image);
+}
+
+}  // namespace
+
+void rearrange(const Call& call, const Pixels& p, void* written, int64_t pitch,
+               const Vector* sums) {
+  const int64_t rows = p.images * p.pixels;
+  for (const int64_t size : {rows, p.cols}) require_countable(size);
+  if (!p.cols) return;
+  Role role;
+  role.function = Function::rearrange;
   role.type = call.type;
+  role.masks = p.masked;
   role.writes = written != nullptr;
   role.sums = sums != nullptr;
-  role.vectors = g.images == 1 && g.col == 1 && g.output_col == 1 && aligned(g.data) &&
-                 aligned(g.output) && g.pixel % kVector == 0 && g.output_pixel % kVector == 0 &&
-                 g.cols % kVector == 0;
-  const auto found = call.device.find(role);
-  if (found.empty()) throw Unsupported("this build has no GPU kernel that masks gradients");
-  const Kernel& kernel = **found.begin();
-  const int64_t tiles = divide(g.cols, kernel.tile.n);
-  // Enough programs for every multiprocessor, but few parts: one program adds them up.
-  constexpr int64_t kMostParts = 64;
-  const int64_t wanted = divide(4 * call.device.multiprocessors(), tiles);
+  set_access(p, &role);
+  const Kernel* chosen = nullptr;  // the narrowest that takes all columns at once, or the widest
+  for (const Kernel* kernel : call.device.find(role)) {
+    const bool whole = kernel->tile.n >= p.cols;
+    if (!chosen || (whole ? kernel->tile.n < chosen->tile.n || chosen->tile.n < p.cols
+                          : kernel->tile.n > chosen->tile.n))
+      chosen = kernel;
+  }
+  if (!chosen) throw Unsupported("this build has no GPU kernel that rearranges");
+  const Kernel& kernel = *chosen;
+  const int64_t tiles = divide(p.cols, kernel.tile.n);
+  // Many programs hide each other's waiting; but one adds up their parts.
+  constexpr int64_t kPrograms = 32, kMostParts = 512;  // the former per multiprocessor
+  const int64_t wanted = divide(kPrograms * call.device.multiprocessors(), tiles);
   const int64_t most = sums ? std::min(wanted, kMostParts) : wanted;
   const int64_t height =
       std::max<int64_t>(divide(divide(rows, kernel.tile.m), most), 1) * kernel.tile.m;
   const int64_t parts = std::max<int64_t>(divide(rows, height), 1);
-  void* partial = sums ? call.allocate(parts * g.cols * 4) : nullptr;
+  void* partial = sums ? call.allocate(parts * p.cols * 4) : nullptr;
 
   Launch launch(call.device, kernel);
-  launch.pointer(g.data).number(g.pixel);
-  if (!role.vectors) launch.number(g.col).number(g.image);
-  launch.pointer(g.output).number(g.output_pixel);
-  if (!role.vectors) launch.number(g.output_col).number(g.output_image);
+  add(launch, p.x, role.a);
+  if (role.masks) add(launch, p.output, role.a);
   if (written) launch.pointer(written).number(pitch);
   if (sums) launch.pointer(partial);
-  launch.number(rows).number(g.cols).number(call.nan_passes).number(height);
-  if (!role.vectors) launch.number(g.pixels);
+  launch.number(rows).number(p.cols);
+  if (role.masks) launch.number(call.nan_passes);
+  launch.number(height);
+  if (role.a != Reader::lines) launch.number(p.pixels);
   launch.run(parts * tiles, call.context.stream);
   if (sums) {
     const Result out{const_cast<void*>(sums->data), 0, sums->stride};
-    combine(call, partial, static_cast<int>(parts), 1, g.cols, out, Behind::nothing, {});
+    combine(call, partial, static_cast<int>(parts), 1, p.cols, out, Behind::nothing, {});
   }
 }
 

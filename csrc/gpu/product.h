@@ -24,6 +24,19 @@ struct Call {
 
   // Throws OutOfMemory.
   void* allocate(int64_t bytes) const;
+
+  // Three terms of TF32 are less accurate than single float32 products, which shows where few are
+  // summed.
+  bool shallow(int64_t depth) const {
+    constexpr int64_t kShallow = 16;
+    return precision == Precision::tf32x3 && depth <= kShallow;
+  }
+
+  // Kernels that read single elements take the time of three terms anyway.
+  Precision of_elements(int64_t depth) const {
+    if (shallow(depth)) return Precision::ieee;
+    return precision == Precision::tf32 ? Precision::tf32x3 : precision;
+  }
 };
 
 // An operand [lines, depth] with the strides of both, and beside it, where the operand is a
@@ -70,22 +83,24 @@ Choice plan(const Call& call, const Product& product);
 // Throws Unsupported, DriverError or OutOfMemory.
 void run(const Call& call, const Product& product, const Choice& choice);
 
-// A gradient and ReLU's output, as [images * pixels, cols]; strides of both.
-struct Gradient {
-  const void* data;
-  const void* output;
+// [images * pixels, cols] with its strides; and where it is a gradient behind ReLU, ReLU's output
+// with its own.
+struct Pixels {
+  bool masked;
   int64_t images, pixels, cols;
-  int64_t image, pixel, col;
-  int64_t output_image, output_pixel, output_col;
+  struct Source {
+    const void* data;
+    int64_t image, pixel, col;  // strides
+  } x, output;
 };
 
-// The gradient behind ReLU, once: written to `written` with rows `pitch` apart (nullptr: not), and
-// summed over the rows to `sums` (nullptr: not).
-void mask_gradient(const Call& call, const Gradient& gradient, void* written, int64_t pitch,
-                   const Vector* sums);
+// One pass: written to `written` with rows `pitch` apart (nullptr: not), and summed over the rows
+// to `sums` (nullptr: not).
+void rearrange(const Call& call, const Pixels& source, void* written, int64_t pitch,
+               const Vector* sums);
 
 // Clocks that it takes, as Choice has them.
-double mask_clocks(const Call& call, const Gradient& gradient, bool writes);
+double rearrange_clocks(const Call& call, const Pixels& source, bool writes);
 
 // Adds up parts [splits, rows, cols] of float32.
 void combine(const Call& call, const void* parts, int splits, int64_t rows, int64_t cols,

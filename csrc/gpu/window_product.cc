@@ -48,10 +48,6 @@ int64_t pixel_stride(const View& v) {
 }
 
 // Whether all pixels of an image are equally far apart.
-bool rows_follow(const View& v) {
-  return v.size[2] <= 1 || v.size[3] <= 1 || v.stride[2] == v.size[3] * v.stride[3];
-}
-
 // Whether all pixels of all images are.
 bool dense_pixels(const View& v) {
   const int64_t in_image = v.size[2] * v.size[3];
@@ -72,13 +68,13 @@ void add_pixels(Launch& launch, const View& v) {
   launch.number(v.stride[0]).number(v.stride[2]).number(v.stride[3]);
 }
 
-void add_mask(Launch& launch, const Call& call, const void* mask) {
-  if (mask) launch.pointer(mask).number(call.nan_passes);
-}
-
 bool flat(const Kernel& kernel) { return kernel.role.a == Reader::flat; }
 
 }  // namespace
+
+bool rows_follow(const View& v) {
+  return v.size[2] <= 1 || v.size[3] <= 1 || v.stride[2] == v.size[3] * v.stride[3];
+}
 
 Windows forward_windows(int64_t count, int64_t taps, int64_t stride, int64_t low,
                         int64_t dilation) {
@@ -112,13 +108,30 @@ View channels(View v, int dimension, int64_t first, int64_t count, Type type) {
   return v;
 }
 
+bool in_boxes(const Choice& choice) {
+  if (!choice.kernel) return false;
+  const Reader reader = choice.kernel->role.a;
+  return reader >= Reader::tensor_windows && reader <= Reader::tensor_pixels;
+}
+
+Extents extents_of(const WindowProduct& p) {
+  return {p.x.size[0], p.rows.count, p.columns.count, p.out.size[1],
+          p.x.size[1], p.rows.taps,  p.columns.taps,  p.rows.step};
+}
+
+Extents extents_of(const TapProduct& p) {
+  return {p.x.size[0], p.rows.count, p.columns.count, p.grad.size[1],
+          p.x.size[1], p.rows.taps,  p.columns.taps,  p.rows.step};
+}
+
 Choice plan(const Call& call, const WindowProduct& p) {
   const int64_t taps = p.rows.taps * p.columns.taps, depth = p.x.size[1];
   const Shape shape{p.x.size[0] * p.rows.count * p.columns.count, p.out.size[1], taps * depth};
   for (const int64_t size : {shape.rows, shape.cols, shape.depth}) require_countable(size);
   const bool nothing = p.behind == Behind::nothing;
-  Role role{Function::product, {}, {}, {}, {}, call.type, call.precision, true, false, false};
-  Choice best = plan_boxes(call, p);
+  Role role{Function::product, {}, {}, {}, {}, call.type, call.precision, true};
+  Candidates found(call.device, extents_of(p));
+  add_boxes(call, p, found);
   // Each tap takes whole steps.
   const auto consider = [&](Reader a, Reader b) {
     role.a = a;
@@ -126,7 +139,7 @@ Choice plan(const Call& call, const WindowProduct& p) {
     for (const Kernel* kernel : call.device.find(role)) {
       Shape padded = shape;
       if (a != Reader::flat) padded.depth = taps * divide(depth, kernel->tile.k) * kernel->tile.k;
-      best.improve({kernel, 1, estimate(call.device, *kernel, padded, 1)});
+      found.add(*kernel, padded);
     }
   };
   const View& w = p.weight;
@@ -134,23 +147,23 @@ Choice plan(const Call& call, const WindowProduct& p) {
   const bool other_strides = w.stride[by_depth ? 0 : 1] % kVector == 0 &&
                              w.stride[2] % kVector == 0 && w.stride[3] % kVector == 0;
   const bool bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
-  if (vector_strides(p.x) && vector_strides(p.out) && (!p.mask || aligned(p.mask)) &&
+  if (!call.shallow(shape.depth) && vector_strides(p.x) && vector_strides(p.out) &&
       (by_depth || by_lines) && other_strides && aligned(w.data) && tap_offset(p) % kVector == 0 &&
       depth % kVector == 0 && shape.cols % kVector == 0 && bias &&
       small(p.x, p.weight, p.out, p.rows, p.columns)) {
     role.epilogue = nothing ? Epilogue::identity : Epilogue::bias_relu;
     role.store = Writer::windows;
-    consider(p.mask ? Reader::windows_masked : Reader::windows,
-             by_depth ? Reader::weight_depth : Reader::weight_lines);
+    consider(Reader::windows, by_depth ? Reader::weight_depth : Reader::weight_lines);
   }
-  if (best.kernel) return best;
+  if (!found.empty()) return found.choose();
   require_small(p.x, p.weight, p.out, p.rows, p.columns);
   role.vectors = false;
+  role.precision = call.of_elements(shape.depth);
   role.epilogue = nothing ? Epilogue::identity : Epilogue::strided_bias_relu;
   role.store = Writer::planes;
-  consider(p.mask ? Reader::planes_masked : Reader::planes, Reader::weight_strided);
+  consider(Reader::planes, Reader::weight_strided);
   if (!nothing) consider(Reader::flat, Reader::weight_flat);
-  return best;
+  return found.choose();
 }
 
 void run(const Call& call, const WindowProduct& p, const Choice& choice) {
@@ -158,14 +171,14 @@ void run(const Call& call, const WindowProduct& p, const Choice& choice) {
   const Shape shape{p.x.size[0] * p.rows.count * p.columns.count, p.out.size[1], taps * depth};
   if (!shape.rows || !shape.cols) return;
   if (!choice.kernel) throw Unsupported("this build has no GPU kernel for these strides");
+  note_run(choice);
   const Kernel& kernel = *choice.kernel;
-  if (kernel.role.store == Writer::tensor_windows) return run_boxes(call, p, kernel);
+  if (in_boxes(choice)) return run_boxes(call, p, kernel);
   const bool elements = !kernel.role.vectors;
   const View& w = p.weight;
   Launch launch(call.device, kernel);
   add_image(launch, p.x, p.rows, p.columns);
   if (elements) launch.number(p.x.stride[1]);
-  add_mask(launch, call, p.mask);
   launch.pointer(w.data + tap_offset(p) * element_size(call.type))
       .number(depth)
       .number(p.columns.taps);
@@ -183,14 +196,15 @@ void run(const Call& call, const WindowProduct& p, const Choice& choice) {
 namespace {
 
 Role tap_role(const Call& call, const TapProduct& p) {
-  const bool vectors = vector_strides(p.x) && vector_strides(p.grad) && dense_pixels(p.grad) &&
-                       (!p.mask || aligned(p.mask)) && p.x.size[1] % kVector == 0 &&
-                       p.grad.size[1] % kVector == 0;
-  Role role{Function::product, {},    {},   Epilogue::identity, {}, call.type, call.precision,
-            vectors,           false, false};
-  role.a = vectors ? (p.mask ? Reader::lines_masked : Reader::left_lines)
-                   : (p.mask ? Reader::pixels_masked : Reader::strided);
-  role.b = vectors ? Reader::taps : Reader::taps_strided;
+  const int64_t depth = pixels(p.grad);
+  Role role;
+  role.vectors = !call.shallow(depth) && vector_strides(p.x) && vector_strides(p.grad) &&
+                 p.x.size[1] % kVector == 0 && p.grad.size[1] % kVector == 0;
+  role.a = role.vectors ? Reader::left_lines : Reader::strided;
+  role.b = role.vectors ? Reader::taps : Reader::taps_strided;
+  role.epilogue = Epilogue::identity;
+  role.type = call.type;
+  role.precision = role.vectors ? call.precision : call.of_elements(depth);
   return role;
 }
 
@@ -198,25 +212,6 @@ void add_taps(Launch& launch, const TapProduct& p) {
   launch.pointer(p.out.data).number(p.x.size[1]).number(p.columns.taps);
   launch.number(p.out.stride[2]).number(p.out.stride[3]);
   launch.number(p.out.stride[0]).number(p.out.stride[1]);
-}
-
-void add_gradient(Launch& launch, const Call& call, const TapProduct& p, Reader reader) {
-  switch (reader) {
-    case Reader::lines_masked:
-      launch.pointer(p.grad.data).number(pixel_stride(p.grad));
-      launch.pointer(p.mask).number(pixel_stride(p.grad)).number(call.nan_passes);
-      break;
-    case Reader::left_lines:
-      launch.pointer(p.grad.data).number(pixel_stride(p.grad));
-      break;
-    case Reader::strided:
-      launch.pointer(p.grad.data).number(p.grad.stride[1]).number(pixel_stride(p.grad));
-      break;
-    default:
-      add_pixels(launch, p.grad);
-      launch.number(p.grad.stride[1]);
-      add_mask(launch, call, p.mask);
-  }
 }
 
 // Adds up parts into `out`.
@@ -247,23 +242,21 @@ Shape tap_shape(const TapProduct& p, const Kernel& kernel) {
 }
 
 Choice plan(const Call& call, const TapProduct& p) {
-  Choice best = plan_boxes(call, p);
-  if (best.kernel && !small(p.x, p.out, p.grad, p.rows, p.columns)) return best;
+  Candidates found(call.device, extents_of(p));
+  add_boxes(call, p, found);
+  if (!found.empty() && !small(p.x, p.out, p.grad, p.rows, p.columns)) return found.choose();
   require_small(p.x, p.out, p.grad, p.rows, p.columns);
   Role role = tap_role(call, p);
-  // A gradient without a mask was written by `mask_gradient`, with its pixels side by side.
-  if (role.a == Reader::strided && !dense_pixels(p.grad)) return best;
-  if (best.kernel && !role.vectors) return best;
+  if (!found.empty() && !role.vectors) return found.choose();
   for (const Writer store : {Writer::taps, Writer::split}) {
     role.store = store;
     for (const Kernel* kernel : call.device.find(role)) {
       const Shape shape = tap_shape(p, *kernel);
       for (const int64_t size : {shape.rows, shape.cols, shape.depth}) require_countable(size);
-      const int splits = store == Writer::split ? most_splits(call.device, *kernel, shape) : 1;
-      best.improve({kernel, splits, estimate(call.device, *kernel, shape, splits)});
+      found.add(*kernel, shape);
     }
   }
-  return best;
+  return found.choose();
 }
 
 void run(const Call& call, const TapProduct& p, const Choice& choice) {
@@ -271,6 +264,7 @@ void run(const Call& call, const TapProduct& p, const Choice& choice) {
   const Kernel& kernel = *choice.kernel;
   const Shape shape = tap_shape(p, kernel);
   if (!shape.rows || !shape.cols) return;
+  note_run(choice);
   void* parts = nullptr;
   if (kernel.role.store == Writer::split)
     parts = call.allocate(choice.splits * shape.rows * shape.cols * 4);
@@ -278,7 +272,9 @@ void run(const Call& call, const TapProduct& p, const Choice& choice) {
     run_boxes(call, p, choice, parts);
   } else {
     Launch launch(call.device, kernel);
-    add_gradient(launch, call, p, kernel.role.a);
+    launch.pointer(p.grad.data);
+    if (!kernel.role.vectors) launch.number(p.grad.stride[1]);
+    launch.number(pixel_stride(p.grad));
     add_image(launch, p.x, p.rows, p.columns);
     if (!kernel.role.vectors) launch.number(p.x.stride[1]);
     parts ? void(launch.pointer(parts)) : add_taps(launch, p);
@@ -287,23 +283,36 @@ void run(const Call& call, const TapProduct& p, const Choice& choice) {
   if (parts) combine_taps(call, p, shape, parts, choice.splits);
 }
 
-void mask_images(const Call& call, const View& grad, const View& output, void* written,
-                 int64_t pitch, const Vector* sums) {
-  const int64_t channels = grad.size[1], in_image = grad.size[2] * grad.size[3];
-  if (dense_pixels(grad) && dense_pixels(output)) {
-    mask_gradient(call,
-                  {grad.data, output.data, 1, pixels(grad), channels, 0, pixel_stride(grad),
-                   grad.stride[1], 0, pixel_stride(output), output.stride[1]},
-                  written, pitch, sums);
-  } else if (rows_follow(grad) && rows_follow(output)) {
-    mask_gradient(call,
-                  {grad.data, output.data, grad.size[0], in_image, channels, grad.stride[0],
-                   pixel_stride(grad), grad.stride[1], output.stride[0], pixel_stride(output),
-                   output.stride[1]},
-                  written, pitch, sums);
-  } else {
-    throw Unsupported("gradients of images whose rows do not follow each other, on a GPU");
+Pixels pixels_of(const View& x, const View* output) {
+  const auto source = [](const View& v) {
+    return Pixels::Source{v.data, v.stride[0], pixel_stride(v), v.stride[1]};
+  };
+  if (!rows_follow(x) || (output && !rows_follow(*output)))
+    throw Unsupported("images whose rows do not follow each other, on a GPU");
+  Pixels p{output != nullptr, x.size[0], x.size[2] * x.size[3], x.size[1], source(x), {}};
+  if (output) p.output = source(*output);
+  if (dense_pixels(x) && (!output || dense_pixels(*output))) {
+    p.pixels *= p.images;
+    p.images = 1;
   }
+  return p;
+}
+
+View beside(const View& x, bool masked) {
+  // Few channels take half as much memory as vectors do, which is enough for descriptors; but no
+  // pass masks and writes so few.
+  constexpr int64_t kFew = 4;
+  const int64_t unit = x.size[1] <= kFew && !masked ? kVector / 2 : kVector;
+  const int64_t pitch = divide(x.size[1], unit) * unit;
+  View v{nullptr, {}, {pitch * x.size[2] * x.size[3], 1, pitch * x.size[3], pitch}};
+  std::copy_n(x.size, 4, v.size);
+  return v;
+}
+
+View filled(const Call& call, const View& x, View v) {
+  v.data = static_cast<char*>(call.allocate(v.size[0] * v.stride[0] * element_size(call.type)));
+  rearrange(call, pixels_of(x, nullptr), v.data, v.stride[3], nullptr);
+  return v;
 }
 
 }  // namespace twinfuse::gpu

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "gpu/product.h"
+#include "gpu/tuning.h"
 
 namespace twinfuse::gpu {
 
@@ -35,8 +36,7 @@ View channels(View view, int dimension, int64_t first, int64_t count, Type type)
 
 struct WindowProduct {
   View x;
-  const void* mask;  // of the strides of `x`; nullptr: none
-  View weight;       // [lines, channels of x, rows, columns of taps]
+  View weight;  // [lines, channels of x, rows, columns of taps]
   Windows rows, columns;
   View out;
   Behind behind = Behind::nothing;
@@ -52,10 +52,12 @@ inline int64_t tap_offset(const WindowProduct& p) {
 Choice plan(const Call& call, const WindowProduct& product);
 void run(const Call& call, const WindowProduct& product, const Choice& choice);
 
+// Whether the kernel reads boxes of pixels (box_product.h).
+bool in_boxes(const Choice& choice);
+
 // out[k, c, r, s] = sum over n, p, q of grad[n, k, p, q] * x[n, c, y, x]
 struct TapProduct {
-  View grad;
-  const void* mask;  // of the strides of `grad`; nullptr: none
+  View grad;  // with its channels side by side, and its pixels equally far apart
   View x;
   Windows rows, columns;
   View out;
@@ -64,11 +66,24 @@ struct TapProduct {
 Choice plan(const Call& call, const TapProduct& product);
 void run(const Call& call, const TapProduct& product, const Choice& choice);
 
+// What measurements know them by.
+Extents extents_of(const WindowProduct& product);
+Extents extents_of(const TapProduct& product);
+
 // Of the product that a kernel computes: columns are whole tiles of the channels of one tap.
 Shape tap_shape(const TapProduct& product, const Kernel& kernel);
 
-// `mask_gradient` of images, of any strides that the pixels of an image have in common.
-void mask_images(const Call& call, const View& grad, const View& output, void* written,
-                 int64_t pitch, const Vector* sums);
+// Whether the pixels of an image are equally far apart.
+bool rows_follow(const View& images);
+
+// The images, and behind ReLU's output where there is one, as a pass reads them. Throws Unsupported
+// unless rows follow each other in both.
+Pixels pixels_of(const View& x, const View* output);
+
+// A view of the same images with their channels side by side, without memory: `data` is nullptr.
+// `masked`: they will be masked when they are written.
+View beside(const View& x, bool masked = false);
+// Its memory; then the pass that fills it.
+View filled(const Call& call, const View& x, View beside);
 
 }  // namespace twinfuse::gpu

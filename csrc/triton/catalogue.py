@@ -11,77 +11,74 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .operands import READERS
-from .variants import Combine, MaskGradient, Product, Tile, Variant
+from .variants import Combine, Product, Rearrange, Tile, Variant
 
 # Operands of Linear+ReLU's products: with [N, K] weights as torch has them, then [K, N] as Keras.
 FORWARD = (("depth", "depth"), ("depth", "lines"))
 GRAD_INPUT = (("depth_masked", "lines"), ("depth_masked", "depth"))
 GRAD_WEIGHT = (("lines_masked", "lines"), ("left_lines", "lines_masked"))
-# Of a gradient that `mask_gradient` has written.
+# Of a gradient that `rearrange` has masked.
 PLAIN = (("depth", "lines"), ("depth", "depth"), ("left_lines", "lines"))
-# Any strides and alignment.
-ELEMENTS = (
-    ("strided", "strided", "strided_bias_relu"),
-    ("strided_masked", "strided", "identity"),
-    ("strided", "strided_masked", "identity"),
-    ("strided", "strided", "identity"),
-)
+# Any strides and alignment; a gradient was masked before.
+ELEMENTS = (("strided", "strided", "strided_bias_relu"), ("strided", "strided", "identity"))
 # Operands, epilogue and output of Conv+ReLU's products, where channels lie side by side: weights
-# with the summed channels last, then with the others last.
+# with the summed channels last, then with the others last. Gradients have been masked by
+# `rearrange`, which leaves them so.
 WINDOWS = (
     ("windows", "weight_depth", "bias_relu", "windows"),
     ("windows", "weight_lines", "bias_relu", "windows"),
-    ("windows_masked", "weight_depth", "identity", "windows"),
-    ("windows_masked", "weight_lines", "identity", "windows"),
-    ("lines_masked", "taps", "identity", "taps"),
-    # Of gradients that `mask_gradient` has written.
     ("windows", "weight_depth", "identity", "windows"),
     ("windows", "weight_lines", "identity", "windows"),
-    ("left_lines", "taps", "identity", "taps"),
 )
-# The same through descriptors; of gradients that `mask_gradient` has written, too.
+TAPS = (
+    ("left_lines", "taps", "identity", "taps"),
+    ("left_lines", "taps", "identity", "split"),
+)
+# The same through descriptors; the last of the windows where the channels of the output do not lie
+# side by side.
 BOXES = (
     ("tensor_windows", "tensor_weight_depth", "bias_relu", "tensor_windows"),
     ("tensor_windows", "tensor_weight_lines", "bias_relu", "tensor_windows"),
     ("tensor_windows", "tensor_weight_depth", "identity", "tensor_windows"),
     ("tensor_windows", "tensor_weight_lines", "identity", "tensor_windows"),
-    ("tensor_windows_masked", "tensor_weight_depth", "identity", "tensor_windows"),
-    ("tensor_windows_masked", "tensor_weight_lines", "identity", "tensor_windows"),
+    ("tensor_windows", "tensor_weight_depth", "strided_bias_relu", "box_planes"),
+    ("tensor_windows", "tensor_weight_depth", "identity", "box_planes"),
     ("tensor_pixels", "tensor_taps", "identity", "split"),
-    ("tensor_pixels_masked", "tensor_taps", "identity", "split"),
 )
-# Any strides and alignment, but a masked gradient has those of the output; the last for images with
-# few channels.
+# Any strides and alignment; the last for images with few channels.
 WINDOW_ELEMENTS = (
     ("planes", "weight_strided", "strided_bias_relu", "planes"),
-    ("planes_masked", "weight_strided", "identity", "planes"),
-    ("pixels_masked", "taps_strided", "identity", "taps"),
-    ("pixels_masked", "taps_strided", "identity", "split"),
     ("planes", "weight_strided", "identity", "planes"),
     ("strided", "taps_strided", "identity", "taps"),
     ("strided", "taps_strided", "identity", "split"),
     ("flat", "weight_flat", "strided_bias_relu", "planes"),
 )
 TYPES = (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"))
+# Of kernels that read single elements: those take more time than three terms do.
+ELEMENT_TYPES = tuple(kind for kind in TYPES if kind[1] != "tf32")
+# Multiplied one by one: the errors of three terms show where few products are summed.
+SHALLOW = ("fp32", "ieee")
+_SHALLOW_TILE = Tile(32, 64, 16, 4, 2)
 
 
 @dataclass(frozen=True)
 class Boxes:
-    """Tiles of windows behind descriptors: `masked` and `split` for the products of that kind."""
+    """Tiles of windows behind descriptors: `split` for sums over pixels."""
 
     plain: tuple[Tile, ...]
-    masked: Tile
-    split: Tile
+    split: tuple[Tile, ...]
 
-    def of(self, a: str, store: str) -> tuple[Tile, ...]:
+    def of(self, store: str) -> tuple[Tile, ...]:
         if store == "split":
-            return (self.split,)
-        return (self.masked,) if READERS[a].masked else self.plain
+            return self.split
+        if store == "box_planes":
+            return tuple(dict.fromkeys((self.plain[0], self.plain[-1])))
+        return self.plain
 
 
 # Of a masked gradient over its rows: one row, from many parts.
 SUMS = {
-    dtype: Combine("identity", "strided", dtype, rows=1, parts=32)
+    dtype: Combine("identity", "strided", dtype, rows=1, cols=32, parts=128)
     for dtype in ("bf16", "fp16", "fp32")
 }
 
@@ -91,13 +88,17 @@ class Tiles:
     """Of one precision on one architecture.
 
     `small` and `narrow` are read through pointers, `narrow` for few rows. `large`, and `wide` where
-    nothing is masked, through descriptors where the architecture has them, and `boxes` only there.
+    nothing is masked, through descriptors where the architecture has them, and `slim` and `boxes`
+    only there. `turned` in place of all of these where an operand is not read along the reduced
+    dimension, which the instruction of large tiles takes in 16 bits alone.
     """
 
     large: Tile
     small: Tile
-    narrow: Tile
+    narrow: tuple[Tile, ...]
     wide: Tile | None = None
+    slim: Tile | None = None
+    turned: Tile | None = None
     large_masked: Tile | None = None
     small_masked: Tile | None = None
     boxes: Boxes | None = None
@@ -124,16 +125,16 @@ class Architecture:
 
 # Width of the tiles whose splits hold channels of one tap each.
 SPLIT_COLUMNS = 64
-_NARROW = Tile(16, 64, 128, 4, 3)
-_NARROW_FLOAT = Tile(16, 64, 64, 4, 3)
+# Thinner ones for fewer columns than multiprocessors times 64.
+_NARROW = (Tile(16, 64, 128, 4, 3), Tile(16, 32, 128, 4, 4))
+_NARROW_FLOAT = (Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 4, 4))
 
 _BOX = Tile(128, 128, 64, 8, 4)
 _SLIM_BOX = Tile(128, 64, 64, 4, 4)  # for few filters; two of them share a multiprocessor
-_MASKED_BOX = Tile(128, 128, 64, 8, 3)
-_SPLIT_BOX = Tile(128, 64, 64, 8, 4)
+_SPLIT_BOXES = (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4))
 _FLOAT_BOX = Tile(128, 128, 32, 8, 3)
-_SMALL_FLOAT_BOX = Tile(128, 64, 16, 8, 3)
-_FLOAT_BOXES = Boxes((_FLOAT_BOX,), _FLOAT_BOX, Tile(128, 64, 32, 8, 3))
+_TURNED = Tile(32, 128, 32, 4, 3)
+_FLOAT_BOXES = Boxes((_FLOAT_BOX,), (Tile(32, 64, 32, 4, 4),))
 
 _AMPERE = Architecture(
     tensors=False,
@@ -147,6 +148,13 @@ _AMPERE = Architecture(
     ),
     tf32x3=Tiles(Tile(128, 64, 16, 8, 3), Tile(64, 64, 16, 4, 3), _NARROW_FLOAT),
 )
+_HOPPER_FLOATS = Tiles(
+    Tile(128, 128, 32, 8, 3),
+    Tile(64, 64, 32, 4, 3),
+    _NARROW_FLOAT,
+    turned=_TURNED,
+    boxes=_FLOAT_BOXES,
+)
 _HOPPER = Architecture(
     tensors=True,
     shared=227 << 10,
@@ -155,16 +163,15 @@ _HOPPER = Architecture(
         Tile(64, 64, 64, 4, 3),
         _NARROW,
         wide=Tile(128, 256, 64, 8, 3),
-        boxes=Boxes((_BOX, Tile(256, 128, 64, 8, 3), _SLIM_BOX), _MASKED_BOX, _SPLIT_BOX),
+        slim=_SLIM_BOX,
+        boxes=Boxes((_BOX, Tile(256, 128, 64, 8, 3), _SLIM_BOX), _SPLIT_BOXES),
     ),
-    tf32=Tiles(Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _NARROW_FLOAT, boxes=_FLOAT_BOXES),
-    tf32x3=Tiles(
-        Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3), _NARROW_FLOAT, boxes=_FLOAT_BOXES
-    ),
+    tf32=_HOPPER_FLOATS,
+    tf32x3=_HOPPER_FLOATS,
 )
 _BLACKWELL = replace(
     _HOPPER,
-    halves=replace(_HOPPER.halves, boxes=Boxes((_BOX, _SLIM_BOX), _MASKED_BOX, _SPLIT_BOX)),
+    halves=replace(_HOPPER.halves, boxes=Boxes((_BOX, _SLIM_BOX), _SPLIT_BOXES)),
     tf32=replace(_HOPPER.tf32, small=Tile(64, 64, 32, 4, 2)),
     tf32x3=replace(
         _HOPPER.tf32x3, small=Tile(64, 64, 32, 4, 2), large_masked=Tile(128, 64, 32, 8, 3)
@@ -177,10 +184,9 @@ _CONSUMER = Architecture(
         Tile(128, 128, 32, 8, 3),
         Tile(64, 64, 32, 4, 4),
         _NARROW,
+        slim=Tile(128, 64, 32, 4, 4),
         boxes=Boxes(
-            (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 4)),
-            Tile(128, 128, 32, 8, 3),
-            Tile(128, 64, 32, 4, 4),
+            (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 4)), (Tile(128, 64, 32, 4, 4),)
         ),
     ),
     tf32=Tiles(
@@ -188,13 +194,13 @@ _CONSUMER = Architecture(
         Tile(64, 64, 16, 4, 4),
         _NARROW_FLOAT,
         large_masked=Tile(128, 128, 16, 8, 2),
-        boxes=Boxes((Tile(128, 128, 16, 8, 3),), Tile(128, 128, 16, 8, 2), _SMALL_FLOAT_BOX),
+        boxes=Boxes((Tile(128, 128, 16, 8, 3),), (Tile(128, 64, 16, 8, 3),)),
     ),
     tf32x3=Tiles(
         Tile(128, 64, 16, 8, 3),
         Tile(64, 64, 16, 4, 3),
         _NARROW_FLOAT,
-        boxes=Boxes((_SMALL_FLOAT_BOX,), _SMALL_FLOAT_BOX, _SMALL_FLOAT_BOX),
+        boxes=Boxes((Tile(128, 64, 16, 8, 3),), (Tile(128, 64, 16, 8, 3),)),
     ),
 )
 ARCHITECTURES = {
@@ -215,9 +221,22 @@ def _with_descriptors(variant: Product) -> Product:
     return replace(variant, a=a, b=f"tensor_{variant.b}", store="tensor", persistent=True)
 
 
-def mask_gradient(write: bool, summed: bool, dtype: str, vectors: bool) -> MaskGradient:
-    """Addresses of single elements take the registers of half the rows."""
-    return MaskGradient(write, summed, dtype, vectors, rows=64 if vectors else 32)
+# Rows and columns of a step, and warps: addresses of single elements take registers.
+_REARRANGED = {"vectors": (128, 64, 8), "elements": (32, 128, 4), "planes": (64, 64, 8)}
+_REARRANGED["plane_vectors"] = _REARRANGED["planes"]
+_FEW_COLUMNS = (512, 4, 4)
+
+
+def _element_tile(dtype: str, precision: str) -> Tile:
+    return _SHALLOW_TILE if (dtype, precision) == SHALLOW else _ELEMENTS[dtype == "fp32"]
+
+
+def rearrange(mask: bool, write: bool, summed: bool, dtype: str, access: str) -> Rearrange:
+    """`access`: as in `Rearrange`, with "few " in front for few columns."""
+    few = access.startswith("few ")
+    access = access.removeprefix("few ")
+    size = _FEW_COLUMNS if few else _REARRANGED[access]
+    return Rearrange(mask, write, summed, dtype, access, *size)
 
 
 def linear(arch: int) -> Iterator[Variant]:
@@ -234,26 +253,35 @@ def linear(arch: int) -> Iterator[Variant]:
         for a, b, epilogue in forward + others:
             masked = READERS[a].masked or READERS[b].masked
             large, small = tiles.large_and_small(masked)
-            for tile in (large, None if masked else tiles.wide):
-                if tile:
-                    variant = product(a, b, epilogue, tile)
-                    yield _with_descriptors(variant) if architecture.tensors else variant
+            chosen = {large, *(() if masked else (tiles.wide, tiles.slim))} - {None}
+            if tiles.turned and "lines" in (READERS[a].extent, READERS[b].extent):
+                chosen, small = {tiles.turned}, Tile(32, 64, 32, 4, 4)
+            for tile in sorted(chosen, key=lambda t: (t.m, t.n)):
+                variant = product(a, b, epilogue, tile)
+                yield _with_descriptors(variant) if architecture.tensors else variant
             yield product(a, b, epilogue, small)
         for a, b, epilogue in forward:
-            yield product(a, b, epilogue, tiles.narrow)
+            for tile in tiles.narrow:
+                yield product(a, b, epilogue, tile)
         # Deep sums of small outputs.
         for a, b in FORWARD + GRAD_WEIGHT:
-            yield product(a, b, "identity", tiles.small, "split")
+            turned = tiles.turned and "lines" in (READERS[a].extent, READERS[b].extent)
+            tile = Tile(32, 64, 32, 4, 4) if turned else tiles.small
+            yield product(a, b, "identity", tile, "split")
+        for tile in tiles.boxes.split if tiles.boxes else ():
+            variant = _with_descriptors(product(*PLAIN[2], "identity", tile))
+            yield replace(variant, store="split")
+    for dtype, precision in (*ELEMENT_TYPES, SHALLOW):
+        tile = _element_tile(dtype, precision)
         for a, b, epilogue in ELEMENTS:
-            variant = product(a, b, epilogue, _ELEMENTS[dtype == "fp32"], "strided")
-            yield replace(variant, vectors=False)
+            yield Product(a, b, epilogue, "strided", dtype, precision, tile, vectors=False)
     for dtype in ("bf16", "fp16", "fp32"):
         for epilogue in ("strided_bias_relu", "identity"):
             yield Combine(epilogue, "strided", dtype)
         yield SUMS[dtype]
         for write, summed in ((True, True), (True, False), (False, True)):
-            for vectors in (True, False):
-                yield mask_gradient(write, summed, dtype, vectors)
+            for access in _REARRANGED:
+                yield rearrange(True, write, summed, dtype, access)
 
 
 def convolution(arch: int) -> Iterator[Variant]:
@@ -261,22 +289,29 @@ def convolution(arch: int) -> Iterator[Variant]:
     architecture = ARCHITECTURES[arch]
     for dtype, precision in TYPES:
         tiles = architecture.tiles(precision)
-        for a, b, epilogue, store in WINDOWS:
-            large, small = tiles.large_and_small(READERS[a].masked)
-            for tile in (small,) if tiles.boxes else (large, small):
-                yield Product(a, b, epilogue, store, dtype, precision, tile)
-        assert tiles.small.n == _ELEMENTS[dtype == "fp32"].n == SPLIT_COLUMNS
-        if tiles.boxes:
-            assert tiles.boxes.split.n == SPLIT_COLUMNS
-            for a, b, epilogue, store in BOXES:
-                for tile in tiles.boxes.of(a, store):
-                    yield Product(a, b, epilogue, store, dtype, precision, tile, persistent=True)
-        for a in ("lines_masked", "left_lines"):
-            yield Product(a, "taps", "identity", "split", dtype, precision, tiles.small)
+        small = Tile(32, 64, 32, 4, 4) if tiles.turned else tiles.small
+        assert small.n == _ELEMENTS[dtype == "fp32"].n == SPLIT_COLUMNS
+        for a, b, epilogue, store in TAPS:
+            yield Product(a, b, epilogue, store, dtype, precision, small)
+        if not tiles.boxes:
+            for a, b, epilogue, store in WINDOWS:
+                for tile in (tiles.large, tiles.small):
+                    yield Product(a, b, epilogue, store, dtype, precision, tile)
+            continue
+        assert all(tile.n == SPLIT_COLUMNS for tile in tiles.boxes.split)
+        for a, b, epilogue, store in BOXES:
+            # Weights that would have to be turned are put in the other order before.
+            if b == "tensor_weight_lines" and tiles.turned:
+                continue
+            for tile in tiles.boxes.of(store):
+                yield Product(a, b, epilogue, store, dtype, precision, tile, persistent=True)
+    for dtype, precision in (*ELEMENT_TYPES, SHALLOW):
+        tile = _element_tile(dtype, precision)
         for a, b, epilogue, store in WINDOW_ELEMENTS:
-            tile = _ELEMENTS[dtype == "fp32"]
             yield Product(a, b, epilogue, store, dtype, precision, tile, vectors=False)
     for dtype in ("bf16", "fp16", "fp32"):
+        for access in ("elements", "planes", "plane_vectors", "few elements", "few planes"):
+            yield rearrange(False, True, False, dtype, access)
         yield Combine("identity", "taps", dtype, cols=SPLIT_COLUMNS)
 
 

@@ -21,8 +21,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gemm import masked
-
 
 @triton.jit
 def window_init(args, first, limit, BLOCK: tl.constexpr):
@@ -59,35 +57,12 @@ def window_load(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
-def window_masked(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Channels lie side by side. args: image, then (mask, nan_passes); the mask's strides are those
-    of the image."""
-    at, inside, c = window_at(args, state, step, BLOCK_K)
-    mask = inside[:, None] & (c[None, :] < args[1])
-    grad = tl.load(args[0] + at[:, None] + c[None, :], mask=mask, other=0.0)
-    output = tl.load(args[16] + at[:, None] + c[None, :], mask=mask, other=0.0)
-    return masked(grad, output, args[17])
-
-
-@triton.jit
 def plane_load(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     """Columns lie side by side: neighbouring windows do, if the step is 1. args: image, then the
     stride of the channels."""
     at, inside, c = window_at(args, state, step, BLOCK_K)
     mask = inside[None, :] & (c[:, None] < args[1])
     return tl.load(args[0] + at[None, :] + c[:, None] * args[16], mask=mask, other=0.0).T
-
-
-@triton.jit
-def plane_masked(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """args: image, then (stride of the channels, mask, nan_passes); the mask's strides are those of
-    the image."""
-    at, inside, c = window_at(args, state, step, BLOCK_K)
-    mask = inside[None, :] & (c[:, None] < args[1])
-    at = at[None, :] + c[:, None] * args[16]
-    grad = tl.load(args[0] + at, mask=mask, other=0.0)
-    output = tl.load(args[17] + at, mask=mask, other=0.0)
-    return masked(grad, output, args[18]).T
 
 
 @triton.jit
@@ -191,23 +166,6 @@ def tap_strided(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: t
     c = state[2]
     mask = inside[None, :] & (c[:, None] < args[1])
     return tl.load(args[0] + at[None, :] + c[:, None] * args[16], mask=mask, other=0.0)
-
-
-@triton.jit
-def pixels_masked(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The masked gradient, summed over pixels. args: (data, rows and columns of an image, strides
-    of images, rows, columns and channels, mask, nan_passes)."""
-    index = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    q = index % args[2]
-    p = index // args[2] % args[1]
-    n = index // args[2] // args[1]
-    pixel = n.to(tl.int64) * args[3] + (p * args[4] + q * args[5])
-    r = state[0]
-    mask = (r[:, None] < limit) & (index[None, :] < depth)
-    at = pixel[None, :] + r[:, None] * args[6]
-    grad = tl.load(args[0] + at, mask=mask, other=0.0)
-    output = tl.load(args[7] + at, mask=mask, other=0.0)
-    return masked(grad, output, args[8])
 
 
 @triton.jit

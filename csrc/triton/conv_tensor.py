@@ -24,8 +24,7 @@ In a sum over windows a step is a box of BLOCK_K pixels, counted in the same way
 reach beyond the rows and columns of the output there: the gradient would be zero and the image
 not, and zero times infinity is NaN. They may reach beyond the last image.
 
-    gradient: (descriptor, descriptor of the mask, tiles_y, tiles_x, images, rows, columns,
-               nan_passes), as the output
+    gradient: as the output
     taps:     (descriptor of the image, channels, taps, tiles_y, tiles_x, images, advance_y,
                advance_x, origin_y, origin_x, dilation_y, dilation_x), as the image
 
@@ -36,8 +35,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from .gemm import masked
 
 
 @triton.jit
@@ -84,15 +81,6 @@ def window_at(args, state, step, BLOCK_K: tl.constexpr):
 @triton.jit
 def window_load(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
     return args[0].load(window_at(args, state, step, BLOCK_K)).reshape(BLOCK, BLOCK_K)
-
-
-@triton.jit
-def window_masked(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """args: image, then (descriptor of the mask, nan_passes)."""
-    at = window_at(args, state, step, BLOCK_K)
-    grad = args[0].load(at).reshape(BLOCK, BLOCK_K)
-    output = args[12].load(at).reshape(BLOCK, BLOCK_K)
-    return masked(grad, output, args[13])
 
 
 @triton.jit
@@ -166,18 +154,24 @@ def pixels_load(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: t
 
 
 @triton.jit
-def pixels_masked(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """args: output, then (descriptor of the mask, nan_passes)."""
-    n, p, q = box_at(step, args[1], args[2], state[1], state[2])
-    at = [n * args[3], p * args[4], q * args[5], state[0]]
-    grad = args[0].load(at).reshape(BLOCK_K, BLOCK)
-    output = args[6].load(at).reshape(BLOCK_K, BLOCK)
-    return masked(grad, output, args[7]).T
-
-
-@triton.jit
 def store_windows(out, split, i, j, rows, cols, x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Columns are channels."""
     n, p, q = tile_at(i // BLOCK_M, out[1], out[2])
     at = [n * out[3], p * out[4], q * out[5], j]
     out[0].store(at, x.to(out[0].dtype).reshape(1, 1, BLOCK_M, BLOCK_N))
+
+
+@triton.jit
+def store_planes(out, split, i, j, rows, cols, x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Any strides. out: (data, tiles_y, tiles_x, images, rows, columns, as above, then images, rows
+    and columns of the output, and its strides of images, rows, columns and channels)."""
+    n, p, q = tile_at(i // BLOCK_M, out[1], out[2])
+    pixel = tl.arange(0, BLOCK_M)
+    n = n * out[3] + pixel // (out[4] * out[5])
+    p = p * out[4] + pixel // out[5] % out[4]
+    q = q * out[5] + pixel % out[5]
+    at = n.to(tl.int64) * out[9] + (p * out[10] + q * out[11])
+    c = (j + tl.arange(0, BLOCK_N))[:, None]
+    inside = ((n < out[6]) & (p < out[7]) & (q < out[8]))[None, :] & (c < cols)
+    values = x.to(out[0].dtype.element_ty).T
+    tl.store(out[0] + at[None, :] + c * out[12], values, mask=inside)

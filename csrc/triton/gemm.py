@@ -47,6 +47,7 @@ def multiply(
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,
     FLATTEN: tl.constexpr,
+    ROUND: tl.constexpr,
 ):
     """`programs` programs share the tiles of the output; each tile takes `steps` of BLOCK_K."""
     row_tiles = tl.cdiv(rows, BLOCK_M)
@@ -78,10 +79,21 @@ def multiply(
         for step in range(begin, end):
             left = A_LOAD(a, a_state, step, rows, depth, BLOCK_M, BLOCK_K)
             right = B_LOAD(b, b_state, step, cols, depth, BLOCK_N, BLOCK_K)
+            if ROUND:
+                left = rounded(left)
+                right = rounded(right)
             sums = tl.dot(left, right.T, sums, input_precision=PRECISION)
         STORE(
             out, split, i, j, rows, cols, EPILOGUE(bias, sums, j, cols, BLOCK_N), BLOCK_M, BLOCK_N
         )
+
+
+@triton.jit
+def rounded(x):
+    """To TF32: tensor cores would cut off what they do not read. (Descriptors round by themselves.)
+    NaN stays NaN."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
@@ -170,70 +182,19 @@ def combine(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
+    SUM: tl.constexpr,
 ):
-    """Adds up what `store_split` has left, PARTS splits at a time."""
+    """Adds up what `store_split` has left, PARTS splits at a time, in the type SUM."""
     col_tiles = tl.cdiv(cols, BLOCK_N)
     i = tl.program_id(0) // col_tiles * BLOCK_M
     j = tl.program_id(0) % col_tiles * BLOCK_N
     m = (i + tl.arange(0, BLOCK_M))[None, :, None]
     n = (j + tl.arange(0, BLOCK_N))[None, None, :]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), SUM)
     for first in range(0, splits, PARTS):
         part = (first + tl.arange(0, PARTS))[:, None, None]
         at = partial + (part.to(tl.int64) * rows + m) * cols + n
         inside = (part < splits) & (m < rows) & (n < cols)
-        sums += tl.sum(tl.load(at, mask=inside, other=0.0), axis=0)
+        sums += tl.sum(tl.load(at, mask=inside, other=0.0).to(SUM), axis=0)
+    sums = sums.to(tl.float32)
     STORE(out, 0, i, j, rows, cols, EPILOGUE(bias, sums, j, cols, BLOCK_N), BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def matrix_at(args, m, n, pixels):
-    """args: (data, stride of the rows); columns lie side by side."""
-    return m[:, None].to(tl.int64) * args[1] + n[None, :]
-
-
-@triton.jit
-def images_at(args, m, n, pixels):
-    """Any strides, and images of `pixels` rows each. args: (data, stride of the rows, of the
-    columns, of the images)."""
-    row = (m % pixels).to(tl.int64) * args[1] + (m // pixels).to(tl.int64) * args[3]
-    return row[:, None] + n[None, :].to(tl.int64) * args[2]
-
-
-@triton.jit
-def mask_gradient(
-    grad,
-    output,
-    out,
-    partial,
-    rows,
-    cols,
-    nan_passes,
-    height,
-    pixels,
-    AT: tl.constexpr,
-    WRITE: tl.constexpr,
-    SUM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The gradient behind ReLU, once: written as a matrix for plain products, and summed for the
-    bias. Each program takes `height` rows, a multiple of BLOCK_M; `partial` is float32
-    [programs per column tile, cols], for `combine`. AT: where an element of `grad` and `output` is.
-    """
-    col_tiles = tl.cdiv(cols, BLOCK_N)
-    part = tl.program_id(0) // col_tiles
-    n = tl.program_id(0) % col_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums = tl.zeros((BLOCK_N,), tl.float32)
-    for i in range(part * height, min((part + 1) * height, rows), BLOCK_M):
-        m = i + tl.arange(0, BLOCK_M)
-        inside = (m[:, None] < rows) & (n[None, :] < cols)
-        g = tl.load(grad[0] + AT(grad, m, n, pixels), mask=inside, other=0.0)
-        y = tl.load(output[0] + AT(output, m, n, pixels), mask=inside, other=0.0)
-        g = masked(g, y, nan_passes)
-        if WRITE:
-            tl.store(out[0] + matrix_at(out, m, n, pixels), g, mask=inside)
-        if SUM:
-            sums += tl.sum(g.to(tl.float32), axis=0)
-    if SUM:
-        tl.store(partial + part.to(tl.int64) * cols + n, sums, mask=n < cols)

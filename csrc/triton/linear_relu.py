@@ -82,19 +82,6 @@ def strided_load(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
-def strided_masked(args, state, step, limit, depth, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr):
-    """args: (data, both strides, mask, both strides of the mask, nan_passes)."""
-    r = state[0]
-    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    inside = (r[:, None] < limit) & (k[None, :] < depth)
-    line = r[:, None].to(tl.int64)
-    column = k[None, :].to(tl.int64)
-    grad = tl.load(args[0] + line * args[1] + column * args[2], mask=inside, other=0.0)
-    output = tl.load(args[3] + line * args[4] + column * args[5], mask=inside, other=0.0)
-    return masked(grad, output, args[6])
-
-
-@triton.jit
 def tensor_init(args, first, limit, BLOCK: tl.constexpr):
     return (first,)
 

@@ -67,6 +67,10 @@ _TENSOR_IMAGE = (
 )
 _TENSOR_WEIGHT = "data:tensor channels:i32 taps:i32 first_y:i32 first_x:i32 tap_y:i32 tap_x:i32"
 _TENSOR_PIXELS = "data:tensor tiles_y:i32 tiles_x:i32 images:i32 rows:i32 columns:i32"
+_BOX_PLANES = (
+    "data:data tiles_y:i32 tiles_x:i32 images:i32 rows:i32 columns:i32 count_n:i32 count_y:i32"
+    " count_x:i32 image:i64 row:i32 column:i32 channel:i32"
+)
 _TENSOR_MASK = " mask:tensor nan_passes:i32"
 
 _l, _c, _t = linear_relu, conv_relu, conv_tensor
@@ -80,12 +84,6 @@ READERS: dict[str, Reader] = {
     ),
     "lines_masked": Reader(
         _l.line_init, _l.lines_masked, fields_of(MATRIX + _MASK), "lines", masked=True
-    ),
-    "strided_masked": Reader(
-        _l.line_init,
-        _l.strided_masked,
-        fields_of(ANY + " mask:data mask_stride:i64 mask_step:i64 nan_passes:i32"),
-        masked=True,
     ),
     "tensor_depth": Reader(_l.tensor_init, _l.tensor_depth_load, fields_of("data:tensor"), "depth"),
     "tensor_lines": Reader(_l.tensor_init, _l.tensor_lines_load, fields_of("data:tensor"), "lines"),
@@ -104,19 +102,7 @@ READERS: dict[str, Reader] = {
         masked=True,
     ),
     "windows": Reader(_c.window_init, _c.window_load, fields_of(_IMAGE)),
-    "windows_masked": Reader(
-        _c.window_init,
-        _c.window_masked,
-        fields_of(_IMAGE + " mask:data* nan_passes:i32"),
-        masked=True,
-    ),
     "planes": Reader(_c.window_init, _c.plane_load, fields_of(_IMAGE + _CHANNEL)),
-    "planes_masked": Reader(
-        _c.window_init,
-        _c.plane_masked,
-        fields_of(_IMAGE + _CHANNEL + " mask:data* nan_passes:i32"),
-        masked=True,
-    ),
     "flat": Reader(_c.window_init, _c.flat_load, fields_of(_IMAGE + _CHANNEL)),
     "weight_depth": Reader(_l.line_init, _c.weight_depth, fields_of(_WEIGHT)),
     "weight_lines": Reader(_l.line_init, _c.weight_lines, fields_of(_WEIGHT), "lines"),
@@ -124,22 +110,8 @@ READERS: dict[str, Reader] = {
     "weight_flat": Reader(_l.line_init, _c.weight_flat, fields_of(_WEIGHT + _CHANNEL)),
     "taps": Reader(_c.tap_init, _c.tap_load, fields_of(_IMAGE)),
     "taps_strided": Reader(_c.tap_init, _c.tap_strided, fields_of(_IMAGE + _CHANNEL)),
-    "pixels_masked": Reader(
-        _l.line_init,
-        _c.pixels_masked,
-        fields_of(_PIXELS + _CHANNEL + " mask:data* nan_passes:i32"),
-        masked=True,
-    ),
     "tensor_windows": Reader(
         _t.window_init, _t.window_load, fields_of(_TENSOR_IMAGE), "depth", rank=4
-    ),
-    "tensor_windows_masked": Reader(
-        _t.window_init,
-        _t.window_masked,
-        fields_of(_TENSOR_IMAGE + _TENSOR_MASK),
-        "depth",
-        masked=True,
-        rank=4,
     ),
     "tensor_weight_depth": Reader(
         _t.weight_init, _t.weight_depth, fields_of(_TENSOR_WEIGHT), "depth", rank=4
@@ -151,14 +123,6 @@ READERS: dict[str, Reader] = {
     "tensor_pixels": Reader(
         _t.pixel_init, _t.pixels_load, fields_of(_TENSOR_PIXELS), "lines", rank=4
     ),
-    "tensor_pixels_masked": Reader(
-        _t.pixel_init,
-        _t.pixels_masked,
-        fields_of(_TENSOR_PIXELS + _TENSOR_MASK),
-        "lines",
-        masked=True,
-        rank=4,
-    ),
 }
 WRITERS: dict[str, Writer] = {
     "lines": Writer(gemm.store_lines, fields_of(MATRIX), "lines"),
@@ -168,6 +132,7 @@ WRITERS: dict[str, Writer] = {
     "windows": Writer(_c.store_windows, fields_of(_PIXELS), "lines"),
     "planes": Writer(_c.store_planes, fields_of(_PIXELS + _CHANNEL)),
     "tensor_windows": Writer(_t.store_windows, fields_of(_TENSOR_PIXELS), "lines", rank=4),
+    "box_planes": Writer(_t.store_planes, fields_of(_BOX_PLANES)),
     "taps": Writer(
         _c.store_taps,
         fields_of("data:data channels:i32 taps:i32 tap_y:i32 tap_x:i32 stride:i32 channel:i32"),

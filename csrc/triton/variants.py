@@ -11,7 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import gemm
+import triton.language as tl
+
+from . import gemm, rearrange
 from .operands import (
     ANY,
     EPILOGUES,
@@ -154,7 +156,13 @@ class Product:
             "PRECISION": self.precision if self.dtype == "fp32" else "ieee",
             "SPLIT": self.store == "split",
             "FLATTEN": self.persistent,
+            "ROUND": self.precision == "tf32" and a.fields[0].kind != TENSOR,
         }
+
+
+def _sum_type(dtype: str) -> Any:
+    """Of a gradient over its rows: errors of many rows must not show in a result of this type."""
+    return tl.float64 if dtype == "fp32" else tl.float32
 
 
 @dataclass(frozen=True)
@@ -195,58 +203,79 @@ class Combine:
             "BLOCK_M": self.rows,
             "BLOCK_N": self.cols,
             "PARTS": self.parts,
+            "SUM": _sum_type(self.dtype if self.rows == 1 else "bf16"),
         }
 
 
-@dataclass(frozen=True)
-class MaskGradient:
-    """A variant of `gemm.mask_gradient`."""
+# How `rearrange` reads: its function and arguments.
+ACCESS = {
+    "vectors": (rearrange.matrix_load, fields_of(MATRIX)),
+    "elements": (rearrange.images_load, fields_of(f"{ANY} image:i64")),
+    "planes": (rearrange.planes_load, fields_of("data:data column:i64 image:i64")),
+    "plane_vectors": (rearrange.planes_load, fields_of("data:data* column:i64* image:i64*")),
+}
 
+
+@dataclass(frozen=True)
+class Rearrange:
+    """A variant of `rearrange.rearrange`."""
+
+    mask: bool
     write: bool
     sum: bool
     dtype: str
-    vectors: bool = True  # else any strides
-    rows: int = 64
-    cols: int = 128
+    access: str
+    rows: int
+    cols: int
+    warps: int
 
     @property
     def name(self) -> str:
-        does = "-".join(word for word, on in (("write", self.write), ("sum", self.sum)) if on)
-        access = "vectors" if self.vectors else "elements"
-        return f"mask_gradient-{does}-{self.dtype}-{access}-{self.rows}x{self.cols}"
+        flags = (("mask", self.mask), ("write", self.write), ("sum", self.sum))
+        does = "-".join(word for word, on in flags if on)
+        return f"rearrange-{does}-{self.dtype}-{self.access}-{self.rows}x{self.cols}"
 
     @property
     def function(self) -> Any:
-        return gemm.mask_gradient
+        return rearrange.rearrange
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": 8 if self.vectors else 4}
+        return {"num_warps": self.warps}
 
     def arguments(self) -> list[Argument]:
-        operand = fields_of(MATRIX if self.vectors else f"{ANY} image:i64")
-        found = _arguments(0, "grad", operand, self.vectors)
-        found += _arguments(1, "output", operand, self.vectors)
-        if self.write:
-            found += _arguments(2, "out", fields_of(MATRIX), self.vectors)
+        rows_last = self.access == "plane_vectors"
+        vectors = self.access == "vectors" or rows_last
+        operand = ACCESS[self.access][1]
+        found = _arguments(0, "x", operand, vectors)
+        if self.mask:
+            found += _arguments(1, "output", operand, vectors)
+        if self.write:  # into memory of our own, which is aligned unless columns are few
+            found += _arguments(2, "out", fields_of(MATRIX), self.cols >= DIVISOR)
         if self.sum:
             found.append(Argument((3,), "partial", FLOAT, True))
-        sizes = ("rows", "cols", "nan_passes", "height", "pixels")[: 4 if self.vectors else 5]
+        sizes = ("rows", "cols", "nan_passes", "height", "pixels")
         for i, name in enumerate(sizes):
-            found.append(Argument((4 + i,), name, INT, self.vectors and name == "cols"))
+            if (name, self.mask) == ("nan_passes", False):
+                continue
+            if (name, self.access) == ("pixels", "vectors"):
+                continue
+            aligned = name in ("rows", "height", "pixels") if rows_last else name == "cols"
+            found.append(Argument((4 + i,), name, INT, vectors and aligned))
         return found
 
     def constants(self) -> dict[str, Any]:
         return {
-            "AT": gemm.matrix_at if self.vectors else gemm.images_at,
+            "LOAD": ACCESS[self.access][0],
+            "MASK": self.mask,
             "WRITE": self.write,
-            "SUM": self.sum,
+            "SUM": _sum_type(self.dtype) if self.sum else None,
             "BLOCK_M": self.rows,
             "BLOCK_N": self.cols,
         }
 
 
-Variant = Product | Combine | MaskGradient
+Variant = Product | Combine | Rearrange
 
 
 def bind(variant: Variant, value: Callable[[Argument], Any]) -> dict[str, Any]:

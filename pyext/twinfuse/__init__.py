@@ -18,6 +18,7 @@ from twinfuse._backend import (
     use_backend,
 )
 from twinfuse._core import launches
+from twinfuse._tuning import Tuned, TuneReport
 from twinfuse._version import __version__
 from twinfuse.doctor import doctor
 
@@ -26,11 +27,14 @@ __all__ = [
     "FallbackError",
     "FallbackWarning",
     "Report",
+    "TuneReport",
+    "Tuned",
     "__version__",
     "doctor",
     "explain",
     "launches",
     "strict",
+    "tune",
     "use_backend",
 ]
 
@@ -57,3 +61,30 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Report:
         "target: expected a torch module, a Keras model or layer, or a twinfuse function, got "
         f"{type(target).__name__}"
     )
+
+
+def tune(target: Any, *args: Any, **kwargs: Any) -> TuneReport:
+    """Measure which GPU kernels are the fastest for what `target(*args, **kwargs)` computes.
+
+    `target` is a torch module or any function that computes with torch on a GPU: a model, a step of
+    training, one of this package's functions. It is called once, and its results are
+    differentiated if they can be; then the kernels of each fused call are measured, on
+    random numbers and memory of their own. The gradients of parameters stay as they are; what the
+    call itself changes (statistics of a batch normalization, the state of random numbers) is
+    changed.
+
+    The fastest kernels serve this process from now on, for problems of about the same sizes too. A
+    file of the user's cache keeps them for others, of both frameworks: delete it to forget them.
+    Results may differ in their last bits from those of other kernels.
+
+    Returns:
+        A row for each problem that more than one kernel can compute; prints as a table.
+
+    Raises:
+        RuntimeError: torch or a GPU is missing, or no fused kernel runs there in the call.
+    """
+    try:
+        from twinfuse.torch._tune import tune as measure
+    except ImportError as error:
+        raise RuntimeError(f"twinfuse.tune measures with torch: {error}") from error
+    return measure(target, *args, **kwargs)

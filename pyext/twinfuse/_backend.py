@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -44,10 +44,14 @@ class Report(list[Choice]):
 
     def __str__(self) -> str:
         header = Choice(where="layer", op="op", backend="backend", kernel="kernel", reason="reason")
-        rows = [(c.where, c.op, c.backend, c.kernel, c.reason) for c in (header, *self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-        return "\n".join(lines)
+        return as_table((c.where, c.op, c.backend, c.kernel, c.reason) for c in (header, *self))
+
+
+def as_table(rows: Iterable[tuple[str, ...]]) -> str:
+    """Rows of texts, of which the first is the header, in columns."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 # Process-wide, like the frameworks' own backend flags; torch.compile guards on both and retraces.

@@ -152,8 +152,15 @@ def source_files(name: str) -> list[Path]:
     return sorted(path for path in files if path.suffix in (".cc", ".h"))
 
 
+def kernel_sources() -> list[Path]:
+    """Everything that GPU kernels are compiled from."""
+    folder = ROOT / "csrc"
+    own = (folder / name for name in ("aot.py", "embed.py", "jit.py"))
+    return [*own, *sorted((folder / "triton").glob("*.py"))]
+
+
 def cache_folder() -> Path:
-    """The user's cache of compiled bindings: TWINFUSE_CACHE, or `twinfuse` in the XDG cache."""
+    """The user's cache of what is compiled here: TWINFUSE_CACHE, or `twinfuse` in the XDG cache."""
     if os.environ.get("TWINFUSE_CACHE"):
         return Path(os.environ["TWINFUSE_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "twinfuse"

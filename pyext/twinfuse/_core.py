@@ -6,7 +6,9 @@ import ctypes
 import functools
 from pathlib import Path
 
-ABI_VERSION = 3
+from twinfuse import _jit, _tuning
+
+ABI_VERSION = 4
 LIBRARY = Path(__file__).resolve().parent / "_lib" / "libtwinfuse.so"
 
 # The core's numbers for dtypes and devices, by the names both frameworks use.
@@ -49,12 +51,15 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
+    _tuning.attach(library)
+    if hasattr(library, "twinfuse_set_kernel_compiler"):
+        _jit.attach(library)
     return library, ""
 
 
 def _text(function: str) -> str:
     library, _ = load()
-    return getattr(library, function)().decode() if library else ""
+    return getattr(library, function)().decode() if hasattr(library, function) else ""
 
 
 def version() -> str:
@@ -73,6 +78,12 @@ def isa_note() -> str:
 def built_isas() -> list[str]:
     text = _text("twinfuse_built_isas")
     return text.split(",") if text else []
+
+
+def gpu_architectures() -> list[str]:
+    """Those that the build has machine code for."""
+    text = _text("twinfuse_gpu_architectures")
+    return text.split(", ") if text else []
 
 
 def launches() -> dict[str, int]:
@@ -100,3 +111,25 @@ def find_kernel(role: str, dtype: str, device: str) -> tuple[str, str]:
     if name is None:
         return "", library.twinfuse_last_error().decode()
     return name.decode(), ""
+
+
+def device_backend(index: int) -> tuple[str, str]:
+    """What serves calls on this GPU: `("cuda", "")` or `("triton", "")`, or `("", reason)`."""
+    library, reason = load()
+    if library is None or not hasattr(library, "twinfuse_device_backend"):
+        return "", reason or "the compiled core is older than this package: build it again"
+    name = library.twinfuse_device_backend(index)
+    return ("", library.twinfuse_last_error().decode()) if name is None else (name.decode(), "")
+
+
+def serves(backend: str, device: str, index: int = 0) -> bool:
+    """Whether calls on this device take that backend."""
+    return backend == (device if device != "cuda" else device_backend(index)[0] or device)
+
+
+def reported(kernel: str, reason: str, device: str, index: int = 0) -> tuple[str, str, str]:
+    """`(backend, kernel, reason)` for reports, of what `find_kernel` has answered."""
+    backend = device
+    if kernel and device == "cuda":
+        backend, reason = device_backend(index)
+    return (backend, kernel, "") if kernel and backend else ("reference", "", reason)

@@ -63,8 +63,8 @@ def doctor() -> Diagnosis:
         core=core,
         bindings=bindings,
         kernels=_core.launches(),
-        devices=devices,
-        gpu_architectures=[],
+        devices=devices + [f"cuda:{i}: {b}" for i, (b, _) in enumerate(_gpus(devices)) if b],
+        gpu_architectures=_core.gpu_architectures(),
         advice=list(_advice(core, bindings, devices)),
     )
 
@@ -126,6 +126,15 @@ def _devices() -> list[str]:
     return devices
 
 
+def _gpus(devices: list[str]) -> Iterator[tuple[str, str]]:
+    """What `_core.device_backend` says of each GPU that this process may use."""
+    for index in range(sum(device.startswith("cuda") for device in devices)):
+        backend, reason = _core.device_backend(index)
+        if index and reason.startswith("cuDeviceGet "):  # the process may not use all
+            return
+        yield backend, reason
+
+
 def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text()
@@ -153,5 +162,6 @@ def _advice(
             yield f"{compiler}import twinfuse.{framework.name}: {problem}"
     if _backend.requested == "reference":
         yield "use_backend('reference') is in force: no fused kernel runs"
-    if any(device.startswith("cuda") for device in devices):
-        yield "the GPU is not used by twinfuse: fused kernels exist for CPUs only"
+    for index, (_, reason) in enumerate(_gpus(devices)):
+        if reason and not core["problem"]:
+            yield f"GPU {index} is not used by twinfuse: {reason}"

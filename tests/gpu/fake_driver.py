@@ -41,7 +41,8 @@ class Device:
 
 
 # What `load` gives the process, by number: the second has as many multiprocessors as real ones do,
-# and then come one without kernels and one that runs the code of its older sibling.
+# and then come one without kernels and one that runs the code of its older sibling. Nothing is ever
+# built for NEW and ODD: Triton compiles for the first, and not for the second.
 SMALL = 99 << 10
 DEVICES = (
     Device(90),
@@ -53,10 +54,12 @@ DEVICES = (
     Device(103),
     Device(120, shared=SMALL),
     Device(121, shared=SMALL),
+    Device(110),
+    Device(101),
     Device(90),
 )
 PLAIN, LARGE, OLD, SIBLING = range(4)
-SPARE = len(DEVICES) - 1  # that no other test uses
+NEW, ODD, SPARE = range(len(DEVICES) - 3, len(DEVICES))  # the last of which no other test uses
 
 
 class _Device(ctypes.Structure):

@@ -36,9 +36,6 @@ def load_aot() -> ModuleType:
 load_aot()
 from twinfuse_kernels import catalogue, variants  # noqa: E402
 
-launched: list[str] = []  # names of variants, in order
-NAMES = {torch.float32: "fp32", torch.float16: "fp16"}
-
 
 @dataclass(frozen=True)
 class Boxed:
@@ -110,7 +107,6 @@ def launch(variant: Any, programs: int, values: dict[str, Any]) -> None:
     nothing = dict.fromkeys(variant.function.arg_names)
     call = nothing | variant.constants() | variants.bind(variant, value)
     variant.function[(programs,)](**call)
-    launched.append(variant.name)
 
 
 @cache
@@ -126,73 +122,8 @@ def find(arch: int = 90, *, largest: bool = False, **wanted: Any) -> Any:
     return choose(found, key=lambda v: v.tile.m * v.tile.n, default=None)
 
 
-def contiguity(matrix: Tensor) -> str:
-    """What lies side by side in [lines, depth]."""
-    if matrix.stride(1) == 1 or matrix.shape[1] <= 1:
-        return "depth"
-    return "lines" if matrix.stride(0) == 1 or matrix.shape[0] <= 1 else "strided"
-
-
 def divide(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def multiply(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    *,
-    mask_a: Tensor | None = None,
-    mask_b: Tensor | None = None,
-    bias: Tensor | None = None,
-    forward: bool = False,
-    access: str = "vectors",
-    multiplies: bool = False,
-    splits: int = 1,
-) -> None:
-    """out[i, j] = sum of a[i, r] * b[j, r], with the epilogue of the forward pass or none.
-
-    `access`: "vectors" or "tensors", where the operands are laid out for them, or "elements".
-    """
-    names = []
-    for matrix, mask in ((a, mask_a), (b, mask_b)):
-        side = contiguity(matrix)
-        same = mask is None or contiguity(mask) == side or min(mask.shape) <= 1
-        names.append(side if same else "strided")
-    if access == "elements" or "strided" in names or out.stride(1) != 1:
-        names = ["strided", "strided"]
-    elif names[0] == "lines" and mask_a is None and access == "vectors":
-        names[0] = "left_lines"
-    prefix = "tensor_" if access == "tensors" and names[0] != "strided" else ""
-    masked = [
-        f"{prefix}{name}{'' if mask is None else '_masked'}"
-        for name, mask in zip(names, (mask_a, mask_b), strict=True)
-    ]
-
-    def variant_of(a_name: str, b_name: str) -> Any:
-        strided = a_name.startswith("strided")
-        epilogue = "bias_relu" if forward and splits == 1 else "identity"
-        store = "split" if splits > 1 else "tensor" if prefix else "lines"
-        return find(
-            a=a_name,
-            b=b_name,
-            epilogue=f"strided_{epilogue}" if strided and epilogue != "identity" else epilogue,
-            store="strided" if strided else store,
-            dtype=NAMES[a.dtype],
-        )
-
-    variant = variant_of(*masked)
-    if variant is None:  # an order that no framework has
-        assert splits == 1
-        prefix = ""
-        suffix = ["" if m is None else "_masked" for m in (mask_a, mask_b)]
-        if suffix == ["", ""] and not forward:
-            suffix[0], mask_a = "_masked", torch.ones((), dtype=a.dtype).expand(a.shape)
-        variant = variant_of(*(f"strided{s}" for s in suffix))
-    parts = torch.full((splits, *out.shape), torch.nan) if splits > 1 else out
-    run(variant, a, b, parts, mask_a, mask_b, bias, multiplies, splits)
-    if splits > 1:
-        combine(parts, out, bias, forward)
 
 
 def run(
@@ -268,48 +199,3 @@ def bias_values(epilogue: str, bias: Tensor | None, dtype: torch.dtype) -> dict[
     else:
         values["bias_stride"] = data.stride(0)
     return values
-
-
-def combine(parts: Tensor, out: Tensor, bias: Tensor | None = None, forward: bool = False) -> None:
-    epilogue = "strided_bias_relu" if forward else "identity"
-    variant = variants.Combine(epilogue, "strided", NAMES[out.dtype])
-    if len(out) == 1 and not forward:
-        variant = catalogue.SUMS[NAMES[out.dtype]]
-    assert variant in catalogue.variants(90)
-    values = {"partial": parts, "rows": out.shape[0], "cols": out.shape[1], "splits": len(parts)}
-    values |= _output("strided", out) | bias_values(epilogue, bias, out.dtype)
-    launch(variant, divide(out.shape[0], variant.rows) * divide(out.shape[1], variant.cols), values)
-
-
-def mask_gradient(
-    grad: Tensor, output: Tensor, *, write: bool, sums: Tensor | None, multiplies: bool = False
-) -> Tensor | None:
-    """The masked gradient of [images, pixels, channels] as a new matrix, if asked for, and its sums
-    over the pixels of all images."""
-    images, pixels, cols = grad.shape
-    rows = images * pixels
-    vectors = images == 1 and grad.stride(2) == output.stride(2) == 1
-    variant = catalogue.mask_gradient(write, sums is not None, NAMES[grad.dtype], vectors)
-    assert variant in catalogue.variants(90)
-    parts = 3  # as if for several multiprocessors
-    height = max(divide(divide(rows, variant.rows), parts), 1) * variant.rows
-    parts = max(divide(rows, height), 1)
-    values: dict[str, Any] = {}
-    for name, t in (("grad", grad), ("output", output)):
-        values |= {f"{name}_data": t, f"{name}_stride": t.stride(1)}
-        if not vectors:
-            values |= {f"{name}_step": t.stride(2), f"{name}_image": t.stride(0)}
-    written = None
-    if write:
-        written = torch.full((rows, cols), torch.nan, dtype=grad.dtype)
-        values |= {"out_data": written, "out_stride": cols}
-    partial = torch.full((parts, 1, cols), torch.nan)
-    if sums is not None:
-        values["partial"] = partial
-    values |= {"rows": rows, "cols": cols, "height": height, "nan_passes": int(not multiplies)}
-    if not vectors:
-        values["pixels"] = pixels
-    launch(variant, parts * divide(cols, variant.cols), values)
-    if sums is not None:
-        combine(partial, sums[None, :])
-    return written

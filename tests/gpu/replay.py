@@ -30,16 +30,19 @@ from tests.conftest import skip
 from tests.core_api import CANARY, GUARD, OPAQUE, CContext, Lender
 from tests.gpu import fake_driver, launcher
 from tests.gpu.fake_driver import Launch
+from twinfuse import _jit
 
 aot = sys.modules["aot"]
 # Those that setup.py builds the core with.
 FOLDER = Path(os.environ.get("TWINFUSE_KERNELS") or launcher.ROOT / "build" / "kernels")
 CUDA = 1
 IEEE, TF32 = range(2)  # TwinfusePrecision
-PRECISIONS = {IEEE: "tf32x3", TF32: "tf32"}
+# Of kernels that take float32; plain products serve where few are summed.
+PRECISIONS = {IEEE: ("tf32x3", "ieee"), TF32: ("tf32",)}
 ALIGNMENT = 256  # that of scratch on a GPU, in both frameworks
 SIZES = {"data": 8, "fp32": 8, "i32": 4, "i64": 8}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # CUtensorMapDataType
 DESCRIBED = {"fp32": 7, "fp16": 6, "bf16": 9}
 HIDDEN = 2  # pointers behind the parameters: scratch that no kernel needs
@@ -48,21 +51,22 @@ MAGIC = 0x50414D454B4146
 
 
 @functools.cache
-def kernels() -> dict[str, dict[str, Any]]:
-    """Descriptions of the compiled kernels, by the hash of their machine code."""
+def kernels() -> dict[str, list[dict[str, Any]]]:
+    """Descriptions of the compiled kernels, by their machine code. Some share it: those that copy
+    halves do not care of what kind."""
     if not aot.embed.up_to_date(FOLDER):
         skip("kernels", f"{FOLDER} is not what csrc/triton makes: run `make kernels`")
     table = json.loads((FOLDER / "kernels.json").read_text())
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[dict[str, Any]]] = {}
     for kernel in table:
         image = (FOLDER / kernel["file"]).read_bytes()
-        found.setdefault(_key(image, sizes(kernel)), kernel)
+        found.setdefault(_key(image, sizes(kernel)), []).append(kernel)
     return found
 
 
 @functools.cache
 def architectures() -> set[int]:
-    return {kernel["arch"] for kernel in kernels().values()}
+    return {kernel["arch"] for same in kernels().values() for kernel in same}
 
 
 def _key(image: bytes, parameters: list[int]) -> str:
@@ -81,13 +85,20 @@ def sizes(kernel: dict[str, Any]) -> list[int]:
     return found + [8] * HIDDEN
 
 
-def kernel_of(launch: Launch) -> dict[str, Any]:
+def kernel_of(launch: Launch, dtype: str) -> dict[str, Any]:
+    """The one for the call's type, where several share their code."""
     key = _key(launch.image, [len(argument) for argument in launch.arguments])
-    assert key in kernels(), (
+    made = [kernel.description for kernel in _jit.compiled.values() if _made(kernel) == key]
+    same = made or kernels().get(key)
+    assert same, (
         f"{launch.entry}: no kernel of {FOLDER} has this code and these parameters; was the core "
         "built before `make kernels`?"
     )
-    return kernels()[key]
+    return next((k for k in same if k["variant"]["dtype"] == NAMES[dtype]), same[0])
+
+
+def _made(kernel: _jit.Compiled) -> str:
+    return _key(kernel.image, sizes(kernel.description))
 
 
 @functools.cache
@@ -96,7 +107,7 @@ def variants_of(arch: int) -> dict[str, Any]:
 
 
 def variant_of(kernel: dict[str, Any]) -> Any:
-    variant = variants_of(kernel["arch"])[kernel["name"]]
+    variant = variants_of(kernel.get("listed", kernel["arch"]))[kernel["name"]]
     assert json.loads(json.dumps(asdict(variant))) == kernel["variant"], kernel["name"]
     return variant
 
@@ -232,8 +243,8 @@ class Ran:
     values: dict[str, Any]
 
     @classmethod
-    def decode(cls, launch: Launch) -> Ran:
-        kernel = kernel_of(launch)
+    def decode(cls, launch: Launch, dtype: str) -> Ran:
+        kernel = kernel_of(launch, dtype)
         variant = variant_of(kernel)
         assert launch.entry == kernel["entry"]
         assert launch.block == (32 * kernel["warps"], 1, 1)
@@ -269,6 +280,7 @@ class GpuLender(Lender):
     decodes the launches and, unless told not to, runs them."""
 
     device: int = CUDA
+    dtype: str = "float32"  # of the call
     index: int = fake_driver.PLAIN
     stream: int | None = None
     precision: int = IEEE
@@ -300,9 +312,10 @@ class GpuLender(Lender):
         launches = fake_driver.load().launches(self.first)
         for launch in launches:
             assert launch.stream == self.stream
-            ran = Ran.decode(launch)
+            ran = Ran.decode(launch, self.dtype)
+            assert ran.variant.dtype == NAMES[self.dtype], ran.name
             if ran.is_product and ran.variant.dtype == "fp32":
-                assert ran.variant.precision == PRECISIONS[self.precision]
+                assert ran.variant.precision in PRECISIONS[self.precision]
             self.ran.append(ran)
         if self.interpret:
             for ran in self.ran[-len(launches) :] if launches else []:

@@ -80,7 +80,7 @@ def check(
     gradients are asked for at a time."""
     problem = build(case, dtype)
     compute = compute and interpreted(case) and dtype != "bfloat16"
-    lender = GpuLender(interpret=compute, **options)
+    lender = GpuLender(interpret=compute, dtype=dtype, **options)
     output = forward(problem, lender, layout)
     if not compute:
         output = encode(numpy_results(problem, "select").output, dtype)
@@ -277,7 +277,7 @@ def call_on_nothing(rows: int, cols: int, depth: int, lender: GpuLender, dtype: 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_large_products_go_through_descriptors(driver: Driver, dtype: str) -> None:
-    lender, size = GpuLender(interpret=False, index=fake_driver.LARGE), 4096
+    lender, size = GpuLender(interpret=False, dtype=dtype, index=fake_driver.LARGE), 4096
     assert call_on_nothing(size, size, size, lender, dtype) == OK, last_error()
     (ran,) = lender.ran
     assert ran.variant.a.startswith("tensor_") and ran.variant.persistent

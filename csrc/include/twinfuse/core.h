@@ -3,7 +3,7 @@
 // The core is one C library without a framework in it. A framework binding describes its tensors
 // with `TwinfuseTensor`, lends what it owns through `TwinfuseContext`, and makes one call per op.
 // Nothing throws or exits across this interface, and nothing is kept between calls except launch
-// counters.
+// counters and measured choices of kernels.
 //
 // Every function that returns `TwinfuseStatus` leaves the text for a failure in
 // `twinfuse_last_error()`, which belongs to the calling thread.
@@ -24,7 +24,7 @@ extern "C" {
 
 // Bindings compare this with `twinfuse_abi_version()` before the first call. Raised whenever a
 // struct or a signature in include/twinfuse/ changes.
-#define TWINFUSE_ABI_VERSION 3
+#define TWINFUSE_ABI_VERSION 4
 
 typedef enum TwinfuseStatus {
   TWINFUSE_OK = 0,
@@ -111,9 +111,63 @@ TWINFUSE_API int32_t twinfuse_kernel_count(void);
 TWINFUSE_API const char* twinfuse_kernel_name(int32_t index);  // NULL when out of range
 TWINFUSE_API int64_t twinfuse_kernel_launches(int32_t index);  // -1 when out of range
 
+// Which GPU kernels compute what is estimated, unless it was measured. A *problem* (operands, sizes
+// and architecture of one product) and its candidates are text; csrc/gpu/tuning.h says of what.
+//
+// Notes the problems of the calling thread's calls from now on, until `twinfuse_tune_end`. Returns
+// those noted since the last time, a line for each candidate: problem, kernel, number of splits
+// (0: a way of computing, which decides what problems follow), and 1 for the candidate that was
+// taken, else 0, with tabs between them. Valid until the thread's next call of this function.
+TWINFUSE_API const char* twinfuse_tune_record(void);
+TWINFUSE_API void twinfuse_tune_end(void);  // and forgets what was forced
+// While this thread records, its calls take this candidate. NULL for `kernel`: no longer.
+TWINFUSE_API void twinfuse_tune_force(const char* problem, const char* kernel, int32_t splits);
+// Measured choices for every thread, over those of before: lines as above, of which the last column
+// may be missing. Lines without a meaning are left out, and kernels that do not exist or cannot
+// compute the problem are never taken. NULL: none but those of the build. Returns the number of
+// lines that were understood.
+TWINFUSE_API int32_t twinfuse_tune_select(const char* choices);
+// `call(name)` runs when a GPU (a context of it) is used for the first time, in the thread that
+// uses it and before that thread chooses a kernel. NULL: no longer.
+typedef void (*TwinfuseOnDevice)(const char* name);
+TWINFUSE_API void twinfuse_tune_on_device(TwinfuseOnDevice call);
+
 // Name of the kernel that `role` ("linear_relu_forward", "linear_relu_backward", ...) would take
 // for this dtype and device, or NULL with the reason in `twinfuse_last_error()`.
 TWINFUSE_API const char* twinfuse_find_kernel(const char* role, int32_t dtype, int32_t device);
+
+// Comma-separated list of the GPU architectures that this build has machine code for: "8.0, 9.0".
+TWINFUSE_API const char* twinfuse_gpu_architectures(void);
+
+// What serves calls on the GPU with this ordinal: "cuda" (machine code of this build), "triton"
+// (code that a compiler makes in this process), or NULL with the reason in `twinfuse_last_error()`.
+// Opens the driver; needs no context.
+TWINFUSE_API const char* twinfuse_device_backend(int32_t device_index);
+
+// Machine code for one architecture. Pointers stay valid until the process ends.
+typedef struct TwinfuseCompiledKernel {
+  const void* image;
+  const char* entry;  // name of the function in it
+  int32_t warps;
+  int32_t shared;  // bytes
+} TwinfuseCompiledKernel;
+
+// Compiles a kernel for GPUs of architecture `arch` (90 is 9.0). `name` is that of a variant in
+// csrc/triton/catalogue.py, listed there for the architecture `listed`. Several threads may call at
+// the same time, and while they do the core holds no lock.
+//
+// Returns TWINFUSE_OK, or a failure with a text of at most `capacity` bytes in `message`: the call
+// that needed the kernel is then unsupported. After TWINFUSE_UNSUPPORTED that kernel is not asked
+// for again, after any other failure it is.
+typedef int32_t (*TwinfuseKernelCompiler)(const char* name, int32_t listed, int32_t arch,
+                                          TwinfuseCompiledKernel* kernel, char* message,
+                                          int64_t capacity);
+
+// Used from now on for architectures without machine code in this build; NULL: those are not
+// served. `twinfuse_gpu_sources()` is the hash of the sources (csrc/embed.py) whose variants it
+// must compile: others may take other arguments.
+TWINFUSE_API void twinfuse_set_kernel_compiler(TwinfuseKernelCompiler compiler);
+TWINFUSE_API const char* twinfuse_gpu_sources(void);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -162,7 +162,7 @@ class Op:
         for name, tensor in named:
             if reason := _unlike(name, tensor, input, dtype):
                 return reason
-        if requested is not None and requested != device:
+        if requested is not None and not _serves(requested, device, _index(input)):
             return f"backend '{requested}' was asked for, and the tensors are on device '{device}'"
         if device not in self._forward:
             return f"no kernel runs on device type '{device}'"
@@ -192,7 +192,7 @@ class Op:
         device = input.device.type
         dtype = _dtype_of_call(input, device)
         return _backend.Report(
-            _backend.Choice(op=op, backend=device, kernel=names[device][dtype][0])
+            _backend.Choice(op, *_core.reported(*names[device][dtype], device, _index(input)))
             for op, names in kernels.items()
         )
 
@@ -220,6 +220,15 @@ def _dtype_of_call(tensor: Tensor, device: str) -> torch.dtype:
     return tensor.dtype
 
 
+def _index(tensor: Tensor) -> int:
+    """Of its GPU."""
+    return tensor.device.index or 0
+
+
+def _serves(backend: str, device: str, index: int) -> bool:
+    return _core.serves(backend, device, index)
+
+
 def _fall_back(name: str, reason: str) -> None:
     _backend.fall_back(name, reason)
 
@@ -232,3 +241,4 @@ def _inside_transform() -> bool:
 # torch.compiler.assume_constant_result does, besides importing the whole compiler.
 _fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]

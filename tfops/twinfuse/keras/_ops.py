@@ -131,8 +131,8 @@ def find_kernel(role: str, layer: Any) -> tuple[str, str, str]:
         return "reference", "", missing()
     if BACKEND == "tensorflow":
         device = _binding.device_type()
-        kernel, reason = _binding.find_kernel(role, tf.as_dtype(layer.compute_dtype), device)
-    else:
-        device = layer._kernel.value.device.type if layer.built else "cpu"
-        kernel, reason = _core.find_kernel(role, layer.compute_dtype, device)
-    return (device if kernel else "reference"), kernel, reason
+        found = _binding.find_kernel(role, tf.as_dtype(layer.compute_dtype), device)
+        return _core.reported(*found, device)
+    place = layer._kernel.value.device if layer.built else torch.device("cpu")
+    found = _core.find_kernel(role, layer.compute_dtype, place.type)
+    return _core.reported(*found, place.type, place.index or 0)

@@ -57,12 +57,18 @@ def device_type(tensor: tf.Tensor | None = None) -> str:
     return "cuda" if tf.config.list_physical_devices("GPU") else "cpu"
 
 
+def device_index(tensor: tf.Tensor) -> int:
+    """Of its GPU, as far as is known now."""
+    number = tensor.device.rsplit(":", 1)[-1] if tf.executing_eagerly() else ""
+    return int(number) if number.isdigit() else 0
+
+
 def find_kernel(role: str, dtype: tf.DType, device: str) -> tuple[str, str]:
     """`(kernel, "")` for a call made now, or `("", reason)`, also when it may not be used."""
     if ops is None:
         return "", missing
     if in_xla():
         return "", "XLA compiles this function, and it cannot compile custom ops"
-    if _backend.requested not in (None, device):
+    if _backend.requested is not None and not _core.serves(_backend.requested, device):
         return "", f"backend '{_backend.requested}' was asked for, and the call is on {device}"
     return _core.find_kernel(role, dtype.base_dtype.name, device)

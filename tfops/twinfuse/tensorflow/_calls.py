@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import tensorflow as tf
 
-from twinfuse import _backend
+from twinfuse import _backend, _core
 from twinfuse.tensorflow import _binding
 
 # What an op raises for a call that it does not take, or that nothing takes.
@@ -49,14 +49,14 @@ def run(op: Op, x: Any, kernel: Any, bias: Any) -> tf.Tensor:
 def explain(op: Op, x: Any, kernel: Any, bias: Any) -> _backend.Report:
     """What `run` would take."""
     if _backend.requested == "reference":
-        name, reason = "", "asked for by use_backend"
+        choice = ("reference", "", "asked for by use_backend")
     elif any(isinstance(t, (tf.RaggedTensor, tf.SparseTensor)) for t in (x, kernel, bias)):
-        name, reason = "", "an argument is a ragged or sparse tensor"
+        choice = ("reference", "", "an argument is a ragged or sparse tensor")
     else:
         x, kernel, bias = convert(x, kernel, bias)
-        name, reason = _choose(op, x, kernel, bias)
-    backend = _binding.device_type(x) if name else "reference"
-    return _backend.Report([_backend.Choice(op.name, backend, name, reason)])
+        device, index = _binding.device_type(x), _binding.device_index(x)
+        choice = _core.reported(*_choose(op, x, kernel, bias), device, index)
+    return _backend.Report([_backend.Choice(op.name, *choice)])
 
 
 def convert(x: Any, kernel: Any, bias: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor | None]:
