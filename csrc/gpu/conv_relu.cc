@@ -187,7 +187,7 @@ TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const char* name, 
     // One pass over the gradient sums it for the bias, and leaves it masked with its channels side
     // by side, as products read it best.
     const bool products = wants_input || wants_weight;
-    View masked = beside(grad, /*masked=*/true);
+    View masked = beside(grad);
     if (products)
       masked.data = static_cast<char*>(
           call.allocate(masked.size[0] * masked.stride[0] * element_size(call.type)));

@@ -261,6 +261,8 @@ void rearrange(const Call& call, const Pixels& p, void* written, int64_t pitch,
   role.writes = written != nullptr;
   role.sums = sums != nullptr;
   set_access(p, &role);
+  // Those that read no whole rows of a gradient make everything.
+  if (role.masks && role.a != Reader::lines) role.writes = role.sums = true;
   const Kernel* chosen = nullptr;  // the narrowest that takes all columns at once, or the widest
   for (const Kernel* kernel : call.device.find(role)) {
     const bool whole = kernel->tile.n >= p.cols;
@@ -274,17 +276,21 @@ void rearrange(const Call& call, const Pixels& p, void* written, int64_t pitch,
   // Many programs hide each other's waiting; but one adds up their parts.
   constexpr int64_t kPrograms = 32, kMostParts = 512;  // the former per multiprocessor
   const int64_t wanted = divide(kPrograms * call.device.multiprocessors(), tiles);
-  const int64_t most = sums ? std::min(wanted, kMostParts) : wanted;
+  const int64_t most = role.sums ? std::min(wanted, kMostParts) : wanted;
   const int64_t height =
       std::max<int64_t>(divide(divide(rows, kernel.tile.m), most), 1) * kernel.tile.m;
   const int64_t parts = std::max<int64_t>(divide(rows, height), 1);
-  void* partial = sums ? call.allocate(parts * p.cols * 4) : nullptr;
+  void* partial = role.sums ? call.allocate(parts * p.cols * 4) : nullptr;
+  if (role.writes && !written) {
+    pitch = divide(p.cols, kVector) * kVector;
+    written = call.allocate(rows * pitch * element_size(call.type));
+  }
 
   Launch launch(call.device, kernel);
   add(launch, p.x, role.a);
   if (role.masks) add(launch, p.output, role.a);
-  if (written) launch.pointer(written).number(pitch);
-  if (sums) launch.pointer(partial);
+  if (role.writes) launch.pointer(written).number(pitch);
+  if (role.sums) launch.pointer(partial);
   launch.number(rows).number(p.cols);
   if (role.masks) launch.number(call.nan_passes);
   launch.number(height);

@@ -298,12 +298,8 @@ Pixels pixels_of(const View& x, const View* output) {
   return p;
 }
 
-View beside(const View& x, bool masked) {
-  // Few channels take half as much memory as vectors do, which is enough for descriptors; but no
-  // pass masks and writes so few.
-  constexpr int64_t kFew = 4;
-  const int64_t unit = x.size[1] <= kFew && !masked ? kVector / 2 : kVector;
-  const int64_t pitch = divide(x.size[1], unit) * unit;
+View beside(const View& x) {
+  const int64_t pitch = divide(x.size[1], kVector) * kVector;
   View v{nullptr, {}, {pitch * x.size[2] * x.size[3], 1, pitch * x.size[3], pitch}};
   std::copy_n(x.size, 4, v.size);
   return v;

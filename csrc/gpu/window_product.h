@@ -81,8 +81,7 @@ bool rows_follow(const View& images);
 Pixels pixels_of(const View& x, const View* output);
 
 // A view of the same images with their channels side by side, without memory: `data` is nullptr.
-// `masked`: they will be masked when they are written.
-View beside(const View& x, bool masked = false);
+View beside(const View& x);
 // Its memory; then the pass that fills it.
 View filled(const Call& call, const View& x, View beside);
 

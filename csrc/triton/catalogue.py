@@ -72,7 +72,7 @@ class Boxes:
         if store == "split":
             return self.split
         if store == "box_planes":
-            return tuple(dict.fromkeys((self.plain[0], self.plain[-1])))
+            return self.plain[-1:]
         return self.plain
 
 
@@ -89,16 +89,18 @@ class Tiles:
 
     `small` and `narrow` are read through pointers, `narrow` for few rows. `large`, and `wide` where
     nothing is masked, through descriptors where the architecture has them, and `slim` and `boxes`
-    only there. `turned` in place of all of these where an operand is not read along the reduced
-    dimension, which the instruction of large tiles takes in 16 bits alone.
+    only there. `turned` in place of all of these, and `turned_small` of the small one, where an
+    operand is not read along the reduced dimension, which the instruction of large tiles takes in
+    16 bits alone.
     """
 
     large: Tile
     small: Tile
-    narrow: tuple[Tile, ...]
+    narrow: Tile
     wide: Tile | None = None
     slim: Tile | None = None
     turned: Tile | None = None
+    turned_small: Tile | None = None
     large_masked: Tile | None = None
     small_masked: Tile | None = None
     boxes: Boxes | None = None
@@ -125,15 +127,13 @@ class Architecture:
 
 # Width of the tiles whose splits hold channels of one tap each.
 SPLIT_COLUMNS = 64
-# Thinner ones for fewer columns than multiprocessors times 64.
-_NARROW = (Tile(16, 64, 128, 4, 3), Tile(16, 32, 128, 4, 4))
-_NARROW_FLOAT = (Tile(16, 64, 64, 4, 3), Tile(16, 32, 64, 4, 4))
+_NARROW = Tile(16, 32, 128, 4, 4)
+_NARROW_FLOAT = Tile(16, 32, 64, 4, 4)
 
 _BOX = Tile(128, 128, 64, 8, 4)
 _SLIM_BOX = Tile(128, 64, 64, 4, 4)  # for few filters; two of them share a multiprocessor
 _SPLIT_BOXES = (Tile(128, 64, 64, 8, 4), Tile(64, 64, 64, 4, 4))
 _FLOAT_BOX = Tile(128, 128, 32, 8, 3)
-_TURNED = Tile(32, 128, 32, 4, 3)
 _FLOAT_BOXES = Boxes((_FLOAT_BOX,), (Tile(32, 64, 32, 4, 4),))
 
 _AMPERE = Architecture(
@@ -152,7 +152,8 @@ _HOPPER_FLOATS = Tiles(
     Tile(128, 128, 32, 8, 3),
     Tile(64, 64, 32, 4, 3),
     _NARROW_FLOAT,
-    turned=_TURNED,
+    turned=Tile(32, 128, 32, 4, 3),
+    turned_small=Tile(32, 64, 32, 4, 4),
     boxes=_FLOAT_BOXES,
 )
 _HOPPER = Architecture(
@@ -172,7 +173,7 @@ _HOPPER = Architecture(
 _BLACKWELL = replace(
     _HOPPER,
     halves=replace(_HOPPER.halves, boxes=Boxes((_BOX, _SLIM_BOX), _SPLIT_BOXES)),
-    tf32=replace(_HOPPER.tf32, small=Tile(64, 64, 32, 4, 2)),
+    tf32=replace(_HOPPER.tf32, small=Tile(64, 64, 32, 4, 2), turned_small=Tile(32, 64, 16, 4, 4)),
     tf32x3=replace(
         _HOPPER.tf32x3, small=Tile(64, 64, 32, 4, 2), large_masked=Tile(128, 64, 32, 8, 3)
     ),
@@ -227,6 +228,10 @@ _REARRANGED["plane_vectors"] = _REARRANGED["planes"]
 _FEW_COLUMNS = (512, 4, 4)
 
 
+def _turns(a: str, b: str) -> bool:
+    return "lines" in (READERS[a].extent, READERS[b].extent)
+
+
 def _element_tile(dtype: str, precision: str) -> Tile:
     return _SHALLOW_TILE if (dtype, precision) == SHALLOW else _ELEMENTS[dtype == "fp32"]
 
@@ -254,20 +259,18 @@ def linear(arch: int) -> Iterator[Variant]:
             masked = READERS[a].masked or READERS[b].masked
             large, small = tiles.large_and_small(masked)
             chosen = {large, *(() if masked else (tiles.wide, tiles.slim))} - {None}
-            if tiles.turned and "lines" in (READERS[a].extent, READERS[b].extent):
-                chosen, small = {tiles.turned}, Tile(32, 64, 32, 4, 4)
+            if tiles.turned and tiles.turned_small and _turns(a, b):
+                chosen, small = {tiles.turned}, tiles.turned_small
             for tile in sorted(chosen, key=lambda t: (t.m, t.n)):
                 variant = product(a, b, epilogue, tile)
                 yield _with_descriptors(variant) if architecture.tensors else variant
             yield product(a, b, epilogue, small)
         for a, b, epilogue in forward:
-            for tile in tiles.narrow:
-                yield product(a, b, epilogue, tile)
+            yield product(a, b, epilogue, tiles.narrow)
         # Deep sums of small outputs.
         for a, b in FORWARD + GRAD_WEIGHT:
-            turned = tiles.turned and "lines" in (READERS[a].extent, READERS[b].extent)
-            tile = Tile(32, 64, 32, 4, 4) if turned else tiles.small
-            yield product(a, b, "identity", tile, "split")
+            tile = tiles.turned_small if _turns(a, b) else None
+            yield product(a, b, "identity", tile or tiles.small, "split")
         for tile in tiles.boxes.split if tiles.boxes else ():
             variant = _with_descriptors(product(*PLAIN[2], "identity", tile))
             yield replace(variant, store="split")
@@ -280,8 +283,10 @@ def linear(arch: int) -> Iterator[Variant]:
             yield Combine(epilogue, "strided", dtype)
         yield SUMS[dtype]
         for write, summed in ((True, True), (True, False), (False, True)):
-            for access in _REARRANGED:
-                yield rearrange(True, write, summed, dtype, access)
+            yield rearrange(True, write, summed, dtype, "vectors")
+        # Of any other gradient everything is made, whether it is wanted or not.
+        for access in ("elements", "planes", "plane_vectors"):
+            yield rearrange(True, True, True, dtype, access)
 
 
 def convolution(arch: int) -> Iterator[Variant]:
@@ -289,7 +294,7 @@ def convolution(arch: int) -> Iterator[Variant]:
     architecture = ARCHITECTURES[arch]
     for dtype, precision in TYPES:
         tiles = architecture.tiles(precision)
-        small = Tile(32, 64, 32, 4, 4) if tiles.turned else tiles.small
+        small = tiles.turned_small or tiles.small
         assert small.n == _ELEMENTS[dtype == "fp32"].n == SPLIT_COLUMNS
         for a, b, epilogue, store in TAPS:
             yield Product(a, b, epilogue, store, dtype, precision, small)

@@ -20,7 +20,7 @@ from twinfuse import _core, _tuning
 from twinfuse._tuning import Run, Tuned, TuneReport
 
 ROUNDS = 5
-LEAST = 1e-3  # seconds of a sample
+CLOCKS_OF_LAUNCH = 100_000  # of the device, more than a call from Python takes
 MOST_COPIES = 16  # of a call's arguments, so that they are not in the cache when a call begins
 HOPELESS = 1.5  # times the fastest: measured no further after the first round
 
@@ -141,55 +141,42 @@ def rotating(call: Call) -> tuple[Run, int]:
 
 
 class Stopwatch:
-    """Seconds of calls on the current stream's device, in graphs, so that launches cost nothing."""
+    """Seconds of calls on the current stream of the current device. The device is kept asleep until
+    all calls of a sample are waiting for it, so that launches cost nothing."""
 
     def __init__(self, copies: int) -> None:
-        self.count = max(copies, 4)  # calls in a graph
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream()
+        self.count = max(copies, 4)  # calls in a sample
 
     def __call__(self, runs: Sequence[Run]) -> list[float]:
         """Medians; what fails or is not served takes for ever."""
-        graphs = {i: graph for i, run in enumerate(runs) if (graph := self._graph(run))}
-        first = {i: self._sample(graph, 1) for i, graph in graphs.items()}
+        first = {i: seconds for i, run in enumerate(runs) if (seconds := self._first(run))}
         fastest = min(first.values(), default=0.0)
         samples = {i: [seconds] for i, seconds in first.items()}
         hopeful = [i for i, seconds in first.items() if seconds <= HOPELESS * fastest]
         for _ in range(ROUNDS):
             for i in hopeful:
-                repeats = math.ceil(LEAST / max(first[i] * self.count, 1e-6))
-                samples[i].append(self._sample(graphs[i], repeats))
+                samples[i].append(self._sample(runs[i]))
         return [
             statistics.median(samples[i][1:] or samples[i]) if i in samples else math.inf
             for i in range(len(runs))
         ]
 
-    def _graph(self, run: Run) -> torch.cuda.CUDAGraph | None:
+    def _first(self, run: Run) -> float | None:
         try:
-            run()  # loads kernels, and fails, if it does, outside of a capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.stream(self.stream):
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-                try:
-                    for _ in range(self.count):
-                        run()
-                finally:
-                    graph.capture_end()
-            graph.replay()  # the first one uploads it
-            torch.cuda.synchronize()
+            run()  # loads kernels
+            return self._sample(run)
         except RuntimeError:  # that memory is lacking is one, too
             return None
-        return graph
 
-    def _sample(self, graph: torch.cuda.CUDAGraph, repeats: int) -> float:
+    def _sample(self, run: Run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(self.count * CLOCKS_OF_LAUNCH)
         start.record()
-        for _ in range(repeats):
-            graph.replay()
+        for _ in range(self.count):
+            run()
         end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / repeats / self.count
+        return float(start.elapsed_time(end)) / 1e3 / self.count
 
 
 def _progress(calls: list[Call]) -> Iterator[Call]:
