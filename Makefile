@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 # Paths in the repository only: tools must not wander into .venv or build.
 CODE := setup.py csrc pyext tfops tests benchmarks examples
 CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h')
-BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE)
+BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE) \
+  csrc/embed.py $(wildcard build/kernels/kernels.json)
 # Processes that run the tests; some tests need a few gigabytes and two cores.
 export WORKERS ?= 2
 # Warnings stop a development build. A user's compiler may know warnings that ours does not.
@@ -40,6 +41,7 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 # Compiles the GPU kernels and checks their machine code; needs no GPU. TORCH_CUDA_ARCH_LIST narrows.
+# The next build of the core takes them in.
 kernels: $(VENV)/dependencies
 	$(BIN)/python csrc/aot.py build/kernels
 

@@ -265,7 +265,7 @@ def test_find_kernel_gives_a_reason(name: str) -> None:
     for role, dtype, device, text in (
         ("sideways", 0, 0, f"{name}_sideways"),
         ("forward", 9, 0, "9"),
-        ("forward", 0, 1, "GPU"),
+        ("forward", 1, 1, "GPU"),
         ("forward", 0, 9, f"{name}_forward"),
     ):
         assert find(f"{name}_{role}".encode(), dtype, device) is None

@@ -59,6 +59,9 @@ extern "C" const char* twinfuse_find_kernel(const char* role, int32_t dtype, int
   while (index < kRoleCount && std::string(kRoles[index]) != (role ? role : "")) index++;
   if (index == kRoleCount) {
     fail(TWINFUSE_UNSUPPORTED, std::string("no kernel has the role '") + (role ? role : "") + "'");
+  } else if (device != TWINFUSE_CPU && device != TWINFUSE_CUDA) {
+    fail(TWINFUSE_UNSUPPORTED,
+         std::string(role) + ": no device has the number " + std::to_string(device));
   } else if (device != TWINFUSE_CPU && gpu::kKernelCount == 0) {
     fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": this build has no GPU kernels");
   } else if (device != TWINFUSE_CPU && dtype == TWINFUSE_FLOAT64) {

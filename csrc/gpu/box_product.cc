@@ -111,10 +111,12 @@ int64_t steps_of(const WindowProduct& p, const Kernel& kernel) {
 
 bool readable(const Call& call, const View& images) { return fits(call, images.data, images); }
 
-bool readable_weight(const Call& call, const View& weight) {
-  // Large tiles take float32 along the reduced dimension alone (but on consumers' GPUs).
+bool readable_weight(const Call& call, const View& weight, const View& out) {
+  // Large tiles take float32 along the reduced dimension alone (but on consumers' GPUs), and
+  // kernels that write single elements take all types so.
   const bool turned = call.type == Type::fp32 && call.device.architecture() < 120;
-  return encodable(taps_of(weight), call.type) && (by_depth(weight) || !turned);
+  return encodable(taps_of(weight), call.type) &&
+         (by_depth(weight) || !(turned || !fits(call, out.data, out)));
 }
 
 void add_boxes(const Call& call, const WindowProduct& p, Candidates& found) {
@@ -122,7 +124,7 @@ void add_boxes(const Call& call, const WindowProduct& p, Candidates& found) {
   const bool planes = !bias || !fits(call, p.out.data, p.out);  // single elements are written
   const bool steps = p.rows.step <= 8 && p.columns.step <= 8;   // what descriptors can step over
   if (call.shallow(p.rows.taps * p.columns.taps * p.x.size[1]) || !call.device.has_tensors() ||
-      !steps || !fits(call, p.x.data, p.x) || !readable_weight(call, p.weight))
+      !steps || !fits(call, p.x.data, p.x) || !readable_weight(call, p.weight, p.out))
     return;
   const bool depth = by_depth(p.weight);
   const Role role{Function::product,

@@ -8,7 +8,8 @@ namespace twinfuse::gpu {
 
 // Whether boxes of it can be read (or written) where it lies.
 bool readable(const Call& call, const View& images);
-bool readable_weight(const Call& call, const View& weight);
+// Of a weight, where the results go to `out`.
+bool readable_weight(const Call& call, const View& weight, const View& out);
 
 // Adds the kernels that can compute the product.
 void add_boxes(const Call& call, const WindowProduct& product, Candidates& found);

@@ -88,7 +88,7 @@ void compute(const Call& call, const WindowProduct& p) {
   Product product;
   if (as_matrices(call, p, &product)) return run(call, product, plan(call, product));
   const Choice direct = plan(call, p);
-  const bool x = !readable(call, p.x), weight = !readable_weight(call, p.weight);
+  const bool x = !readable(call, p.x), weight = !readable_weight(call, p.weight, p.out);
   const bool movable = (!x || rows_follow(p.x)) && (!weight || rows_follow(p.weight));
   if (in_boxes(direct) || !(x || weight) || !movable) return run(call, p, direct);
   WindowProduct moved = p;
@@ -196,7 +196,7 @@ TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const char* name, 
               op.grad_bias ? &sums : nullptr);
     // All phases of the stride read the same weight, its filters side by side where it is moved.
     View turned = transposed(weight);
-    if (wants_input && call.device.has_tensors() && !readable_weight(call, turned) &&
+    if (wants_input && call.device.has_tensors() && !readable_weight(call, turned, grad_input) &&
         rows_follow(turned))
       turned = filled(call, turned, beside(turned));
     for (int64_t i = 0; i < groups && products; i++) {

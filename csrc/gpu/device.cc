@@ -1,6 +1,7 @@
 #include "gpu/device.h"
 
 #include <algorithm>
+#include <map>
 
 #include "gpu/compiler.h"
 #include "gpu/tuning.h"
@@ -68,18 +69,16 @@ Device* known(CUcontext context) {
 
 CUcontext primary_context(const Driver& driver, int index) {
   static std::mutex mutex;
-  static std::vector<CUcontext> contexts;
+  static std::map<int, CUcontext> contexts;
   const std::lock_guard lock(mutex);
+  const auto found = contexts.find(index);
+  if (found != contexts.end()) return found->second;
   if (index < 0) throw Unsupported("the device's number is negative");
-  if (contexts.size() <= static_cast<size_t>(index)) contexts.resize(index + 1);
-  if (!contexts[index]) {
-    CUdevice device = 0;
-    check(driver, "cuDeviceGet", driver.cuDeviceGet(&device, index));
-    CUcontext context = nullptr;
-    check(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(&context, device));
-    contexts[index] = context;
-  }
-  return contexts[index];
+  CUdevice device = 0;
+  check(driver, "cuDeviceGet", driver.cuDeviceGet(&device, index));
+  CUcontext context = nullptr;
+  check(driver, "cuDevicePrimaryCtxRetain", driver.cuDevicePrimaryCtxRetain(&context, device));
+  return contexts[index] = context;
 }
 
 // Loading may allocate and synchronise, which a capture forbids unless the thread's mode is

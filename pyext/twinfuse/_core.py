@@ -52,14 +52,13 @@ def load() -> tuple[ctypes.CDLL | None, str]:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
     _tuning.attach(library)
-    if hasattr(library, "twinfuse_set_kernel_compiler"):
-        _jit.attach(library)
+    _jit.attach(library)
     return library, ""
 
 
 def _text(function: str) -> str:
     library, _ = load()
-    return getattr(library, function)().decode() if hasattr(library, function) else ""
+    return getattr(library, function)().decode() if library else ""
 
 
 def version() -> str:
@@ -116,8 +115,8 @@ def find_kernel(role: str, dtype: str, device: str) -> tuple[str, str]:
 def device_backend(index: int) -> tuple[str, str]:
     """What serves calls on this GPU: `("cuda", "")` or `("triton", "")`, or `("", reason)`."""
     library, reason = load()
-    if library is None or not hasattr(library, "twinfuse_device_backend"):
-        return "", reason or "the compiled core is older than this package: build it again"
+    if library is None:
+        return "", reason
     name = library.twinfuse_device_backend(index)
     return ("", library.twinfuse_last_error().decode()) if name is None else (name.decode(), "")
 

@@ -45,6 +45,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 # CUtensorMapDataType
 DESCRIBED = {"fp32": 7, "fp16": 6, "bf16": 9}
+ROUNDED = 11  # float32 that is a factor in TF32
 HIDDEN = 2  # pointers behind the parameters: scratch that no kernel needs
 ENCODING = struct.Struct("<2Q5Q4Q5H5B6B")
 MAGIC = 0x50414D454B4146
@@ -183,13 +184,15 @@ class Tensors:
 
 
 def _described(
-    parameter: dict[str, Any], block: tuple[int, ...], raw: Iterator[bytes], dtype: str
+    parameter: dict[str, Any], block: tuple[int, ...], raw: Iterator[bytes], variant: Any
 ) -> Described:
+    dtype = variant.dtype
     tensors = Tensors.decode(next(raw))
     name, compiled, width = parameter["name"], parameter["box"], DTYPES[dtype].itemsize
     rank = len(compiled)
     assert len(tensors.sizes) == rank, name
-    assert tensors.type == DESCRIBED[dtype], name
+    rounded = variant.precision == "tf32" and name in ("a_data", "b_data")
+    assert tensors.type == (ROUNDED if rounded else DESCRIBED[dtype]), name
     assert tensors.swizzle == parameter["swizzle"], name
     assert (tensors.interleave, tensors.fill) == (0, 0), name
     follow = [int.from_bytes(next(raw), "little", signed=True) for _ in range(2 * rank)]
@@ -218,7 +221,7 @@ def arguments(launch: Launch, kernel: dict[str, Any], variant: Any) -> dict[str,
         name, kind = parameter["name"], parameter["kind"]
         assert (argument.name, argument.kind) == (name, kind)
         if kind == "tensor":
-            values[name] = _described(parameter, argument.block, raw, variant.dtype)
+            values[name] = _described(parameter, argument.block, raw, variant)
             continue
         number = int.from_bytes(next(raw), "little", signed=kind in ("i32", "i64"))
         if parameter["divisible"]:
