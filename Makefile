@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CODE := setup.py csrc pyext tfops tests benchmarks examples
 CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h')
 BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE) \
-  csrc/embed.py $(wildcard build/kernels/kernels.json)
+  csrc/embed.py csrc/exports.map $(wildcard csrc/gpu/choices/*.json build/kernels/kernels.json)
 # Processes that run the tests; some tests need a few gigabytes and two cores.
 export WORKERS ?= 2
 # Warnings stop a development build. A user's compiler may know warnings that ours does not.

@@ -20,7 +20,7 @@ fi
 
 failed=0
 "$python" -m pytest -q -p no:cacheprovider -n "${WORKERS:-8}" tests/test_gpu_torch.py \
-  >"$out/tests.log" 2>&1 || failed=1
+  tests/test_gpu_tune.py >"$out/tests.log" 2>&1 || failed=1
 tail -n 40 "$out/tests.log" | cut -c1-300
 
 if command -v compute-sanitizer >/dev/null; then

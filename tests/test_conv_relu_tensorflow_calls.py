@@ -375,3 +375,13 @@ def test_eager_call_costs_less_than_the_composed_one() -> None:
         )
     ours, theirs = np.min(pairs, axis=0)
     assert ours < theirs, f"ours {ours * 5e3:.1f} us, composed {theirs * 5e3:.1f} us"
+
+
+def test_many_groups_on_a_gpu_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a graph is traced, which could not fall back when it runs."""
+    x, kernel, bias = tf_cases.conv_operands((2, 7, 6, 10), (3, 3, 2, 10), "float32")
+    monkeypatch.setattr(_binding, "device_type", lambda tensor=None: "cuda")
+    (row,) = twinfuse.explain(tftf.conv2d_relu, x, kernel, bias)
+    assert (row.backend, row.reason) == ("reference", "more than 4 groups on a GPU")
+    with twinfuse.strict(), pytest.raises(twinfuse.FallbackError, match="4 groups"):
+        tf.function(tftf.conv2d_relu)(x, kernel, bias)

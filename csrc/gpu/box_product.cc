@@ -73,6 +73,11 @@ bool fits(const Call& call, const void* data, const View& v) {
   return encodable(dense(data, v, kChannelsLast), call.type);
 }
 
+// Whether kernels can say where a window lies.
+bool countable(const Windows& rows, const Windows& columns) {
+  return reach(rows) < INT32_MAX && reach(columns) < INT32_MAX;
+}
+
 // Kernels decode steps exactly up to here.
 bool decodable(int64_t steps, int64_t divisor) {
   return steps < INT32_MAX / std::max<int64_t>(divisor, 1);
@@ -124,7 +129,8 @@ void add_boxes(const Call& call, const WindowProduct& p, Candidates& found) {
   const bool planes = !bias || !fits(call, p.out.data, p.out);  // single elements are written
   const bool steps = p.rows.step <= 8 && p.columns.step <= 8;   // what descriptors can step over
   if (call.shallow(p.rows.taps * p.columns.taps * p.x.size[1]) || !call.device.has_tensors() ||
-      !steps || !fits(call, p.x.data, p.x) || !readable_weight(call, p.weight, p.out))
+      !steps || !countable(p.rows, p.columns) || (planes && !small_offsets(p.out, 1)) ||
+      !fits(call, p.x.data, p.x) || !readable_weight(call, p.weight, p.out))
     return;
   const bool depth = by_depth(p.weight);
   const Role role{Function::product,
@@ -173,8 +179,8 @@ void run_boxes(const Call& call, const WindowProduct& p, const Kernel& kernel) {
 void add_boxes(const Call& call, const TapProduct& p, Candidates& found) {
   const bool steps = p.rows.step <= 8 && p.columns.step <= 8;
   if (call.shallow(p.grad.size[0] * p.grad.size[2] * p.grad.size[3]) ||
-      !call.device.has_tensors() || !steps || !fits(call, p.x.data, p.x) ||
-      !fits(call, p.grad.data, p.grad))
+      !call.device.has_tensors() || !steps || !countable(p.rows, p.columns) ||
+      !fits(call, p.x.data, p.x) || !fits(call, p.grad.data, p.grad))
     return;
   const Role role{Function::product,   Reader::tensor_pixels,
                   Reader::tensor_taps, Epilogue::identity,

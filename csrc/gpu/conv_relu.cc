@@ -187,6 +187,7 @@ TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const char* name, 
     // One pass over the gradient sums it for the bias, and leaves it masked with its channels side
     // by side, as products read it best.
     const bool products = wants_input || wants_weight;
+    if (!products && !op.grad_bias) return;
     View masked = beside(grad);
     if (products)
       masked.data = static_cast<char*>(

@@ -56,9 +56,10 @@ const Driver& opened_driver() {
   return *found;
 }
 
-// Every context that has been seen. They are as many as GPUs, and stay.
+// Every context that has been seen. They are as many as GPUs, and are never destroyed: threads of a
+// framework may outlive static objects.
 std::mutex devices_mutex;
-std::vector<std::unique_ptr<Device>> devices;
+auto& devices = *new std::vector<std::unique_ptr<Device>>;
 
 Device* known(CUcontext context) {
   const std::lock_guard lock(devices_mutex);
@@ -69,7 +70,7 @@ Device* known(CUcontext context) {
 
 CUcontext primary_context(const Driver& driver, int index) {
   static std::mutex mutex;
-  static std::map<int, CUcontext> contexts;
+  static auto& contexts = *new std::map<int, CUcontext>;  // never destroyed, as the devices
   const std::lock_guard lock(mutex);
   const auto found = contexts.find(index);
   if (found != contexts.end()) return found->second;

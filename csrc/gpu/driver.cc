@@ -45,7 +45,8 @@ Opened open() {
 }  // namespace
 
 const Driver* driver(std::string* why) {
-  static const Opened opened = open();
+  // Never destroyed: threads of a framework may outlive the library's own objects.
+  static const Opened& opened = *new Opened(open());
   if (opened.why.empty()) return &opened.driver;
   *why = opened.why;
   return nullptr;

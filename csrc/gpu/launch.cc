@@ -31,13 +31,20 @@ void Launch::push(const void* argument) {
   arguments_[count_++] = const_cast<void*>(argument);
 }
 
+void Launch::push_cell(uint64_t value) {
+  if (count_ == kMostArguments) refuse(kernel_, "too many arguments");
+  cells_[count_] = value;
+  push(&cells_[count_]);
+}
+
 Launch& Launch::cell(uint64_t value) {
   if (given_ == kernel_.parameter_count) refuse(kernel_, "more arguments than parameters");
   const Parameter& parameter = kernel_.parameters[given_++];
   if (parameter.kind == Kind::tensor) refuse(kernel_, "a number where a descriptor belongs");
+  if (parameter.kind == Kind::i32 && static_cast<int64_t>(value) != static_cast<int32_t>(value))
+    refuse(kernel_, "a number does not fit into 32 bits");
   if (parameter.divisible && value % kVector) refuse(kernel_, "an argument is not divisible by 16");
-  cells_[count_] = value;
-  push(&cells_[count_]);
+  push_cell(value);
   return *this;
 }
 
@@ -69,8 +76,7 @@ Launch& Launch::tensor(const Dense& t, Use use) {
   push(&map);
   for (const int64_t* list : {t.size, t.stride}) {
     for (int d = 0; d < t.rank; d++) {
-      cells_[count_] = static_cast<uint64_t>(list[d]);
-      push(&cells_[count_]);
+      push_cell(static_cast<uint64_t>(list[d]));
     }
   }
   return *this;
@@ -79,8 +85,7 @@ Launch& Launch::tensor(const Dense& t, Use use) {
 void Launch::run(int64_t programs, void* stream) {
   if (given_ != kernel_.parameter_count) refuse(kernel_, "fewer arguments than parameters");
   for (int hidden = 0; hidden < 2; hidden++) {  // scratch of the kernel and of a profiler: none
-    cells_[count_] = 0;
-    push(&cells_[count_]);
+    push_cell(0);
   }
   const Device::Loaded& loaded = device_.loaded(kernel_);
   const CUlaunchConfig config = {{static_cast<unsigned>(programs), 1, 1},

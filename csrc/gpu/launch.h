@@ -39,6 +39,7 @@ class Launch {
  private:
   Launch& cell(uint64_t value);
   void push(const void* argument);
+  void push_cell(uint64_t value);
 
   static constexpr int kMostArguments = 96, kMostTensors = 5;
 

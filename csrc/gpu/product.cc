@@ -280,6 +280,7 @@ void rearrange(const Call& call, const Pixels& p, void* written, int64_t pitch,
   const int64_t height =
       std::max<int64_t>(divide(divide(rows, kernel.tile.m), most), 1) * kernel.tile.m;
   const int64_t parts = std::max<int64_t>(divide(rows, height), 1);
+  require_countable(parts * height);
   void* partial = role.sums ? call.allocate(parts * p.cols * 4) : nullptr;
   if (role.writes && !written) {
     pitch = divide(p.cols, kVector) * kVector;

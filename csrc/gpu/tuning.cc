@@ -62,9 +62,9 @@ Name name_of(const char* text) {
 }
 
 Name name_of(const Kernel& kernel) {
-  static const auto names = [] {
-    std::vector<Name> list;
-    for (int i = 0; i < kKernelCount; i++) list.push_back(name_of(kKernels[i].name));
+  static const auto& names = *[] {  // never destroyed: threads may outlive static objects
+    auto* list = new std::vector<Name>;
+    for (int i = 0; i < kKernelCount; i++) list->push_back(name_of(kKernels[i].name));
     return list;
   }();
   const std::less<const Kernel*> before;

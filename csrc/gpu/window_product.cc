@@ -9,24 +9,12 @@
 namespace twinfuse::gpu {
 namespace {
 
-// Whether offsets inside of one image (or of a weight: from = 0) fit into 32 bits, with so many
-// rows and columns more than it has.
-bool small_offsets(const View& v, int from, int64_t rows = 0, int64_t columns = 0) {
-  const int64_t room[4] = {0, 0, rows, columns};
-  __int128 most = 0;
-  for (int d = from; d < 4; d++) most += __int128{v.size[d] + room[d]} * std::llabs(v.stride[d]);
-  return most < INT32_MAX;
-}
-
 bool vector_strides(const View& v) {
   return v.stride[1] == 1 && aligned(v.data) && v.stride[0] % kVector == 0 &&
          v.stride[2] % kVector == 0 && v.stride[3] % kVector == 0;
 }
 
-// How far windows reach beyond their image.
-int64_t reach(const Windows& w) {
-  return std::llabs(w.origin) + w.count * w.step + w.taps * w.dilation;
-}
+constexpr const char* kLargeOffsets = "GPU kernels find elements of an image by offsets of 32 bits";
 
 bool small(const View& x, const View& weight, const View& out, const Windows& rows,
            const Windows& columns) {
@@ -36,8 +24,7 @@ bool small(const View& x, const View& weight, const View& out, const Windows& ro
 
 void require_small(const View& x, const View& weight, const View& out, const Windows& rows,
                    const Windows& columns) {
-  if (!small(x, weight, out, rows, columns))
-    throw Unsupported("GPU kernels find elements of an image by offsets of 32 bits");
+  if (!small(x, weight, out, rows, columns)) throw Unsupported(kLargeOffsets);
 }
 
 int64_t pixels(const View& v) { return v.size[0] * v.size[2] * v.size[3]; }
@@ -47,8 +34,7 @@ int64_t pixel_stride(const View& v) {
   return v.size[2] > 1 ? v.stride[2] : v.stride[0];
 }
 
-// Whether all pixels of an image are equally far apart.
-// Whether all pixels of all images are.
+// Whether the pixels of all images are equally far apart.
 bool dense_pixels(const View& v) {
   const int64_t in_image = v.size[2] * v.size[3];
   return rows_follow(v) &&
@@ -71,6 +57,17 @@ void add_pixels(Launch& launch, const View& v) {
 bool flat(const Kernel& kernel) { return kernel.role.a == Reader::flat; }
 
 }  // namespace
+
+bool small_offsets(const View& v, int from, int64_t rows, int64_t columns) {
+  const int64_t room[4] = {0, 0, rows, columns};
+  __int128 most = 0;
+  for (int d = from; d < 4; d++) most += __int128{v.size[d] + room[d]} * std::llabs(v.stride[d]);
+  return most < INT32_MAX;
+}
+
+int64_t reach(const Windows& w) {
+  return std::llabs(w.origin) + w.count * w.step + w.taps * w.dilation;
+}
 
 bool rows_follow(const View& v) {
   return v.size[2] <= 1 || v.size[3] <= 1 || v.stride[2] == v.size[3] * v.stride[3];
@@ -242,6 +239,7 @@ Shape tap_shape(const TapProduct& p, const Kernel& kernel) {
 }
 
 Choice plan(const Call& call, const TapProduct& p) {
+  if (!small_offsets(p.out, 0)) throw Unsupported(kLargeOffsets);
   Candidates found(call.device, extents_of(p));
   add_boxes(call, p, found);
   if (!found.empty() && !small(p.x, p.out, p.grad, p.rows, p.columns)) return found.choose();

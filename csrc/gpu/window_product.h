@@ -73,6 +73,13 @@ Extents extents_of(const TapProduct& product);
 // Of the product that a kernel computes: columns are whole tiles of the channels of one tap.
 Shape tap_shape(const TapProduct& product, const Kernel& kernel);
 
+// How far windows reach beyond the first pixel of their image, at most.
+int64_t reach(const Windows& windows);
+
+// Whether offsets inside of one image (or of a weight: from = 0) fit into 32 bits, with so many
+// rows and columns more than it has.
+bool small_offsets(const View& view, int from, int64_t rows = 0, int64_t columns = 0);
+
 // Whether the pixels of an image are equally far apart.
 bool rows_follow(const View& images);
 

@@ -8,6 +8,7 @@ is kept in the user's cache.
 from __future__ import annotations
 
 import _thread
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -90,6 +91,8 @@ def attach(library: ctypes.CDLL) -> None:
         return
     _sources = library.twinfuse_gpu_sources().decode()
     library.twinfuse_set_kernel_compiler(_compile)
+    # Threads may outlive the interpreter.
+    atexit.register(library.twinfuse_set_kernel_compiler, _Compiler())
 
 
 def _find_triton() -> Path | None:
@@ -111,6 +114,11 @@ def _compile(name: bytes, listed: int, arch: int, kernel: Any, message: int, cap
     status = _UNSUPPORTED
     try:
         found = kernel_of(name.decode(), listed, arch)
+        made = kernel.contents
+        made.image = ctypes.cast(ctypes.c_char_p(found.image), ctypes.c_void_p)
+        made.entry = found.entry
+        made.warps, made.shared = found.description["warps"], found.description["shared"]
+        return 0
     except KeyboardInterrupt:
         # Raised again behind the caller.
         threading.Timer(0.1, _thread.interrupt_main).start()
@@ -119,12 +127,6 @@ def _compile(name: bytes, listed: int, arch: int, kernel: Any, message: int, cap
         status, text = _OUT_OF_MEMORY, "out of memory"
     except Exception as error:
         text = str(error)
-    else:
-        made = kernel.contents
-        made.image = ctypes.cast(ctypes.c_char_p(found.image), ctypes.c_void_p)
-        made.entry = found.entry
-        made.warps, made.shared = found.description["warps"], found.description["shared"]
-        return 0
     encoded = text.encode()[: capacity - 1] + b"\0"
     ctypes.memmove(message, encoded, len(encoded))
     return status
@@ -159,8 +161,9 @@ def _read(file: Path | None) -> Compiled | None:
             return None
         found = json.loads(file.read_text())
         image = base64.b64decode(found.pop("image"))
+        found["warps"], found["shared"] = int(found["warps"]), int(found["shared"])
         return Compiled(image, found["entry"].encode(), found)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -169,7 +172,7 @@ def _run(name: str, listed: int, arch: int, file: Path) -> None:
     command = [sys.executable, str(_script()), _sources, name, str(listed), str(arch), str(file)]
     # It must find the Triton that this process would.
     environment = os.environ | _ENVIRONMENT | {"TRITON_CACHE_DIR": str(file.parent / "cache")}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    environment["PYTHONPATH"] = os.pathsep.join(str(entry) for entry in sys.path if entry)
     try:
         done = subprocess.run(
             command,

@@ -13,19 +13,15 @@ from tests.arrays import encode
 from tests.conftest import Launched, skip
 from tests.core_api import (
     GRADIENTS,
-    OK,
     UNSUPPORTED,
     CallFailed,
     MakeOutput,
     Output,
     backward,
     forward,
-    last_error,
-    load,
-    tensor,
 )
 from tests.core_cases import BY_ID, every_case, output_layouts
-from tests.gpu import fake_driver, launcher
+from tests.gpu import fake_driver
 from tests.gpu.fake_driver import Driver, driver_fixture  # noqa: F401
 from tests.gpu.launch_cases import CASES as VECTORS
 from tests.gpu.replay import IEEE, TF32, GpuLender, architectures
@@ -267,37 +263,3 @@ def test_first_calls_while_a_stream_is_captured(
         assert driver.held["mode"] == mode
     assert {ran.launch.captured for ran in lender.ran} == {own}
     assert loads(driver) > 0
-
-
-def call_on_nothing(rows: int, cols: int, depth: int, lender: GpuLender, dtype: str) -> int:
-    """The forward pass on addresses behind which there is no memory: what is launched is decoded
-    and not run."""
-    address = 1 << 44
-    sizes = {"out": (rows, cols), "input": (rows, depth), "weight": (cols, depth), "bias": (cols,)}
-    tensors = [
-        tensor(address + (i << 40), dtype, size, (*size[1:], 1))
-        for i, size in enumerate(sizes.values())
-    ]
-    status = load().twinfuse_linear_relu_forward(*tensors, lender.context())
-    if status == OK:
-        lender.check()
-    return status
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_large_products_go_through_descriptors(driver: Driver, dtype: str) -> None:
-    lender, size = GpuLender(interpret=False, dtype=dtype, index=fake_driver.LARGE), 4096
-    assert call_on_nothing(size, size, size, lender, dtype) == OK, last_error()
-    (ran,) = lender.ran
-    assert ran.variant.a.startswith("tensor_") and ran.variant.persistent
-    tile = ran.variant.tile
-    tiles = launcher.divide(size, tile.m) * launcher.divide(size, tile.n)
-    assert ran.launch.grid == (min(tiles, 132), 1, 1)
-    assert ran.launch.shared > 48 << 10
-
-
-def test_what_cannot_be_counted_is_not_served(driver: Driver) -> None:
-    lender = GpuLender(interpret=False)
-    assert call_on_nothing(1 << 33, 16, 16, lender, "float16") == UNSUPPORTED
-    assert last_error().startswith("linear_relu: ")
-    assert driver.launch_count == 0

@@ -26,11 +26,11 @@
 // multiplied but skipped or multiplied at the kernel's choice, so an infinite weight may or may not
 // turn them into NaN; the frameworks do not define it either. (The choice may follow strides.)
 //
-// Bits depend on the instruction set, the dtype and the layout of `output` alone: not on other
-// strides, alignment or threads. The reduced dimension of output and grad_input runs over (r, s,
-// channel) where the channels of `output` lie next to each other, else over (channel, r, s); that
-// of the gradients of weight and bias over (n, p, q). (In the former, r and s run backwards for
-// grad_input. In bfloat16 it may be taken where channels do not lie so, too, if the shapes let
+// On a CPU, bits depend on the instruction set, the dtype and the layout of `output` alone: not on
+// other strides, alignment or threads. The reduced dimension of output and grad_input runs over (r,
+// s, channel) where the channels of `output` lie next to each other, else over (channel, r, s);
+// that of the gradients of weight and bias over (n, p, q). (In the former, r and s run backwards
+// for grad_input. In bfloat16 it may be taken where channels do not lie so, too, if the shapes let
 // the dot instruction pay.) Sums run along it as linear_relu.h says; those over (n, p, q) are cut
 // at places that depend on the shapes alone. With one filter per channel (depthwise) the gradient
 // of the weight is summed along stretches of a row, then over rows, then over images.

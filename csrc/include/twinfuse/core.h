@@ -3,7 +3,7 @@
 // The core is one C library without a framework in it. A framework binding describes its tensors
 // with `TwinfuseTensor`, lends what it owns through `TwinfuseContext`, and makes one call per op.
 // Nothing throws or exits across this interface, and nothing is kept between calls except launch
-// counters and measured choices of kernels.
+// counters and, of GPUs, contexts, loaded kernels and measured choices.
 //
 // Every function that returns `TwinfuseStatus` leaves the text for a failure in
 // `twinfuse_last_error()`, which belongs to the calling thread.

@@ -20,13 +20,13 @@
 // (float64 for float64). Tensors that the call writes must not overlap each other or anything it
 // reads, and must not overlap themselves. Pointers need only the alignment of their element.
 //
-// Bits depend on the instruction set and the dtype alone: not on strides, alignment or threads.
-// Each sum runs in stretches along its reduced dimension, of a length that follows from the depth:
-// one multiply-add after another within a stretch (fused, except in the portable kernels), then the
-// stretches in order. Sums over rows are cut into up to 16 pieces by the shapes alone, and the
-// gradient of a bias is summed on one level more. Denormals are kept, whatever the calling thread's
-// mode, with one exception: the bfloat16 dot instruction ("avx512_bf16") takes denormal operands
-// and sums as zero.
+// On a CPU, bits depend on the instruction set and the dtype alone: not on strides, alignment or
+// threads. Each sum runs in stretches along its reduced dimension, of a length that follows from
+// the depth: one multiply-add after another within a stretch (fused, except in the portable
+// kernels), then the stretches in order. Sums over rows are cut into up to 16 pieces by the shapes
+// alone, and the gradient of a bias is summed on one level more. Denormals are kept, whatever the
+// calling thread's mode, with one exception: the bfloat16 dot instruction ("avx512_bf16") takes
+// denormal operands and sums as zero.
 #pragma once
 
 #include "twinfuse/core.h"

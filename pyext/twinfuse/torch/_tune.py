@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinfuse import _core, _tuning
+from twinfuse import _backend, _core, _tuning
 from twinfuse._tuning import Run, Tuned, TuneReport
 
 ROUNDS = 5
@@ -210,7 +210,9 @@ def tune(target: Callable[..., Any], *args: Any, **kwargs: Any) -> TuneReport:
     report, kept = TuneReport(), dict[str, list[Tuned]]()
     for call in _progress(calls):
         device = call.tensors[0].device
-        with torch.cuda.device(device), torch.no_grad(), _tuning.Session(core) as session:
+        # Strict, or a kernel that serves no call would be timed as torch's own layers.
+        serving = (torch.cuda.device(device), torch.no_grad(), _backend.strict())
+        with serving[0], serving[1], serving[2], _tuning.Session(core) as session:
             run, copies = rotating(call)
             rows = _tuning.decide(session, call.name, run, Stopwatch(copies))
         report += rows

@@ -125,6 +125,9 @@ def _flat(function: Callable[[tf.Tensor], tf.Tensor], x: tf.Tensor, how: Windows
     return squeeze_batch_dims(x, function, how.spatial + 1)
 
 
+_MOST_GROUPS_ON_GPU = 4  # as in csrc/gpu/conv_relu.cc
+
+
 def _check(how: Windows, x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None) -> str:
     """Raise for what no path accepts."""
     op, spatial = how.op, how.spatial
@@ -151,6 +154,10 @@ def _check(how: Windows, x: tf.Tensor, kernel: tf.Tensor, bias: tf.Tensor | None
         refuse("x", f"channels in a multiple of {per_group} {given}", _calls.text(x))
     if bias is not None and not bias.shape.is_compatible_with([filters]):
         refuse("bias", f"[{filters}] {given}", _calls.text(bias))
+    # A graph cannot fall back once it runs.
+    groups = channels // per_group if channels and per_group else 1
+    if groups > _MOST_GROUPS_ON_GPU and _binding.device_type(x) == "cuda":
+        return f"more than {_MOST_GROUPS_ON_GPU} groups on a GPU"
     return ""
 
 
