@@ -232,8 +232,8 @@ void set_access(const Pixels& p, Role* role) {
     role->a = Reader::lines;
   } else if (p.pixels > 1 && p.x.pixel == 1 && (!p.masked || p.output.pixel == 1)) {
     role->a = Reader::planes;
-    role->vectors =
-        p.pixels % kVector == 0 && fits_planes(p.x) && (!p.masked || fits_planes(p.output));
+    role->vectors = p.cols % kVector == 0 && p.pixels % kVector == 0 && fits_planes(p.x) &&
+                    (!p.masked || fits_planes(p.output));
   }
 }
 

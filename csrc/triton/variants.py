@@ -260,7 +260,7 @@ class Rearrange:
                 continue
             if (name, self.access) == ("pixels", "vectors"):
                 continue
-            aligned = name in ("rows", "height", "pixels") if rows_last else name == "cols"
+            aligned = name == "cols" or (rows_last and name in ("rows", "height", "pixels"))
             found.append(Argument((4 + i,), name, INT, vectors and aligned))
         return found
 

@@ -10,6 +10,7 @@ from tests.problem import Case
 
 KERAS = {"weight_layout": "transposed"}
 NHWC = {f"{name}_layout": "channels_last" for name in ("input", "weight", "grad_output")}
+NCHW = dict.fromkeys(NHWC, "contiguous")
 HWIO = NHWC | {"weight_layout": "hwio"}
 
 
@@ -60,6 +61,12 @@ CASES: tuple[Case, ...] = (
     _conv("vectors_stride_three", (1, 16, 13, 16), 32, 5, 3, padding=2),
     _conv("vectors_dilation", (2, 16, 12, 9), 32, 3, padding=2, dilation=2),
     _conv("vectors_dilation_stride", (1, 32, 14, 13), 16, 3, 2, padding=2, dilation=3),
+    _conv("planes", (2, 32, 8, 8), 48, 3, padding=1, **NCHW),
+    _conv("planes_uneven", (2, 32, 7, 5), 24, 3, padding=1, **NCHW),
+    _conv("planes_stride", (2, 16, 8, 8), 32, 3, 2, padding=1, **NCHW),
+    _conv("planes_pointwise", (2, 64, 4, 8), 32, 1, **NCHW),
+    _conv("planes_few_channels", (2, 3, 16, 16), 32, 5, 2, padding=2, **NCHW),
+    _conv("planes_hwio", (2, 32, 8, 8), 16, 3, padding=1, **NCHW | {"weight_layout": "hwio"}),
     _conv("vectors_pointwise", (2, 64, 8, 8), 32, 1),
     _conv("vectors_pointwise_hwio", (2, 64, 8, 8), 32, 1, **HWIO),
     _conv("vectors_pointwise_stride", (2, 64, 9, 8), 32, 1, 2),
