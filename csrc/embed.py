@@ -60,7 +60,7 @@ def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:
             image += code
         listed = ", ".join(map(_parameter, kernel["parameters"]))
         name = parameters.setdefault(listed, f"kParameters{len(parameters)}")
-        rows.append(_row(kernel, name, offsets[code], len(code)))
+        rows.append(_row(kernel, name, offsets[code]))
     digest = hashlib.sha256(image).hexdigest()
     _replace(out / "images.bin", bytes(image))
     _replace(
@@ -90,9 +90,9 @@ def _parameter(parameter: dict[str, Any]) -> str:
     return f"{{{', '.join(values)}}}"
 
 
-def _row(kernel: dict[str, Any], parameters: str, offset: int, size: int) -> str:
+def _row(kernel: dict[str, Any], parameters: str, offset: int) -> str:
     v = kernel["variant"]
-    tile = v.get("tile") or {"m": v["rows"], "n": v["cols"], "k": 1, "stages": 1}
+    tile = v.get("tile") or {"m": v["rows"], "n": v["cols"], "k": 1}
     function = kernel["entry"].removeprefix("multiply") or "product"
     role = [
         f"Function::{function}",
@@ -110,14 +110,12 @@ def _row(kernel: dict[str, Any], parameters: str, offset: int, size: int) -> str
         f"{{{', '.join(role)}}}",
         f"{{{tile['m']}, {tile['n']}, {tile['k']}}}",
         kernel["warps"],
-        tile["stages"],
         str(v.get("persistent", False)).lower(),
         kernel["registers"],
         kernel["shared"],
         parameters,
         len(kernel["parameters"]),
         offset,
-        size,
         f'"{kernel["entry"]}"',
         f'"{kernel["name"]}"',
     ]

@@ -125,7 +125,7 @@ bool readable_weight(const Call& call, const View& weight, const View& out) {
 }
 
 void add_boxes(const Call& call, const WindowProduct& p, Candidates& found) {
-  const bool bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
+  const bool bias = p.bias.fits_vectors();
   const bool planes = !bias || !fits(call, p.out.data, p.out);  // single elements are written
   const bool steps = p.rows.step <= 8 && p.columns.step <= 8;   // what descriptors can step over
   if (call.shallow(p.rows.taps * p.columns.taps * p.x.size[1]) || !call.device.has_tensors() ||

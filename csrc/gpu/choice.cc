@@ -7,8 +7,6 @@ namespace {
 
 constexpr int64_t kMostSplits = 32;
 
-int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool is_masked(Reader reader) {
   switch (reader) {
     case Reader::depth_masked:

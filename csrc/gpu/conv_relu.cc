@@ -15,7 +15,7 @@ void require_few_groups(const TwinfuseConv& conv) {
     throw Unsupported("more than " + std::to_string(kMostGroups) + " groups on a GPU");
 }
 
-// Every how manieth channel of the view belongs to which group.
+// The channels (or filters) of one group.
 View group(const View& v, int dimension, int64_t index, int64_t groups, Type type) {
   const int64_t size = v.size[dimension] / groups;
   return channels(v, dimension, index * size, size, type);
@@ -28,41 +28,23 @@ bool pointwise(const Windows& rows, const Windows& columns, const View& x) {
   return rows.count == x.size[2] && columns.count == x.size[3];
 }
 
-// Pixels as the rows of a matrix, if they are equally far apart.
-bool collapses(const View& v, int64_t* stride) {
-  int64_t expected = 0;
-  bool started = false;
-  *stride = v.size[1];
-  for (const int d : {3, 2, 0}) {
-    if (v.size[d] == 1) continue;
-    if (!started)
-      *stride = v.stride[d], started = true;
-    else if (v.stride[d] != expected)
-      return false;
-    expected = v.stride[d] * v.size[d];
-  }
-  return true;
-}
-
 bool as_matrices(const Call& call, const WindowProduct& p, Product* product) {
-  int64_t x = 0, out = 0;
-  if (!pointwise(p.rows, p.columns, p.x) || !collapses(p.x, &x) || !collapses(p.out, &out))
+  if (!pointwise(p.rows, p.columns, p.x) || !dense_pixels(p.x) || !dense_pixels(p.out))
     return false;
-  const int64_t rows = p.x.size[0] * p.x.size[2] * p.x.size[3], depth = p.x.size[1];
-  const Operand a{p.x.data, rows, depth, x, p.x.stride[1]};
+  const int64_t rows = pixels(p.x), depth = p.x.size[1];
+  const Operand a{p.x.data, rows, depth, pixel_stride(p.x), p.x.stride[1]};
   const char* tap = p.weight.data + tap_offset(p) * element_size(call.type);
   const Operand b{tap, p.weight.size[0], depth, p.weight.stride[0], p.weight.stride[1]};
-  *product = {a, b, {p.out.data, out, p.out.stride[1]}, p.behind, p.bias};
+  *product = {a, b, {p.out.data, pixel_stride(p.out), p.out.stride[1]}, p.behind, p.bias};
   return true;
 }
 
 bool as_matrices(const Call&, const TapProduct& p, Product* product) {
-  int64_t x = 0, grad = 0;
-  if (!pointwise(p.rows, p.columns, p.x) || !collapses(p.x, &x) || !collapses(p.grad, &grad))
+  if (!pointwise(p.rows, p.columns, p.x) || !dense_pixels(p.x) || !dense_pixels(p.grad))
     return false;
-  const int64_t depth = p.x.size[0] * p.x.size[2] * p.x.size[3];
-  const Operand a{p.grad.data, p.grad.size[1], depth, p.grad.stride[1], grad};
-  const Operand b{p.x.data, p.x.size[1], depth, p.x.stride[1], x};
+  const int64_t depth = pixels(p.x);
+  const Operand a{p.grad.data, p.grad.size[1], depth, p.grad.stride[1], pixel_stride(p.grad)};
+  const Operand b{p.x.data, p.x.size[1], depth, p.x.stride[1], pixel_stride(p.x)};
   *product = oriented({a, b, {p.out.data, p.out.stride[0], p.out.stride[1]}});
   return true;
 }

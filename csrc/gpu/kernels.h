@@ -59,6 +59,13 @@ constexpr int64_t element_size(Type type) { return type == Type::fp32 ? 4 : 2; }
 
 enum class Precision : uint8_t { ieee, tf32, tf32x3 };
 
+// What vectors need: of addresses in bytes, of strides and sizes in elements.
+constexpr int64_t kVector = 16;
+
+inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kVector == 0; }
+
+inline int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // What a kernel computes. `vectors` of a product: whether it reads vectors. Of a rearrangement, `a`
 // is how it reads (lines, strided or planes, the latter by vectors or not), and what it does is
 // told by `masks`, `writes` and `sums`.
@@ -107,13 +114,13 @@ struct Kernel {
   int32_t arch;
   Role role;
   Tile tile;
-  int32_t warps, stages;
+  int32_t warps;
   bool persistent;
   int32_t registers;  // of a thread
   uint32_t shared;    // bytes
   const Parameter* parameters;
   int32_t parameter_count;
-  uint32_t offset, size;  // of the machine code in kImages
+  uint32_t offset;  // of the machine code in kImages
   const char* entry;
   const char* name;
 };

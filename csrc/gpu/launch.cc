@@ -6,7 +6,6 @@ namespace {
 constexpr int kDataTypes[] = {9, 6, 7};  // CUtensorMapDataType of bfloat16, float16 and float32
 constexpr int kTf32 = 11;                // of float32 that is rounded as it is copied
 constexpr int kPromoteTo128 = 2;         // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
-constexpr int64_t kVector = 16;          // bytes, and what `divisible` means
 
 [[noreturn]] void refuse(const Kernel& kernel, const char* text) {
   throw std::logic_error(std::string("kernel ") + kernel.name + ": " + text);
@@ -15,7 +14,7 @@ constexpr int64_t kVector = 16;          // bytes, and what `divisible` means
 }  // namespace
 
 bool encodable(const Dense& t, Type type) {
-  if (reinterpret_cast<uintptr_t>(t.data) % kVector || t.stride[t.rank - 1] != 1) return false;
+  if (!aligned(t.data) || t.stride[t.rank - 1] != 1) return false;
   for (int d = 0; d < t.rank; d++) {
     if (t.size[d] < 1 || t.size[d] > INT32_MAX || t.traversal[d] < 1 || t.traversal[d] > 8)
       return false;

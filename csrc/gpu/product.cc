@@ -141,7 +141,7 @@ Choice plan(const Call& call, const Product& p) {
   const Shape shape = p.shape();
   for (const int64_t size : {shape.rows, shape.cols, shape.depth}) require_countable(size);
   const Side left = side_of(p.a), right = side_of(p.b);
-  const bool plain_bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
+  const bool plain_bias = p.bias.fits_vectors();
   const bool nothing = p.behind == Behind::nothing;
   const Epilogue epilogue = nothing ? Epilogue::identity : Epilogue::bias_relu;
   Role role{Function::product, {}, {}, {}, {}, call.type, call.precision, true};

@@ -7,13 +7,6 @@
 
 namespace twinfuse::gpu {
 
-inline int64_t divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What vectors need: of addresses in bytes, of strides and sizes in elements.
-constexpr int64_t kVector = 16;
-
-inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kVector == 0; }
-
 // What every launch of a call shares.
 struct Call {
   const TwinfuseContext& context;
@@ -51,6 +44,9 @@ struct Operand {
 struct Vector {
   const void* data = nullptr;
   int64_t stride = 0;
+
+  // Whether it can be read by vectors, as one that is not there can.
+  bool fits_vectors() const { return !data || (stride == 1 && aligned(data)); }
 };
 
 // Where results of [rows, cols] go.

@@ -27,20 +27,6 @@ void require_small(const View& x, const View& weight, const View& out, const Win
   if (!small(x, weight, out, rows, columns)) throw Unsupported(kLargeOffsets);
 }
 
-int64_t pixels(const View& v) { return v.size[0] * v.size[2] * v.size[3]; }
-
-int64_t pixel_stride(const View& v) {
-  if (v.size[3] > 1) return v.stride[3];
-  return v.size[2] > 1 ? v.stride[2] : v.stride[0];
-}
-
-// Whether the pixels of all images are equally far apart.
-bool dense_pixels(const View& v) {
-  const int64_t in_image = v.size[2] * v.size[3];
-  return rows_follow(v) &&
-         (v.size[0] <= 1 || in_image <= 1 || v.stride[0] == in_image * pixel_stride(v));
-}
-
 void add_image(Launch& launch, const View& x, const Windows& rows, const Windows& columns) {
   launch.pointer(x.data).number(x.size[1]).number(x.size[2]).number(x.size[3]);
   launch.number(rows.count).number(columns.count).number(columns.taps);
@@ -67,6 +53,19 @@ bool small_offsets(const View& v, int from, int64_t rows, int64_t columns) {
 
 int64_t reach(const Windows& w) {
   return std::llabs(w.origin) + w.count * w.step + w.taps * w.dilation;
+}
+
+int64_t pixels(const View& v) { return v.size[0] * v.size[2] * v.size[3]; }
+
+int64_t pixel_stride(const View& v) {
+  if (v.size[3] > 1) return v.stride[3];
+  return v.size[2] > 1 ? v.stride[2] : v.stride[0];
+}
+
+bool dense_pixels(const View& v) {
+  const int64_t in_image = v.size[2] * v.size[3];
+  return rows_follow(v) &&
+         (v.size[0] <= 1 || in_image <= 1 || v.stride[0] == in_image * pixel_stride(v));
 }
 
 bool rows_follow(const View& v) {
@@ -143,7 +142,7 @@ Choice plan(const Call& call, const WindowProduct& p) {
   const bool by_depth = w.stride[1] == 1, by_lines = w.stride[0] == 1;
   const bool other_strides = w.stride[by_depth ? 0 : 1] % kVector == 0 &&
                              w.stride[2] % kVector == 0 && w.stride[3] % kVector == 0;
-  const bool bias = !p.bias.data || (p.bias.stride == 1 && aligned(p.bias.data));
+  const bool bias = p.bias.fits_vectors();
   if (!call.shallow(shape.depth) && vector_strides(p.x) && vector_strides(p.out) &&
       (by_depth || by_lines) && other_strides && aligned(w.data) && tap_offset(p) % kVector == 0 &&
       depth % kVector == 0 && shape.cols % kVector == 0 && bias &&

@@ -80,7 +80,14 @@ int64_t reach(const Windows& windows);
 // rows and columns more than it has.
 bool small_offsets(const View& view, int from, int64_t rows = 0, int64_t columns = 0);
 
-// Whether the pixels of an image are equally far apart.
+// How many there are in all images, and how far apart two that follow each other lie.
+int64_t pixels(const View& images);
+int64_t pixel_stride(const View& images);
+
+// Whether the pixels of all images are equally far apart.
+bool dense_pixels(const View& images);
+
+// Whether those of each image are.
 bool rows_follow(const View& images);
 
 // The images, and behind ReLU's output where there is one, as a pass reads them. Throws Unsupported

@@ -47,6 +47,29 @@ bool IsPermuted(const View& view) {
   return order != own;
 }
 
+// Whether torch's settings let float32 be multiplied in TF32. They have no stable interface, so
+// they are found by name; where a torch has other names, products keep the accuracy of float32.
+bool AllowsTf32(bool convolution) {
+  using GetContext = void* (*)();
+  using OfMatrices = bool (*)(const void*);
+  using OfConvolutions = bool (*)(const void*, std::optional<int32_t>);
+  constexpr int32_t kConvolution = 1;  // at::Float32Op::CONV
+  const auto find = [](const char* name) { return FindSymbol("libtorch_cpu.so", name); };
+  static const auto context = reinterpret_cast<GetContext>(find("_ZN2at13globalContextEv"));
+  static const auto matrices =
+      reinterpret_cast<OfMatrices>(find("_ZNK2at7Context15allowTF32CuBLASEv"));
+  static const auto convolutions = reinterpret_cast<OfConvolutions>(
+      find("_ZNK2at7Context14allowTF32CuDNNESt8optionalINS_9Float32OpEE"));
+  if (context == nullptr || (convolution ? convolutions == nullptr : matrices == nullptr)) {
+    return false;
+  }
+  try {
+    return convolution ? convolutions(context(), kConvolution) : matrices(context());
+  } catch (const std::exception&) {  // settings that contradict each other
+    return false;
+  }
+}
+
 }  // namespace
 
 void AdviseHugePages(AtenTensorHandle tensor) {
@@ -123,29 +146,6 @@ void* CurrentCudaStream(int32_t device_index) {
   aoti_torch_delete_stream(current);
   Check(error, "find the current CUDA stream");
   return stream;
-}
-
-// Whether torch's settings let float32 be multiplied in TF32. They have no stable interface, so
-// they are found by name; where a torch has other names, products keep the accuracy of float32.
-bool AllowsTf32(bool convolution) {
-  using GetContext = void* (*)();
-  using OfMatrices = bool (*)(const void*);
-  using OfConvolutions = bool (*)(const void*, std::optional<int32_t>);
-  constexpr int32_t kConvolution = 1;  // at::Float32Op::CONV
-  const auto find = [](const char* name) { return FindSymbol("libtorch_cpu.so", name); };
-  static const auto context = reinterpret_cast<GetContext>(find("_ZN2at13globalContextEv"));
-  static const auto matrices =
-      reinterpret_cast<OfMatrices>(find("_ZNK2at7Context15allowTF32CuBLASEv"));
-  static const auto convolutions = reinterpret_cast<OfConvolutions>(
-      find("_ZNK2at7Context14allowTF32CuDNNESt8optionalINS_9Float32OpEE"));
-  if (context == nullptr || (convolution ? convolutions == nullptr : matrices == nullptr)) {
-    return false;
-  }
-  try {
-    return convolution ? convolutions(context(), kConvolution) : matrices(context());
-  } catch (const std::exception&) {  // settings that contradict each other
-    return false;
-  }
 }
 
 Context::Context(const View& like, bool convolution) : TwinfuseContext{}, like_(like) {

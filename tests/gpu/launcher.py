@@ -110,16 +110,15 @@ def launch(variant: Any, programs: int, values: dict[str, Any]) -> None:
 
 
 @cache
-def find(arch: int = 90, *, largest: bool = False, **wanted: Any) -> Any:
-    """The variant of smallest (or largest) tiles with these attributes, or None."""
+def find(arch: int = 90, **wanted: Any) -> Any:
+    """The variant of smallest tiles with these attributes, or None."""
     found = [
         v
         for v in catalogue.variants(arch)
         if isinstance(v, variants.Product)
         and all(getattr(v, name) == value for name, value in wanted.items())
     ]
-    choose = max if largest else min
-    return choose(found, key=lambda v: v.tile.m * v.tile.n, default=None)
+    return min(found, key=lambda v: v.tile.m * v.tile.n, default=None)
 
 
 def divide(a: int, b: int) -> int:
@@ -134,7 +133,6 @@ def run(
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
     bias: Tensor | None = None,
-    multiplies: bool = False,
     splits: int = 1,
     programs: int | None = None,
 ) -> None:
@@ -147,7 +145,7 @@ def run(
         "splits": splits,
     }
     for side, matrix, mask in (("a", a, mask_a), ("b", b, mask_b)):
-        values |= _operand(side, getattr(variant, side), matrix, mask, multiplies)
+        values |= _operand(side, getattr(variant, side), matrix, mask)
     values |= _output(variant.store, out)
     values |= bias_values(variant.epilogue, bias, a.dtype)
     tiles = divide(len(a), variant.tile.m) * divide(len(b), variant.tile.n) * splits
@@ -156,9 +154,7 @@ def run(
         launch(variant, values["programs"], values)
 
 
-def _operand(
-    side: str, reader: str, matrix: Tensor, mask: Tensor | None, multiplies: bool
-) -> dict[str, Any]:
+def _operand(side: str, reader: str, matrix: Tensor, mask: Tensor | None) -> dict[str, Any]:
     if reader.startswith("tensor_"):
         turn = "depth" not in reader
         values = {f"{side}_data": matrix.T if turn else matrix}
@@ -167,16 +163,13 @@ def _operand(
     elif reader.startswith("strided"):
         names = ("data", "stride", "step")
         values = dict(zip((f"{side}_{n}" for n in names), (matrix, *matrix.stride()), strict=True))
-        if mask is not None:
-            names = ("mask", "mask_stride", "mask_step")
-            values |= dict(zip((f"{side}_{n}" for n in names), (mask, *mask.stride()), strict=True))
     else:
         along = 0 if "depth" in reader else 1
         values = {f"{side}_data": matrix, f"{side}_stride": matrix.stride(along)}
         if mask is not None:
             values |= {f"{side}_mask": mask, f"{side}_mask_stride": mask.stride(along)}
     if mask is not None:
-        values[f"{side}_nan_passes"] = int(not multiplies)
+        values[f"{side}_nan_passes"] = 1
     return values
 
 
