@@ -5,6 +5,7 @@
 
 #include "twinfuse/conv_relu.h"
 #include "twinfuse/linear_relu.h"
+#include "twinfuse/lstm.h"
 
 namespace twinfuse {
 
@@ -50,6 +51,53 @@ struct ConvReluBackward {
   Images grad_output, output, input, weight;
   TwinfuseConv conv;
   int32_t relu_grad;
+};
+
+struct Vector {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// [T, B, n], or packed [N, n], where `step` is not used; strides in elements.
+struct Sequence {
+  void* data = nullptr;
+  int64_t step = 0, row = 0, col = 0;
+};
+
+struct LstmState {
+  Matrix h, c;
+};
+
+struct LstmWeights {
+  Matrix ih, hh, hr, peephole;
+  Vector bias_ih, bias_hh;
+};
+
+struct LstmSaved {
+  Matrix gates, cells, hidden;
+};
+
+// What both directions are told. `rows` counts the steps of all sequences; `state` is R.
+struct LstmCall {
+  int64_t steps, batch, rows, inputs, units, state;
+  TwinfuseLstm options;
+  LstmSaved saved;
+  Sequence input;
+  LstmWeights weights;
+  Sequence zoneout_hidden, zoneout_cell;
+};
+
+struct LstmForward : LstmCall {
+  Sequence output;
+  LstmState initial, final;
+};
+
+// `input_rows` and `grad_input_rows` are in the order of what is saved.
+struct LstmBackward : LstmCall {
+  Matrix input_rows, grad_input_rows;
+  Sequence grad_output;
+  LstmState grad_initial, grad_final;
+  LstmWeights grad_weights;
 };
 
 }  // namespace twinfuse

@@ -11,8 +11,9 @@
 namespace twinfuse {
 namespace {
 
-constexpr const char* kRoles[] = {"linear_relu_forward", "linear_relu_backward",
-                                  "conv_relu_forward", "conv_relu_backward"};
+constexpr const char* kRoles[] = {
+    "linear_relu_forward", "linear_relu_backward", "conv_relu_forward", "conv_relu_backward",
+    "lstm_forward",        "lstm_backward",        "lstm_cell_forward", "lstm_cell_backward"};
 constexpr int kRoleCount = sizeof(kRoles) / sizeof(kRoles[0]);
 constexpr const char* kDtypes[TWINFUSE_DTYPE_COUNT] = {"f32", "f64", "bf16", "f16"};
 constexpr int kEntriesOfDevice = kRoleCount * TWINFUSE_DTYPE_COUNT;

@@ -3,6 +3,7 @@
 
 #include "cpu/conv_relu.h"
 #include "cpu/linear_relu.h"
+#include "cpu/lstm.h"
 
 #define TWINFUSE_STRING_OF(x) #x
 #define TWINFUSE_STRING(x) TWINFUSE_STRING_OF(x)
@@ -20,6 +21,8 @@ const Kernels kernels = {
      conv_relu_forward<F16>},
     {conv_relu_backward<float>, conv_relu_backward<double>, conv_relu_backward<Bf16>,
      conv_relu_backward<F16>},
+    {lstm_forward<float>, lstm_forward<double>, lstm_forward<Bf16>, lstm_forward<F16>},
+    {lstm_backward<float>, lstm_backward<double>, lstm_backward<Bf16>, lstm_backward<F16>},
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

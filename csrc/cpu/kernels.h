@@ -17,6 +17,9 @@ struct Kernels {
                                                             const TwinfuseContext&);
   TwinfuseStatus (*conv_relu_backward[TWINFUSE_DTYPE_COUNT])(const ConvReluBackward&,
                                                              const TwinfuseContext&);
+  TwinfuseStatus (*lstm_forward[TWINFUSE_DTYPE_COUNT])(const LstmForward&, const TwinfuseContext&);
+  TwinfuseStatus (*lstm_backward[TWINFUSE_DTYPE_COUNT])(const LstmBackward&,
+                                                        const TwinfuseContext&);
 };
 
 // The table for this processor (or for TWINFUSE_ISA); see twinfuse_isa().

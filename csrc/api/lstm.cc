@@ -1,0 +1,344 @@
+#include "twinfuse/lstm.h"
+
+#include <string>
+
+#include "api/error.h"
+#include "api/kernel_table.h"
+#include "api/tensor.h"
+#include "cpu/kernels.h"
+
+namespace twinfuse {
+namespace {
+
+constexpr TwinfuseLstmState kNoState{};
+constexpr TwinfuseLstmZoneout kNoZoneout{};
+constexpr TwinfuseLstmSaved kNothingSaved{};
+constexpr TwinfuseLstmWeights kNoWeights{};
+
+// What is checked in the same way forward and backward.
+class Call {
+ public:
+  Call(const char* op, bool cell, const TwinfuseLstm* lstm, const TwinfuseContext* context)
+      : check(op, context), op_(op), cell_(cell) {
+    check.require(lstm != nullptr, "lstm", "options", 0);
+    if (!lstm || !check.ok()) return;
+    options_ = *lstm;
+    check.require(valid(options_.cell_activation), "cell_activation", "0 to 3",
+                  options_.cell_activation);
+    check.require(valid(options_.gate_activation), "gate_activation", "0 to 3",
+                  options_.gate_activation);
+    if (!cell) return;
+    options_.reverse = options_.batch_major = 0;
+    options_.batch_sizes = nullptr;
+    options_.mask = nullptr;
+  }
+
+  Checker check;
+
+  // Sizes from a sequence of any of them (or from `rows` rows) and from the weights.
+  void sizes(const char* name, const TwinfuseTensor* rows, const TwinfuseLstmWeights* weights,
+             int32_t dtype) {
+    dtype_ = dtype;
+    check.tensor(name, rows, dtype);
+    const bool packed = options_.batch_sizes != nullptr;
+    const int rank = packed || cell_ ? 2 : 3;
+    if (check.ok())
+      check.rank(name, rows, rank, cell_ ? "[B, n]" : packed ? "[N, n]" : "[T, B, n]");
+    check.require(weights != nullptr, "weights", "weights", 0);
+    if (!check.ok()) return;
+    check.tensor("weight_ih", weights->ih, dtype);
+    check.tensor("weight_hh", weights->hh, dtype);
+    if (!check.ok()) return;
+    check.rank("weight_ih", weights->ih, 2, "[4H, I]");
+    check.rank("weight_hh", weights->hh, 2, "[4H, R]");
+    if (!check.ok()) return;
+    const int64_t gates = weights->ih->sizes[0];
+    check.require(gates % 4 == 0, "weight_ih", "a multiple of 4 rows", gates);
+    call_.units = gates / 4;
+    call_.inputs = weights->ih->sizes[1];
+    call_.state = weights->hr ? weights->hh->sizes[1] : call_.units;
+    check.matrix("weight_hh", weights->hh, {gates}, {call_.state});
+    if (weights->bias_ih) check.tensor("bias_ih", weights->bias_ih, dtype);
+    check.vector("bias_ih", weights->bias_ih, {gates});
+    if (weights->bias_hh) check.tensor("bias_hh", weights->bias_hh, dtype);
+    check.vector("bias_hh", weights->bias_hh, {gates});
+    matrix("weight_hr", weights->hr, call_.state, call_.units);
+    matrix("peephole", weights->peephole, 3, call_.units);
+    call_.steps = cell_ ? 1 : packed ? options_.steps : rows->sizes[0];
+    call_.batch = cell_ ? rows->sizes[0] : packed ? 0 : rows->sizes[1];
+    call_.rows = call_.steps * call_.batch;
+    if (packed) packed_sizes(rows->sizes[0]);
+  }
+
+  void matrix(const char* name, const TwinfuseTensor* tensor, int64_t rows, int64_t cols) {
+    if (!tensor) return;
+    check.tensor(name, tensor, dtype_);
+    check.matrix(name, tensor, {rows}, {cols});
+  }
+  void state(const char* h, const char* c, const TwinfuseLstmState& state) {
+    matrix(h, state.h, call_.batch, call_.state);
+    matrix(c, state.c, call_.batch, call_.units);
+  }
+  // [T, B, cols], or what stands for it in packed sequences and in a cell.
+  void sequence(const char* name, const TwinfuseTensor* tensor, int64_t cols) {
+    if (!tensor) return;
+    check.tensor(name, tensor, dtype_);
+    const Size sizes[] = {{call_.steps}, {call_.batch}, {cols}}, rows[] = {{call_.rows}, {cols}};
+    const bool flat = cell_ || options_.batch_sizes;
+    check.sizes(name, tensor, flat ? rows : sizes, flat ? 2 : 3);
+  }
+  // Rows that are dense: what is saved.
+  void dense(const char* name, const TwinfuseTensor* tensor, int64_t cols) {
+    matrix(name, tensor, call_.rows, cols);
+    if (check.ok() && tensor && cols > 1)
+      check.require(tensor->strides[1] == 1, name, "rows with a stride of 1", tensor->strides[1]);
+  }
+  void zoneout(const TwinfuseLstmZoneout& zoneout) {
+    sequence("zoneout_hidden", zoneout.hidden, call_.state);
+    sequence("zoneout_cell", zoneout.cell, call_.units);
+  }
+  void saved(const TwinfuseLstmSaved& saved, bool wanted) {
+    const bool all = saved.gates && saved.cells && saved.hidden;
+    const bool none = !saved.gates && !saved.cells && !saved.hidden;
+    check.require(all || (none && !wanted), "saved",
+                  wanted ? "gates, cells and hidden" : "gates, cells and hidden, or none of them",
+                  !!saved.gates + !!saved.cells + !!saved.hidden);
+    dense("gates", saved.gates, 4 * call_.units);
+    if (cell_) return state("hidden", "cells", {saved.hidden, saved.cells});
+    dense("cells", saved.cells, call_.units);
+    dense("hidden", saved.hidden, call_.state);
+  }
+
+  void fill(LstmCall* call, const TwinfuseLstmWeights& weights,
+            const TwinfuseLstmZoneout& zoneout) const {
+    *call = call_;
+    call->options = options_;
+    call->weights = view(weights);
+    call->zoneout_hidden = view_sequence(zoneout.hidden);
+    call->zoneout_cell = view_sequence(zoneout.cell);
+  }
+
+  static Matrix view(const TwinfuseTensor* t) {
+    if (!t) return {};
+    // An empty tensor that was given has an address all the same.
+    static char nothing;
+    return {t->data ? t->data : &nothing, t->sizes[0], t->sizes[1], t->strides[0], t->strides[1]};
+  }
+  static LstmState view(const TwinfuseLstmState& state) { return {view(state.h), view(state.c)}; }
+  static LstmSaved view(const TwinfuseLstmSaved& saved) {
+    return {view(saved.gates), view(saved.cells), view(saved.hidden)};
+  }
+  static LstmWeights view(const TwinfuseLstmWeights& w) {
+    const auto vector = [](const TwinfuseTensor* t) {
+      return t ? Vector{t->data, t->strides[0]} : Vector{};
+    };
+    return {view(w.ih),       view(w.hh),        view(w.hr),
+            view(w.peephole), vector(w.bias_ih), vector(w.bias_hh)};
+  }
+  Sequence view_sequence(const TwinfuseTensor* t) const {
+    if (!t) return {};
+    if (options_.batch_sizes || cell_) return {t->data, 0, t->strides[0], t->strides[1]};
+    return {t->data, t->strides[0], t->strides[1], t->strides[2]};
+  }
+
+  int64_t units() const { return call_.units; }
+  int64_t inputs() const { return call_.inputs; }
+  int64_t hidden() const { return call_.state; }
+  int64_t batch() const { return call_.batch; }
+  bool batch_major() const { return options_.batch_major && !options_.batch_sizes; }
+
+  // No GPU has a kernel yet.
+  TwinfuseStatus unsupported(const TwinfuseContext& context) const {
+    if (context.device == TWINFUSE_CPU) return TWINFUSE_OK;
+    return fail(TWINFUSE_UNSUPPORTED, std::string(op_) + ": no GPU kernel computes it");
+  }
+
+ private:
+  static bool valid(int32_t activation) {
+    return activation >= 0 && activation < TWINFUSE_ACTIVATION_COUNT;
+  }
+
+  void packed_sizes(int64_t rows) {
+    check.require(options_.steps > 0, "batch_sizes", "at least one step", options_.steps);
+    check.require(!options_.mask, "mask", "no mask with batch_sizes", 1);
+    if (!check.ok()) return;
+    const int64_t* sizes = options_.batch_sizes;
+    call_.batch = sizes[0];
+    call_.rows = 0;
+    for (int64_t t = 0; t < options_.steps; t++) {
+      check.require(sizes[t] >= 1 && sizes[t] <= (t ? sizes[t - 1] : rows), "batch_sizes",
+                    "positive numbers that do not increase", sizes[t]);
+      if (!check.ok()) return;
+      call_.rows += sizes[t];
+    }
+    check.require(call_.rows == rows, "batch_sizes",
+                  "a sum equal to the number of rows of the packed tensor", call_.rows);
+  }
+
+  const char* op_;
+  const bool cell_;
+  int32_t dtype_ = 0;
+  TwinfuseLstm options_{};
+  LstmCall call_{};
+};
+
+// A sequence with its rows in the order of what is saved: [B, T, n] if that is batch-major.
+struct InSavedOrder {
+  TwinfuseTensor tensor;
+  int64_t sizes[3], strides[3];
+  const TwinfuseTensor* get(const TwinfuseTensor* t, bool batch_major) {
+    if (!t || !batch_major) return t;
+    tensor = *t;
+    const int order[] = {1, 0, 2};
+    for (int d = 0; d < 3; d++) sizes[d] = t->sizes[order[d]], strides[d] = t->strides[order[d]];
+    tensor.sizes = sizes, tensor.strides = strides;
+    return &tensor;
+  }
+};
+
+TwinfuseStatus forward(const char* op_name, bool is_cell, const TwinfuseTensor* output,
+                       const TwinfuseLstmState* final, const TwinfuseLstmSaved* saved,
+                       const TwinfuseTensor* gates, const TwinfuseTensor* input,
+                       const TwinfuseLstmState* initial, const TwinfuseLstmWeights* weights,
+                       const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm,
+                       const TwinfuseContext* context) {
+  if (!final) final = &kNoState;
+  if (!saved) saved = &kNothingSaved;
+  if (!initial) initial = &kNoState;
+  if (!zoneout) zoneout = &kNoZoneout;
+  Call call(op_name, is_cell, lstm, context);
+  call.sizes("input", input, weights, input ? input->dtype : 0);
+  if (!call.check.ok()) return call.check.status();
+  call.sequence("input", input, call.inputs());
+  call.sequence("output", output, call.hidden());
+  call.state("final_h", "final_c", *final);
+  call.state("initial_h", "initial_c", *initial);
+  call.zoneout(*zoneout);
+  is_cell ? call.dense("gates", gates, 4 * call.units()) : call.saved(*saved, false);
+  if (!call.check.ok()) return call.check.status();
+  const TwinfuseStatus supported = call.unsupported(*context);
+  if (supported != TWINFUSE_OK) return supported;
+
+  LstmForward op{};
+  call.fill(&op, *weights, *zoneout);
+  op.output = call.view_sequence(output);
+  op.final = Call::view(*final), op.initial = Call::view(*initial);
+  op.saved = Call::view(*saved);
+  if (is_cell) op.saved.gates = Call::view(gates);
+  op.input = call.view_sequence(input);
+  if (cpu::active_kernels().lstm_forward[input->dtype](op, *context)) return out_of_memory(op_name);
+  count_launch(is_cell ? Role::kLstmCellForward : Role::kLstmForward, input->dtype,
+               context->device);
+  return TWINFUSE_OK;
+}
+
+TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor* grad_input,
+                        const TwinfuseLstmState* grad_initial,
+                        const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,
+                        const TwinfuseLstmState* grad_final, const TwinfuseLstmSaved* saved,
+                        const TwinfuseTensor* input, const TwinfuseLstmWeights* weights,
+                        const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm,
+                        const TwinfuseContext* context) {
+  if (!grad_initial) grad_initial = &kNoState;
+  if (!grad_final) grad_final = &kNoState;
+  if (!grad_weights) grad_weights = &kNoWeights;
+  if (!zoneout) zoneout = &kNoZoneout;
+  if (!saved) saved = &kNothingSaved;
+  Call call(op_name, is_cell, lstm, context);
+  const TwinfuseTensor* sized = saved->gates;
+  if (!is_cell && lstm && !lstm->batch_sizes)
+    sized = input ? input : grad_output ? grad_output : grad_input;
+  call.sizes(sized == saved->gates ? "gates" : "input", sized, weights,
+             saved->gates ? saved->gates->dtype : 0);
+  if (!call.check.ok()) return call.check.status();
+  const TwinfuseLstmWeights& g = *grad_weights;
+  if (g.ih)
+    call.check.require(input != nullptr, "input", "a tensor for the gradient of weight_ih", 0);
+  call.sequence("input", input, call.inputs());
+  call.sequence("grad_input", grad_input, call.inputs());
+  call.sequence("grad_output", grad_output, call.hidden());
+  call.state("grad_final_h", "grad_final_c", *grad_final);
+  call.state("grad_initial_h", "grad_initial_c", *grad_initial);
+  call.zoneout(*zoneout);
+  call.saved(*saved, true);
+  call.matrix("grad_weight_ih", g.ih, 4 * call.units(), call.inputs());
+  call.matrix("grad_weight_hh", g.hh, 4 * call.units(), call.hidden());
+  call.matrix("grad_weight_hr", g.hr, call.hidden(), call.units());
+  call.matrix("grad_peephole", g.peephole, 3, call.units());
+  if (g.bias_ih) call.check.tensor("grad_bias_ih", g.bias_ih, saved->gates->dtype);
+  call.check.vector("grad_bias_ih", g.bias_ih, {4 * call.units()});
+  if (g.bias_hh) call.check.tensor("grad_bias_hh", g.bias_hh, saved->gates->dtype);
+  call.check.vector("grad_bias_hh", g.bias_hh, {4 * call.units()});
+  if (!call.check.ok()) return call.check.status();
+  const TwinfuseStatus supported = call.unsupported(*context);
+  if (supported != TWINFUSE_OK) return supported;
+
+  LstmBackward op{};
+  call.fill(&op, *weights, *zoneout);
+  op.saved = Call::view(*saved);
+  op.grad_output = call.view_sequence(grad_output);
+  op.grad_initial = Call::view(*grad_initial), op.grad_final = Call::view(*grad_final);
+  Matrices matrices(*context);
+  InSavedOrder in_order, out_order;
+  op.input_rows = matrices.input(g.ih ? in_order.get(input, call.batch_major()) : nullptr);
+  op.grad_input_rows = matrices.output(out_order.get(grad_input, call.batch_major()), false);
+  op.grad_weights = Call::view(g);
+  op.grad_weights.ih = matrices.output(g.ih, true);
+  op.grad_weights.hh = matrices.output(g.hh, true);
+  op.grad_weights.hr = matrices.output(g.hr, true);
+  if (matrices.failure(op_name) != TWINFUSE_OK) return matrices.failure(op_name);
+  const int32_t dtype = saved->gates->dtype;
+  if (cpu::active_kernels().lstm_backward[dtype](op, *context)) return out_of_memory(op_name);
+  matrices.commit();
+  count_launch(is_cell ? Role::kLstmCellBackward : Role::kLstmBackward, dtype, context->device);
+  return TWINFUSE_OK;
+}
+
+}  // namespace
+}  // namespace twinfuse
+
+extern "C" TwinfuseStatus twinfuse_lstm_forward(
+    const TwinfuseTensor* output, const TwinfuseLstmState* final, const TwinfuseLstmSaved* saved,
+    const TwinfuseTensor* input, const TwinfuseLstmState* initial,
+    const TwinfuseLstmWeights* weights, const TwinfuseLstmZoneout* zoneout,
+    const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+  return twinfuse::guarded([&] {
+    return twinfuse::forward("lstm", false, output, final, saved, nullptr, input, initial, weights,
+                             zoneout, lstm, context);
+  });
+}
+
+extern "C" TwinfuseStatus twinfuse_lstm_backward(
+    const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
+    const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,
+    const TwinfuseLstmState* grad_final, const TwinfuseLstmSaved* saved,
+    const TwinfuseTensor* input, const TwinfuseLstmWeights* weights,
+    const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+  return twinfuse::guarded([&] {
+    return twinfuse::backward("lstm", false, grad_input, grad_initial, grad_weights, grad_output,
+                              grad_final, saved, input, weights, zoneout, lstm, context);
+  });
+}
+
+extern "C" TwinfuseStatus twinfuse_lstm_cell_forward(
+    const TwinfuseLstmState* final, const TwinfuseTensor* gates, const TwinfuseTensor* input,
+    const TwinfuseLstmState* initial, const TwinfuseLstmWeights* weights,
+    const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+  return twinfuse::guarded([&] {
+    return twinfuse::forward("lstm_cell", true, nullptr, final, nullptr, gates, input, initial,
+                             weights, zoneout, lstm, context);
+  });
+}
+
+extern "C" TwinfuseStatus twinfuse_lstm_cell_backward(
+    const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
+    const TwinfuseLstmWeights* grad_weights, const TwinfuseLstmState* grad_final,
+    const TwinfuseTensor* gates, const TwinfuseTensor* input, const TwinfuseLstmState* initial,
+    const TwinfuseLstmWeights* weights, const TwinfuseLstmZoneout* zoneout,
+    const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+  return twinfuse::guarded([&] {
+    TwinfuseLstmSaved saved{gates, initial ? initial->c : nullptr, initial ? initial->h : nullptr};
+    return twinfuse::backward("lstm_cell", true, grad_input, grad_initial, grad_weights, nullptr,
+                              grad_final, &saved, input, weights, zoneout, lstm, context);
+  });
+}

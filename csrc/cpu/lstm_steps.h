@@ -1,0 +1,153 @@
+// The steps of an LSTM over its sequences: in which order, who takes part, and where things lie.
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/resident.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// Hands out stretches of scratch; each starts on a cache line.
+class Space {
+ public:
+  int64_t take(int64_t bytes) {
+    const int64_t at = bytes_;
+    bytes_ += round_up(bytes, 64);
+    return at;
+  }
+  template <class P>
+  int64_t take_of(int64_t count) {
+    return take(count * static_cast<int64_t>(sizeof(P)));
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  int64_t bytes_ = 0;
+};
+
+// Time runs over steps in the order of the tensors; packed sequences have offsets of their steps.
+struct Steps {
+  const LstmCall& op;
+  const int64_t* offsets;
+
+  static int64_t offset_count(const LstmCall& op) { return op.options.batch_sizes ? op.steps : 0; }
+  static void fill_offsets(const LstmCall& op, int64_t* offsets) {
+    int64_t rows = 0;
+    for (int64_t t = 0; t < offset_count(op); rows += op.options.batch_sizes[t++])
+      offsets[t] = rows;
+  }
+
+  // Of the s-th step that is taken forward.
+  int64_t time(int64_t s) const { return op.options.reverse ? op.steps - 1 - s : s; }
+  int64_t active(int64_t t) const {
+    return op.options.batch_sizes ? op.options.batch_sizes[t] : op.batch;
+  }
+  // Of what is saved.
+  int64_t row(int64_t t, int64_t b) const {
+    if (op.options.batch_sizes) return offsets[t] + b;
+    return op.options.batch_major ? b * op.steps + t : t * op.batch + b;
+  }
+  int64_t rows_apart() const {
+    return op.options.batch_major && !op.options.batch_sizes ? op.steps : 1;
+  }
+  template <class T>
+  T* at(const Sequence& sequence, int64_t t, int64_t b) const {
+    if (!sequence.data) return nullptr;
+    return static_cast<T*>(sequence.data) + (op.options.batch_sizes
+                                                 ? (offsets[t] + b) * sequence.row
+                                                 : t * sequence.step + b * sequence.row);
+  }
+  bool skips(int64_t t, int64_t b) const {
+    const TwinfuseLstm& o = op.options;
+    return o.mask && !o.mask[t * o.mask_stride[0] + b * o.mask_stride[1]];
+  }
+};
+
+// Who works on the panels of one step: this thread, or several that meet after each.
+struct Team {
+  const TwinfuseContext& context;
+  int64_t workers;
+
+  template <class Body>
+  void each(int64_t panels, const Body& body) const {
+    if (workers == 1) {
+      for (int64_t p = 0; p < panels; p++) body(p);
+      return;
+    }
+    parallel_for(context, workers, [&](int64_t worker) {
+      const Range part = part_of(panels, 1, workers, worker);
+      for (int64_t p = part.begin; p < part.end; p++) body(p);
+    });
+  }
+};
+
+// Sequences know nothing of each other, so threads best take some of them each, through all steps.
+// Where those would be too few to pay for reading the weights at every step, threads share the
+// columns of each step instead.
+struct Crew {
+  int64_t chunks = 1, team = 1;
+
+  Crew(const LstmCall& op, const TwinfuseContext& context) {
+    constexpr double kWorthAThread = 4e5, kWorthAMeeting = 1e6;
+    constexpr int64_t kFewRows = 8;
+    const double step = 4.0 * static_cast<double>(op.batch) * static_cast<double>(op.units) *
+                        static_cast<double>(op.state);
+    const double all = 4.0 * static_cast<double>(op.rows) * static_cast<double>(op.units) *
+                       static_cast<double>(op.state + op.inputs);
+    const int64_t threads = max64(context.num_threads, 1);
+    const int64_t worth = all >= kWorthAThread * static_cast<double>(threads)
+                              ? threads
+                              : 1 + static_cast<int64_t>(all / kWorthAThread);
+    if (op.batch < kFewRows * worth && step > kWorthAMeeting && !op.weights.hr.data)
+      team = worth;
+    else
+      chunks = max64(min64(worth, op.batch), 1);
+  }
+
+  // Calls body(first sequence, last, chunk, team).
+  template <class Body>
+  void run(const LstmCall& op, const TwinfuseContext& context, const Body& body) const {
+    if (team > 1) {
+      DefaultFloatMode mode;
+      return body(Range{0, op.batch}, 0, Team{context, team});
+    }
+    parallel_for(context, chunks, [&](int64_t chunk) {
+      body(part_of(op.batch, 1, chunks, chunk), chunk, Team{context, 1});
+    });
+  }
+};
+
+// Packs all panels of several weights, on several threads.
+template <class T, int kCount>
+void pack_all(const TwinfuseContext& context, const Resident<T>* const (&weights)[kCount],
+              int64_t workers, char* scratch) {
+  parallel_for(context, workers, [&](int64_t worker) {
+    char* own = scratch + worker * Resident<T>::transpose_bytes();
+    for (const Resident<T>* w : weights) {
+      const Range part = part_of(w->panels(), 1, workers, worker);
+      for (int64_t p = part.begin; p < part.end; p++) w->pack(p, own);
+    }
+  });
+}
+
+// The first `n` of a row with any stride, or a whole vector.
+template <class T>
+typename Convert<T>::V load_strided(const T* p, int64_t stride, int n) {
+  using C = Convert<T>;
+  constexpr int kWidth = C::S::kWidth;
+  if (stride == 1) return n == kWidth ? C::load(p) : C::load(p, n);
+  T piece[kWidth] = {};
+  for (int i = 0; i < n; i++) piece[i] = p[i * stride];
+  return C::load(piece);
+}
+
+template <class T>
+void store_strided(T* p, int64_t stride, typename Convert<T>::V x, int n) {
+  using C = Convert<T>;
+  constexpr int kWidth = C::S::kWidth;
+  if (stride == 1) return n == kWidth ? C::store(p, x) : C::store(p, x, n);
+  T piece[kWidth];
+  C::store(piece, x);
+  for (int i = 0; i < n; i++) p[i * stride] = piece[i];
+}
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA
