@@ -16,8 +16,9 @@ constexpr const char* kRoles[] = {
     "lstm_forward",        "lstm_backward",        "lstm_cell_forward", "lstm_cell_backward"};
 constexpr int kRoleCount = sizeof(kRoles) / sizeof(kRoles[0]);
 constexpr const char* kDtypes[TWINFUSE_DTYPE_COUNT] = {"f32", "f64", "bf16", "f16"};
-constexpr int kEntriesOfDevice = kRoleCount * TWINFUSE_DTYPE_COUNT;
-constexpr int kKernelCount = 2 * kEntriesOfDevice;
+constexpr int kGpuRoleCount = static_cast<int>(Role::kLstmForward);  // those before it
+constexpr int kCpuEntries = kRoleCount * TWINFUSE_DTYPE_COUNT;
+constexpr int kKernelCount = kCpuEntries + kGpuRoleCount * TWINFUSE_DTYPE_COUNT;
 
 std::array<std::atomic<int64_t>, kKernelCount> launches;
 
@@ -25,9 +26,9 @@ const std::string& kernel_name(int32_t index) {
   static const auto names = [] {
     std::array<std::string, kKernelCount> list;
     for (int i = 0; i < kKernelCount; i++)
-      list[i] = std::string(kRoles[i % kEntriesOfDevice / TWINFUSE_DTYPE_COUNT]) + "_" +
+      list[i] = std::string(kRoles[i % kCpuEntries / TWINFUSE_DTYPE_COUNT]) + "_" +
                 kDtypes[i % TWINFUSE_DTYPE_COUNT] + "_" +
-                (i < kEntriesOfDevice ? twinfuse_isa() : "cuda");
+                (i < kCpuEntries ? twinfuse_isa() : "cuda");
     return list;
   }();
   return names[index];
@@ -37,7 +38,7 @@ const std::string& kernel_name(int32_t index) {
 
 void count_launch(Role role, int32_t dtype, int32_t device) {
   const int index = static_cast<int>(role) * TWINFUSE_DTYPE_COUNT + dtype;
-  launches[device * kEntriesOfDevice + index].fetch_add(1, std::memory_order_relaxed);
+  launches[device * kCpuEntries + index].fetch_add(1, std::memory_order_relaxed);
 }
 
 }  // namespace twinfuse
@@ -65,13 +66,15 @@ extern "C" const char* twinfuse_find_kernel(const char* role, int32_t dtype, int
          std::string(role) + ": no device has the number " + std::to_string(device));
   } else if (device != TWINFUSE_CPU && gpu::kKernelCount == 0) {
     fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": this build has no GPU kernels");
+  } else if (device != TWINFUSE_CPU && index >= kGpuRoleCount) {
+    fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": no GPU kernel computes it");
   } else if (device != TWINFUSE_CPU && dtype == TWINFUSE_FLOAT64) {
     fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": no GPU kernel takes float64");
   } else if (dtype < 0 || dtype >= TWINFUSE_DTYPE_COUNT) {
     fail(TWINFUSE_UNSUPPORTED,
          std::string(role) + ": no kernel takes dtype number " + std::to_string(dtype));
   } else {
-    const int first = device == TWINFUSE_CPU ? 0 : kEntriesOfDevice;
+    const int first = device == TWINFUSE_CPU ? 0 : kCpuEntries;
     return kernel_name(first + index * TWINFUSE_DTYPE_COUNT + dtype).c_str();
   }
   return nullptr;

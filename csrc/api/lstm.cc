@@ -20,8 +20,8 @@ class Call {
  public:
   Call(const char* op, bool cell, const TwinfuseLstm* lstm, const TwinfuseContext* context)
       : check(op, context), op_(op), cell_(cell) {
-    check.require(lstm != nullptr, "lstm", "options", 0);
-    if (!lstm || !check.ok()) return;
+    check.given(lstm, "lstm", "options");
+    if (!check.ok()) return;
     options_ = *lstm;
     check.require(valid(options_.cell_activation), "cell_activation", "0 to 3",
                   options_.cell_activation);
@@ -35,7 +35,7 @@ class Call {
 
   Checker check;
 
-  // Sizes from a sequence of any of them (or from `rows` rows) and from the weights.
+  // Sizes from a sequence (of a cell or packed: from its rows), and from the weights.
   void sizes(const char* name, const TwinfuseTensor* rows, const TwinfuseLstmWeights* weights,
              int32_t dtype) {
     dtype_ = dtype;
@@ -44,7 +44,7 @@ class Call {
     const int rank = packed || cell_ ? 2 : 3;
     if (check.ok())
       check.rank(name, rows, rank, cell_ ? "[B, n]" : packed ? "[N, n]" : "[T, B, n]");
-    check.require(weights != nullptr, "weights", "weights", 0);
+    check.given(weights, "weights", "weights");
     if (!check.ok()) return;
     check.tensor("weight_ih", weights->ih, dtype);
     check.tensor("weight_hh", weights->hh, dtype);
@@ -58,10 +58,8 @@ class Call {
     call_.inputs = weights->ih->sizes[1];
     call_.state = weights->hr ? weights->hh->sizes[1] : call_.units;
     check.matrix("weight_hh", weights->hh, {gates}, {call_.state});
-    if (weights->bias_ih) check.tensor("bias_ih", weights->bias_ih, dtype);
-    check.vector("bias_ih", weights->bias_ih, {gates});
-    if (weights->bias_hh) check.tensor("bias_hh", weights->bias_hh, dtype);
-    check.vector("bias_hh", weights->bias_hh, {gates});
+    vector("bias_ih", weights->bias_ih);
+    vector("bias_hh", weights->bias_hh);
     matrix("weight_hr", weights->hr, call_.state, call_.units);
     matrix("peephole", weights->peephole, 3, call_.units);
     call_.steps = cell_ ? 1 : packed ? options_.steps : rows->sizes[0];
@@ -70,10 +68,32 @@ class Call {
     if (packed) packed_sizes(rows->sizes[0]);
   }
 
+  // The same where no sequence tells how many steps make up the saved rows: a state does.
+  void sizes_of_rows(const TwinfuseTensor& gates, const TwinfuseTensor* const (&states)[4],
+                     const TwinfuseLstmWeights* weights, int32_t dtype) {
+    const TwinfuseTensor* any = nullptr;
+    for (const TwinfuseTensor* state : states)
+      if (state) any = state;
+    check.given(any, "input", "a tensor, or else one of the states");
+    if (!any || !check.ok()) return;
+    check.tensor("state", any, dtype);
+    if (check.ok()) check.rank("state", any, 2, "[B, n]");
+    if (check.ok()) check.rank("gates", &gates, 2, "[rows, 4H]");
+    if (!check.ok()) return;
+    const int64_t rows = gates.sizes[0], batch = any->sizes[0];
+    const int64_t sizes[] = {batch ? rows / batch : 0, batch, 0}, strides[] = {0, 0, 0};
+    const TwinfuseTensor shape{nullptr, dtype, 3, sizes, strides};
+    this->sizes("input", &shape, weights, dtype);
+  }
+
   void matrix(const char* name, const TwinfuseTensor* tensor, int64_t rows, int64_t cols) {
     if (!tensor) return;
     check.tensor(name, tensor, dtype_);
     check.matrix(name, tensor, {rows}, {cols});
+  }
+  void vector(const char* name, const TwinfuseTensor* tensor) {
+    if (tensor) check.tensor(name, tensor, dtype_);
+    check.vector(name, tensor, {4 * call_.units});
   }
   void state(const char* h, const char* c, const TwinfuseLstmState& state) {
     matrix(h, state.h, call_.batch, call_.state);
@@ -98,15 +118,28 @@ class Call {
     sequence("zoneout_cell", zoneout.cell, call_.units);
   }
   void saved(const TwinfuseLstmSaved& saved, bool wanted) {
-    const bool all = saved.gates && saved.cells && saved.hidden;
-    const bool none = !saved.gates && !saved.cells && !saved.hidden;
-    check.require(all || (none && !wanted), "saved",
-                  wanted ? "gates, cells and hidden" : "gates, cells and hidden, or none of them",
-                  !!saved.gates + !!saved.cells + !!saved.hidden);
+    if (wanted || saved.gates || saved.cells || saved.hidden) {
+      check.given(saved.gates, "gates", "a tensor, as all that is saved");
+      check.given(saved.cells, cell_ ? "initial_c" : "cells", "a tensor, as all that is saved");
+      check.given(saved.hidden, cell_ ? "initial_h" : "hidden", "a tensor, as all that is saved");
+    }
     dense("gates", saved.gates, 4 * call_.units);
-    if (cell_) return state("hidden", "cells", {saved.hidden, saved.cells});
+    if (cell_) return state("initial_h", "initial_c", {saved.hidden, saved.cells});
     dense("cells", saved.cells, call_.units);
     dense("hidden", saved.hidden, call_.state);
+  }
+  // Of what is not there, there is no gradient.
+  void gradients(const TwinfuseLstmWeights& grads, const TwinfuseLstmWeights& weights,
+                 const TwinfuseTensor* input) {
+    if (grads.ih) check.given(input, "input", "a tensor, for the gradient of weight_ih");
+    if (grads.hr) check.given(weights.hr, "grad_weight_hr", "NULL without weight_hr");
+    if (grads.peephole) check.given(weights.peephole, "grad_peephole", "NULL without peephole");
+    matrix("grad_weight_ih", grads.ih, 4 * call_.units, call_.inputs);
+    matrix("grad_weight_hh", grads.hh, 4 * call_.units, call_.state);
+    matrix("grad_weight_hr", grads.hr, call_.state, call_.units);
+    matrix("grad_peephole", grads.peephole, 3, call_.units);
+    vector("grad_bias_ih", grads.bias_ih);
+    vector("grad_bias_hh", grads.bias_hh);
   }
 
   void fill(LstmCall* call, const TwinfuseLstmWeights& weights,
@@ -245,15 +278,21 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   if (!zoneout) zoneout = &kNoZoneout;
   if (!saved) saved = &kNothingSaved;
   Call call(op_name, is_cell, lstm, context);
-  const TwinfuseTensor* sized = saved->gates;
-  if (!is_cell && lstm && !lstm->batch_sizes)
-    sized = input ? input : grad_output ? grad_output : grad_input;
-  call.sizes(sized == saved->gates ? "gates" : "input", sized, weights,
-             saved->gates ? saved->gates->dtype : 0);
+  call.check.given(saved->gates, "gates", "a tensor");
+  if (!call.check.ok()) return call.check.status();
+  const int32_t dtype = saved->gates->dtype;
+  call.check.tensor("gates", saved->gates, dtype);
+  if (is_cell || lstm->batch_sizes) {
+    call.sizes("gates", saved->gates, weights, dtype);
+  } else if (const TwinfuseTensor* any = input ? input : grad_output ? grad_output : grad_input) {
+    call.sizes(input ? "input" : grad_output ? "grad_output" : "grad_input", any, weights, dtype);
+  } else {
+    const TwinfuseTensor* states[] = {grad_final->h, grad_final->c, grad_initial->h,
+                                      grad_initial->c};
+    call.sizes_of_rows(*saved->gates, states, weights, dtype);
+  }
   if (!call.check.ok()) return call.check.status();
   const TwinfuseLstmWeights& g = *grad_weights;
-  if (g.ih)
-    call.check.require(input != nullptr, "input", "a tensor for the gradient of weight_ih", 0);
   call.sequence("input", input, call.inputs());
   call.sequence("grad_input", grad_input, call.inputs());
   call.sequence("grad_output", grad_output, call.hidden());
@@ -261,14 +300,7 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   call.state("grad_initial_h", "grad_initial_c", *grad_initial);
   call.zoneout(*zoneout);
   call.saved(*saved, true);
-  call.matrix("grad_weight_ih", g.ih, 4 * call.units(), call.inputs());
-  call.matrix("grad_weight_hh", g.hh, 4 * call.units(), call.hidden());
-  call.matrix("grad_weight_hr", g.hr, call.hidden(), call.units());
-  call.matrix("grad_peephole", g.peephole, 3, call.units());
-  if (g.bias_ih) call.check.tensor("grad_bias_ih", g.bias_ih, saved->gates->dtype);
-  call.check.vector("grad_bias_ih", g.bias_ih, {4 * call.units()});
-  if (g.bias_hh) call.check.tensor("grad_bias_hh", g.bias_hh, saved->gates->dtype);
-  call.check.vector("grad_bias_hh", g.bias_hh, {4 * call.units()});
+  call.gradients(g, *weights, input);
   if (!call.check.ok()) return call.check.status();
   const TwinfuseStatus supported = call.unsupported(*context);
   if (supported != TWINFUSE_OK) return supported;
@@ -287,7 +319,6 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   op.grad_weights.hh = matrices.output(g.hh, true);
   op.grad_weights.hr = matrices.output(g.hr, true);
   if (matrices.failure(op_name) != TWINFUSE_OK) return matrices.failure(op_name);
-  const int32_t dtype = saved->gates->dtype;
   if (cpu::active_kernels().lstm_backward[dtype](op, *context)) return out_of_memory(op_name);
   matrices.commit();
   count_launch(is_cell ? Role::kLstmCellBackward : Role::kLstmBackward, dtype, context->device);

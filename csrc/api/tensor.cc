@@ -144,6 +144,10 @@ void Checker::require(bool holds, const char* name, const char* expected, int64_
   if (!holds) reject(name, expected, std::to_string(got));
 }
 
+void Checker::given(const void* argument, const char* name, const char* expected) {
+  if (!argument) reject(name, expected, "NULL");
+}
+
 void Checker::relu_grad(int32_t value) {
   if (value != TWINFUSE_RELU_GRAD_SELECT && value != TWINFUSE_RELU_GRAD_MULTIPLY)
     reject("relu_grad", "0 or 1", std::to_string(value));

@@ -34,6 +34,7 @@ class Checker {
   void rank(const char* name, const TwinfuseTensor* tensor, int ndim, const char* expected);
   void relu_grad(int32_t value);
   void require(bool holds, const char* name, const char* expected, int64_t got);
+  void given(const void* argument, const char* name, const char* expected);
 
   bool ok() const { return status_ == TWINFUSE_OK; }
   TwinfuseStatus status() const { return status_; }

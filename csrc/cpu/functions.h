@@ -5,6 +5,9 @@
 #include "cpu/simd.h"
 #include "twinfuse/lstm.h"
 
+// The processor overlaps what several functions wait for only where it sees them together.
+#define TWINFUSE_INLINE __attribute__((always_inline)) inline
+
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 template <class A>
@@ -43,10 +46,8 @@ struct Exp {
 
   V scale, fraction;
 
-  explicit Exp(V x) {
-    // In this order NaN passes.
-    x = S::set(C::kMost) < x ? S::set(C::kMost) : x;
-    x = x < S::set(C::kLeast) ? S::set(C::kLeast) : x;
+  TWINFUSE_INLINE explicit Exp(V x) {
+    x = S::max(S::set(C::kLeast), S::min(S::set(C::kMost), x));
     const V shifted = S::fma(x, S::set(C::kLog2e), S::set(C::kShifter));
     const V n = shifted - S::set(C::kShifter);
     V r = S::fma(n, S::set(-C::kLn2High), x);
@@ -66,18 +67,18 @@ struct Exp {
   }
 
   // exp + x, rounded once where scale + x is exact.
-  V plus(A x) const { return S::fma(scale, fraction, scale + S::set(x)); }
+  TWINFUSE_INLINE V plus(A x) const { return S::fma(scale, fraction, scale + S::set(x)); }
 };
 
 template <class A>
-typename Simd<A>::V sigmoid(typename Simd<A>::V x) {
+TWINFUSE_INLINE typename Simd<A>::V sigmoid(typename Simd<A>::V x) {
   using S = Simd<A>;
   const auto y = S::set(1) / Exp<A>(-x).plus(1);
   return x < S::set(-ExpConstants<A>::kMost) ? S::zero() : y;
 }
 
 template <class A>
-typename Simd<A>::V tanh(typename Simd<A>::V x) {
+TWINFUSE_INLINE typename Simd<A>::V tanh(typename Simd<A>::V x) {
   using E = Exp<A>;
   typedef typename E::Ints Ints;
   const Ints sign = (Ints)x & (Ints)Simd<A>::set(static_cast<A>(-0.0));
@@ -101,8 +102,7 @@ typename Simd<A>::V activate(int32_t kind, typename Simd<A>::V x) {
   }
   const auto one = S::set(1), zero = S::zero();
   const auto y = S::fma(x, S::set(static_cast<A>(1) / 6), S::set(static_cast<A>(0.5)));
-  const auto low = y < zero ? zero : y;
-  return one < low ? one : low;
+  return S::min(one, S::max(zero, y));
 }
 
 // The derivative where the activation has the value `y`.

@@ -23,17 +23,14 @@ class LstmBackwardPlan {
   LstmBackwardPlan(const LstmBackward& op, const TwinfuseContext& context)
       : op_(op),
         crew_(op, context),
-        hh_(op.weights.hh, true, false),
-        hr_(op.weights.hr, true, false) {
+        hh_(op.weights.hh, true, false, op, crew_, &space_),
+        hr_(op.weights.hr, true, false, op, crew_, &space_) {
     const int64_t batch = op.batch;
     offsets_ = space_.take_of<int64_t>(Steps::offset_count(op));
     terms_ = space_.take_of<Acc>(Gates<T>::term_count(op));
     grad_gates_ = space_.take_of<T>(op.rows * 4 * op.units);
     projected_ = space_.take_of<T>(projects() ? op.rows * op.state : 0);
     full_ = space_.take_of<T>(projects() ? op.rows * op.units : 0);
-    transpose_ = space_.take(crew_.chunks * crew_.team * Resident<T>::transpose_bytes());
-    hh_space_ = space_.take(hh_.bytes());
-    hr_space_ = space_.take(hr_.bytes());
     packed_ = space_.take_of<Packed>(packs() ? batch * packed_row() : 0);
     dh_ = space_.take_of<Acc>(batch * round_up(op.state, hh_.panel_width()));
     dfull_ = space_.take_of<Acc>(projects() ? batch * round_up(op.units, hr_.panel_width()) : 0);
@@ -44,14 +41,13 @@ class LstmBackwardPlan {
   int64_t bytes() const { return space_.bytes(); }
 
   void run(const TwinfuseContext& context, char* space) {
+    DefaultFloatMode mode;
     base_ = space;
     int64_t* offsets = at<int64_t>(offsets_);
     Steps::fill_offsets(op_, offsets);
     const Gates<T> gates(op_, at<Acc>(terms_));
     gates.fill_terms();
-    hh_.place(space + hh_space_), hr_.place(space + hr_space_);
-    const Resident<T>* const weights[] = {&hh_, &hr_};
-    pack_all(context, weights, crew_.chunks * crew_.team, space + transpose_);
+    hh_.prepare(context, space), hr_.prepare(context, space);
     const Steps steps{op_, offsets};
     crew_.run(op_, context, [&](Range rows, int64_t, const Team& team) {
       Walk(*this, steps, gates, rows, team).run();
@@ -173,7 +169,7 @@ class LstmBackwardPlan {
     void step(int64_t t) {
       if (p_.projects()) unproject(t);
       team_.each(ceil_div(op_.units, kWidth),
-                 [&](int64_t panel) { grad_units(t, panel * kWidth); });
+                 [&](int64_t panel, int64_t) { grad_units(t, panel * kWidth); });
       const T* rows = grad_gates(steps_.row(t, begin_));
       const int64_t apart = steps_.rows_apart() * 4 * op_.units;
       multiply(p_.hh_, rows, apart, 4 * op_.units, p_.dh_, true);
@@ -246,7 +242,7 @@ class LstmBackwardPlan {
     }
 
     // The rows of this step, `apart` elements from each other, times `weights`.
-    void multiply(const Resident<T>& weights, const T* rows, int64_t apart, int64_t depth,
+    void multiply(const StepWeights<T>& weights, const T* rows, int64_t apart, int64_t depth,
                   int64_t to, bool continued) const {
       const void* packed = rows;
       int64_t bytes = apart * sizeof(T);
@@ -258,8 +254,8 @@ class LstmBackwardPlan {
           if (E::kGroup == 2 && depth % 2) memset(static_cast<void*>(at + depth), 0, sizeof(*at));
         }
       }
-      team_.each(weights.panels(), [&](int64_t panel) {
-        weights.multiply(packed, bytes, active_, panel,
+      team_.each(weights.panels(), [&](int64_t panel, int64_t worker) {
+        weights.multiply(packed, bytes, active_, panel, worker,
                          p_.template at<Acc>(to) + panel * op_.batch * weights.panel_width() +
                              begin_ * weights.width(panel),
                          continued);
@@ -317,9 +313,9 @@ class LstmBackwardPlan {
 
   const LstmBackward& op_;
   const Crew crew_;
-  Resident<T> hh_, hr_;
   Space space_;
-  int64_t offsets_, terms_, grad_gates_, projected_, full_, transpose_, hh_space_, hr_space_;
+  StepWeights<T> hh_, hr_;
+  int64_t offsets_, terms_, grad_gates_, projected_, full_;
   int64_t packed_, dh_, dfull_, dc_, waiting_;
   char* base_ = nullptr;
 };

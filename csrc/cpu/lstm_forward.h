@@ -22,19 +22,14 @@ class LstmForwardPlan {
   LstmForwardPlan(const LstmForward& op, const TwinfuseContext& context)
       : op_(op),
         crew_(op, context),
-        ih_(op.weights.ih, false, true),
-        hh_(op.weights.hh, false, true),
-        hr_(op.weights.hr, false, false),
+        ih_(op.weights.ih, false, true, op, crew_, &space_),
+        hh_(op.weights.hh, false, true, op, crew_, &space_),
+        hr_(op.weights.hr, false, false, op, crew_, &space_),
         height_(ceil_div(max64(op.batch, 1), crew_.chunks)),
         block_steps_(min64(max64(kBlockRows / height_, 1), max64(op.steps, 1))),
         block_rows_(block_steps_ * height_) {
-    const int64_t workers = crew_.chunks * crew_.team;
     offsets_ = space_.take_of<int64_t>(Steps::offset_count(op));
     terms_ = space_.take_of<Acc>(Gates<T>::term_count(op));
-    transpose_ = space_.take(workers * Resident<T>::transpose_bytes());
-    ih_space_ = space_.take(ih_.bytes());
-    hh_space_ = space_.take(hh_.bytes());
-    hr_space_ = space_.take(hr_.bytes());
     for (int64_t& h : h_) h = space_.take_of<T>(op.batch * h_row());
     packed_h_ = space_.take_of<Packed>(kPacks ? op.batch * h_row() : 0);
     full_ = space_.take_of<Packed>(projects() ? op.batch * full_row() : 0);
@@ -42,20 +37,19 @@ class LstmForwardPlan {
     seen_ = space_.take(op.options.mask ? op.batch : 0);
     x_ = space_.take_of<Packed>(crew_.chunks * block_rows_ * x_row());
     sums_ = space_.take_of<Acc>(crew_.chunks * block_rows_ * sums_row());
-    projected_ = space_.take_of<Acc>(projects() ? crew_.chunks * projected_size() : 0);
+    projected_ = space_.take_of<Acc>(projects() ? crew_.workers() * projected_size() : 0);
   }
 
   int64_t bytes() const { return space_.bytes(); }
 
   void run(const TwinfuseContext& context, char* space) {
+    DefaultFloatMode mode;
     base_ = space;
     int64_t* offsets = at<int64_t>(offsets_);
     Steps::fill_offsets(op_, offsets);
     const Gates<T> gates(op_, at<Acc>(terms_));
     gates.fill_terms();
-    ih_.place(space + ih_space_), hh_.place(space + hh_space_), hr_.place(space + hr_space_);
-    const Resident<T>* const weights[] = {&ih_, &hh_, &hr_};
-    pack_all(context, weights, crew_.chunks * crew_.team, space + transpose_);
+    ih_.prepare(context, space), hh_.prepare(context, space), hr_.prepare(context, space);
     const Steps steps{op_, offsets};
     crew_.run(op_, context, [&](Range rows, int64_t chunk, const Team& team) {
       Walk(*this, steps, gates, rows, chunk, team).run();
@@ -118,6 +112,21 @@ class LstmForwardPlan {
     }
 
     void multiply_inputs(int64_t first, int64_t last) {
+      const void* x = x_;
+      int64_t apart = p_.x_row() * sizeof(Packed), rows = 0;
+      if (!kPacks && last - first == 1 && op_.input.col == 1 && op_.inputs % E::kGroup == 0) {
+        const int64_t t = steps_.time(first);
+        x = steps_.at<T>(op_.input, t, begin_), apart = op_.input.row * sizeof(T);
+        rows = rows_at(t);
+      } else {
+        rows = fetch_inputs(first, last);
+      }
+      team_.each(p_.ih_.panels(), [&](int64_t panel, int64_t worker) {
+        p_.ih_.multiply(x, apart, rows, panel, worker, sums(panel, 0), false);
+      });
+    }
+
+    int64_t fetch_inputs(int64_t first, int64_t last) {
       const T* none = nullptr;
       Packed* to = x_;
       int64_t rows = 0;
@@ -129,9 +138,7 @@ class LstmForwardPlan {
             memset(static_cast<void*>(to + op_.inputs), 0, sizeof(*to));
         }
       }
-      team_.each(p_.ih_.panels(), [&](int64_t panel) {
-        p_.ih_.multiply(x_, p_.x_row() * sizeof(Packed), rows, panel, sums(panel, 0), false);
-      });
+      return rows;
     }
 
     // Sequences join with their initial state and leave with their final one.
@@ -173,15 +180,16 @@ class LstmForwardPlan {
                     op_.state, packed + i * p_.h_row());
         h = packed, apart = p_.h_row() * sizeof(Packed);
       }
-      team_.each(p_.hh_.panels(), [&](int64_t panel) {
-        p_.hh_.multiply(h, apart, active_, panel, sums(panel, row), true);
+      team_.each(p_.hh_.panels(), [&](int64_t panel, int64_t worker) {
+        p_.hh_.multiply(h, apart, active_, panel, worker, sums(panel, row), true);
         finish_panel(t, panel, sums(panel, row));
       });
       if (p_.projects())
-        team_.each(p_.hr_.panels(), [&](int64_t panel) {
+        team_.each(p_.hr_.panels(), [&](int64_t panel, int64_t worker) {
+          Acc* sums = projected_ + worker * p_.projected_size();
           p_.hr_.multiply(full() + begin_ * p_.full_row(), p_.full_row() * sizeof(Packed), active_,
-                          panel, projected_, false);
-          finish_projection(t, panel);
+                          panel, worker, sums, false);
+          finish_projection(t, panel, sums);
         });
       for (int64_t b = begin_; seen_ && b < begin_ + active_; b++) seen_[b] |= !steps_.skips(t, b);
       T* swapped = old_;
@@ -209,7 +217,7 @@ class LstmForwardPlan {
       }
     }
 
-    void finish_projection(int64_t t, int64_t panel) {
+    void finish_projection(int64_t t, int64_t panel, const Acc* sums) {
       const int64_t width = p_.hr_.width(panel), first = panel * p_.hr_.panel_width();
       for (int64_t i = 0; i < active_; i++)
         for (int64_t k = 0; k < width && first + k < op_.state; k += kWidth) {
@@ -218,7 +226,7 @@ class LstmForwardPlan {
           if (steps_.skips(t, b))
             skip(t, b, row, u);
           else
-            finish(t, b, row, u, E::S::load(projected_ + i * width + k));
+            finish(t, b, row, u, E::S::load(sums + i * width + k));
         }
     }
 
@@ -290,11 +298,10 @@ class LstmForwardPlan {
 
   const LstmForward& op_;
   const Crew crew_;
-  Resident<T> ih_, hh_, hr_;
-  const int64_t height_, block_steps_, block_rows_;  // of a chunk
   Space space_;
-  int64_t offsets_, terms_, transpose_, ih_space_, hh_space_, hr_space_;
-  int64_t h_[2], packed_h_, full_, c_, seen_, x_, sums_, projected_;
+  StepWeights<T> ih_, hh_, hr_;
+  const int64_t height_, block_steps_, block_rows_;  // of a chunk
+  int64_t offsets_, terms_, h_[2], packed_h_, full_, c_, seen_, x_, sums_, projected_;
   char* base_ = nullptr;
 };
 

@@ -62,7 +62,8 @@ struct Steps {
   }
 };
 
-// Who works on the panels of one step: this thread, or several that meet after each.
+// Who works on the panels of one step: this thread, or several that meet after each. Calls
+// body(panel, worker).
 struct Team {
   const TwinfuseContext& context;
   int64_t workers;
@@ -70,21 +71,22 @@ struct Team {
   template <class Body>
   void each(int64_t panels, const Body& body) const {
     if (workers == 1) {
-      for (int64_t p = 0; p < panels; p++) body(p);
+      for (int64_t p = 0; p < panels; p++) body(p, 0);
       return;
     }
     parallel_for(context, workers, [&](int64_t worker) {
       const Range part = part_of(panels, 1, workers, worker);
-      for (int64_t p = part.begin; p < part.end; p++) body(p);
+      for (int64_t p = part.begin; p < part.end; p++) body(p, worker);
     });
   }
 };
 
 // Sequences know nothing of each other, so threads best take some of them each, through all steps.
-// Where those would be too few to pay for reading the weights at every step, threads share the
-// columns of each step instead.
+// Where those would be too few to pay for reading the weights at every step, or packing them for a
+// single one, threads share the columns of each step instead.
 struct Crew {
   int64_t chunks = 1, team = 1;
+  int64_t workers() const { return chunks * team; }
 
   Crew(const LstmCall& op, const TwinfuseContext& context) {
     constexpr double kWorthAThread = 4e5, kWorthAMeeting = 1e6;
@@ -97,7 +99,7 @@ struct Crew {
     const int64_t worth = all >= kWorthAThread * static_cast<double>(threads)
                               ? threads
                               : 1 + static_cast<int64_t>(all / kWorthAThread);
-    if (op.batch < kFewRows * worth && step > kWorthAMeeting && !op.weights.hr.data)
+    if (op.steps == 1 || (op.batch < kFewRows * worth && step > kWorthAMeeting))
       team = worth;
     else
       chunks = max64(min64(worth, op.batch), 1);
@@ -106,32 +108,59 @@ struct Crew {
   // Calls body(first sequence, last, chunk, team).
   template <class Body>
   void run(const LstmCall& op, const TwinfuseContext& context, const Body& body) const {
-    if (team > 1) {
-      DefaultFloatMode mode;
-      return body(Range{0, op.batch}, 0, Team{context, team});
-    }
+    if (team > 1) return body(Range{0, op.batch}, 0, Team{context, team});
     parallel_for(context, chunks, [&](int64_t chunk) {
       body(part_of(op.batch, 1, chunks, chunk), chunk, Team{context, 1});
     });
   }
 };
 
-// Packs all panels of several weights, on several threads.
-template <class T, int kCount>
-void pack_all(const TwinfuseContext& context, const Resident<T>* const (&weights)[kCount],
-              int64_t workers, char* scratch) {
-  parallel_for(context, workers, [&](int64_t worker) {
-    char* own = scratch + worker * Resident<T>::transpose_bytes();
-    for (const Resident<T>* w : weights) {
-      const Range part = part_of(w->panels(), 1, workers, worker);
-      for (int64_t p = part.begin; p < part.end; p++) w->pack(p, own);
-    }
-  });
-}
+// The weights of one product at each step, as they are kept.
+template <class T>
+class StepWeights : public Resident<T> {
+ public:
+  StepWeights(const Matrix& m, bool transposed, bool interleaved, const LstmCall& op,
+              const Crew& crew, Space* space)
+      : Resident<T>(m, transposed, interleaved), kept_(op.steps > 1), workers_(crew.workers()) {
+    packed_ = space->take(Resident<T>::bytes(kept_ ? Resident<T>::panels() : workers_));
+    scratch_ = space->take(workers_ * Resident<T>::transpose_bytes());
+  }
+
+  void prepare(const TwinfuseContext& context, char* base) {
+    base_ = base;
+    this->place(base + packed_);
+    if (!kept_) return;
+    parallel_for(context, workers_, [&](int64_t worker) {
+      const Range part = part_of(this->panels(), 1, workers_, worker);
+      for (int64_t p = part.begin; p < part.end; p++) this->pack(p, p, scratch(worker));
+    });
+  }
+
+  void multiply(const void* rows, int64_t row, int64_t n, int64_t panel, int64_t worker,
+                typename Engine<T>::Acc* sums, bool continued) const {
+    if (!kept_) this->pack(panel, worker, scratch(worker));
+    const bool prefetches = kept_ && this->bytes(this->panels()) > kCached;
+    Resident<T>::multiply(rows, row, n, panel, kept_ ? panel : worker, prefetches, sums, continued);
+  }
+
+ private:
+  char* scratch(int64_t worker) const {
+    return base_ + scratch_ + worker * Resident<T>::transpose_bytes();
+  }
+
+  // More than the second-level cache keeps from step to step.
+  static constexpr int64_t kCached = 512 << 10;
+
+  const bool kept_;
+  const int64_t workers_;
+  int64_t packed_, scratch_;
+  char* base_ = nullptr;
+};
 
 // The first `n` of a row with any stride, or a whole vector.
 template <class T>
-typename Convert<T>::V load_strided(const T* p, int64_t stride, int n) {
+__attribute__((always_inline)) inline typename Convert<T>::V load_strided(const T* p,
+                                                                          int64_t stride, int n) {
   using C = Convert<T>;
   constexpr int kWidth = C::S::kWidth;
   if (stride == 1) return n == kWidth ? C::load(p) : C::load(p, n);
@@ -141,7 +170,8 @@ typename Convert<T>::V load_strided(const T* p, int64_t stride, int n) {
 }
 
 template <class T>
-void store_strided(T* p, int64_t stride, typename Convert<T>::V x, int n) {
+__attribute__((always_inline)) inline void store_strided(T* p, int64_t stride,
+                                                         typename Convert<T>::V x, int n) {
   using C = Convert<T>;
   constexpr int kWidth = C::S::kWidth;
   if (stride == 1) return n == kWidth ? C::store(p, x) : C::store(p, x, n);

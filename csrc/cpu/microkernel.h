@@ -22,8 +22,9 @@ struct Operands {
   int64_t steps, run;
   const char *a, *b;
   int64_t a_row, a_step, b_step;
-  const int32_t* offsets;  // of each step of the operand that is read from a slab
-  bool continued = false;  // `sums` holds those of the steps before
+  const int32_t* offsets;       // of each step of the operand that is read from a slab
+  bool continued = false;       // `sums` holds those of the steps before
+  const char* ahead = nullptr;  // a cache line for each step that will be needed soon
 };
 
 // Which operand is read from a slab: its steps have offsets instead of a stride.
@@ -67,7 +68,8 @@ __attribute__((always_inline)) inline void store_tile(const typename E::V (&sum)
 // sums[i][v * width + lane] = sum over the steps, run after run. The sums leave through memory so
 // that what follows them is compiled once, not once per tile shape; where there are few steps that
 // would take as long as they do, and with an Epilogue they go to their place from registers.
-template <class E, InSlab kSlab, int kRows, int kVectors, class Epilogue = void>
+template <class E, InSlab kSlab, int kRows, int kVectors, class Epilogue = void,
+          bool kAhead = false>
 void microkernel(const Operands& in, typename E::Acc* sums,
                  const Direct<typename E::Acc>* direct = nullptr) {
   using S = typename E::S;
@@ -83,6 +85,7 @@ void microkernel(const Operands& in, typename E::Acc* sums,
     return i == 5 ? row5 : i % 3 == 0 ? i / 3 * row3 : i * row1;
   };
   const int32_t* offset = in.offsets;
+  const char* ahead = in.ahead;
   int64_t left = in.steps;
   bool first = !in.continued;
   do {
@@ -92,6 +95,7 @@ void microkernel(const Operands& in, typename E::Acc* sums,
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; v++) sum[i][v] = S::zero();
     for (int64_t k = left < in.run ? left : in.run; k > 0; k--) {
+      if constexpr (kAhead) __builtin_prefetch(ahead, 0, 2), ahead += 64;
       const int64_t at = kSlab == InSlab::kNone ? 0 : *offset++;
       const char* columns = kSlab == InSlab::kB ? b + at : b;
       V right[kVectors];
@@ -185,6 +189,16 @@ Microkernel<E> microkernel_for(InSlab slab, int rows, int vectors) {
   if (slab == InSlab::kA) return microkernel_for<E, InSlab::kA, Epilogue>(rows, vectors);
   if (slab == InSlab::kB) return microkernel_for<E, InSlab::kB, Epilogue>(rows, vectors);
   return microkernel_for<E, InSlab::kNone, Epilogue>(rows, vectors);
+}
+
+// The widest kind for rows and columns that are packed, which asks for lines ahead.
+template <class E, int kRows = max_rows(kMaxVectors)>
+Microkernel<E> prefetching_microkernel_for(int rows) {
+  if constexpr (kRows == 1)
+    return microkernel<E, InSlab::kNone, 1, kMaxVectors, void, true>;
+  else
+    return rows == kRows ? microkernel<E, InSlab::kNone, kRows, kMaxVectors, void, true>
+                         : prefetching_microkernel_for<E, kRows - 1>(rows);
 }
 
 // Rows that the streaming kernel takes at most: their sums stay in registers beside those

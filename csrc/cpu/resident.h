@@ -1,4 +1,5 @@
-// Weights that many products share: packed once, and kept for all of them.
+// Weights that many products share: packed once and kept for all of them, or where there is but
+// one, packed a panel at a time.
 #pragma once
 
 #include "cpu/microkernel.h"
@@ -20,6 +21,9 @@ class Resident {
  public:
   static constexpr int64_t kWidth = E::S::kWidth;
   static constexpr int kGates = kMaxVectors;
+  // What all tiles of rows use before the next: whole runs of every length.
+  static constexpr int64_t kBlockSteps = 512, kLine = 64;
+  static_assert(kBlockSteps % (kLongestRun * E::kRun) == 0, "a block must consist of whole runs");
 
   // b(r, j) = m[j, r], or with `transposed` m[r, j]. Without data there is nothing to multiply.
   Resident(const Matrix& m, bool transposed, bool interleaved)
@@ -45,14 +49,15 @@ class Resident {
   int64_t width(int64_t panel) const { return vectors(panel) * kWidth; }
   int64_t panel_width() const { return kMaxVectors * kWidth; }
 
-  int64_t bytes() const { return round_up(panels() * panel_units() * sizeof(Unit), 64); }
+  // With room for all panels, or for one that each worker packs before it is used.
+  int64_t bytes(int64_t slots) const { return round_up(slots * panel_units() * sizeof(Unit), 64); }
   static int64_t transpose_bytes() { return round_up(transpose_scratch<T>() * sizeof(Packed), 64); }
 
   void place(char* space) { packed_ = reinterpret_cast<Unit*>(space); }
 
   // `scratch` holds transpose_bytes().
-  void pack(int64_t panel, char* scratch) const {
-    Unit* to = packed_ + panel * panel_units();
+  void pack(int64_t panel, int64_t slot, char* scratch) const {
+    Unit* to = packed_ + slot * panel_units();
     const int64_t step = width(panel);
     for (int v = 0; v < vectors(panel); v++, to += kWidth) {
       int64_t first = panel * panel_width() + v * kWidth, end = cols_;
@@ -72,23 +77,38 @@ class Resident {
   }
 
   // sums[i][width] (+)= the products of one panel with `n` rows of packed elements, `row` bytes
-  // apart.
-  void multiply(const void* rows, int64_t row, int64_t n, int64_t panel, Acc* sums,
-                bool continued) const {
+  // apart. `prefetches`: the panel in the next slot will be needed next, and the caches do not hold
+  // it.
+  void multiply(const void* rows, int64_t row, int64_t n, int64_t panel, int64_t slot,
+                bool prefetches, Acc* sums, bool continued) const {
     Operands in{};
-    in.steps = steps();
     in.run = run_of<Arithmetic>(depth_);
     in.a_row = row, in.a_step = sizeof(Unit);
-    in.b = reinterpret_cast<const char*>(packed_ + panel * panel_units());
+    in.b = reinterpret_cast<const char*>(packed_ + slot * panel_units());
     in.b_step = width(panel) * static_cast<int64_t>(sizeof(Unit));
     in.continued = continued;
+    const char* a = static_cast<const char*>(rows);
     const int64_t tiles = ceil_div(n, max_rows(vectors(panel)));
-    for (int64_t t = 0; t < tiles; t++) {
-      const Range part = part_of(n, 1, tiles, t);
-      in.a = static_cast<const char*>(rows) + part.begin * row;
-      microkernel_for<Arithmetic>(InSlab::kNone, static_cast<int>(part.end - part.begin),
-                                  vectors(panel))(in, sums + part.begin * width(panel), nullptr);
-    }
+    int64_t done = 0;
+    do {
+      in.steps = min64(steps() - done, kBlockSteps);
+      const char* ahead = in.b + in.steps * in.b_step;
+      for (int64_t t = 0; t < tiles; t++) {
+        const Range part = part_of(n, 1, tiles, t);
+        const int height = static_cast<int>(part.end - part.begin);
+        in.a = a + part.begin * row;
+        in.ahead = ahead + t * in.steps * kLine;
+        const auto kernel =
+            prefetches && vectors(panel) == kMaxVectors
+                ? prefetching_microkernel_for<Arithmetic>(height)
+                : microkernel_for<Arithmetic>(InSlab::kNone, height, vectors(panel));
+        kernel(in, sums + part.begin * width(panel), nullptr);
+      }
+      a += in.steps * in.a_step;
+      in.b = ahead;
+      in.continued = true;
+      done += in.steps;
+    } while (done < steps());
   }
 
  private:

@@ -20,7 +20,8 @@
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 // select_grad and multiply_grad are the two rules of TwinfuseReluGrad. The latter adds zero, so
-// that masked elements are +0 under both, and relu(x) = select_grad(x, x).
+// that masked elements are +0 under both, and relu(x) = select_grad(x, x). min and max are `b`
+// where either is NaN.
 template <class T>
 struct Simd;
 
@@ -45,6 +46,8 @@ struct Simd<float> {
   static void store(float* p, V x) { _mm512_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V min(V a, V b) { return _mm512_min_ps(a, b); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
@@ -88,6 +91,8 @@ struct Simd<double> {
   static void store(double* p, V x) { _mm512_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm512_mask_storeu_pd(p, first(n), x); }
   static V add(V a, V b) { return _mm512_add_pd(a, b); }
+  static V min(V a, V b) { return _mm512_min_pd(a, b); }
+  static V max(V a, V b) { return _mm512_max_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
@@ -130,6 +135,8 @@ struct Simd<float> {
   static void store(float* p, V x) { _mm256_storeu_ps(p, x); }
   static void store(float* p, V x, int n) { _mm256_maskstore_ps(p, first(n), x); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V min(V a, V b) { return _mm256_min_ps(a, b); }
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
@@ -173,6 +180,8 @@ struct Simd<double> {
   static void store(double* p, V x) { _mm256_storeu_pd(p, x); }
   static void store(double* p, V x, int n) { _mm256_maskstore_pd(p, first(n), x); }
   static V add(V a, V b) { return _mm256_add_pd(a, b); }
+  static V min(V a, V b) { return _mm256_min_pd(a, b); }
+  static V max(V a, V b) { return _mm256_max_pd(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
   static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) {
@@ -224,6 +233,8 @@ struct Portable {
     return x;
   }
   static V add(V a, V b) { return a + b; }
+  static V min(V a, V b) { return a < b ? a : b; }
+  static V max(V a, V b) { return a > b ? a : b; }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V relu(V x) { return select_grad(x, x); }
   static V select_grad(V grad, V y) { return y <= zero() ? zero() : grad; }

@@ -6,5 +6,17 @@ from twinfuse.torch import nn
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.fuse import explain, fuse, unfuse
 from twinfuse.torch.linear_relu import linear_relu
+from twinfuse.torch.lstm import lstm
+from twinfuse.torch.lstm_cell import lstm_cell
 
-__all__ = ["conv1d_relu", "conv2d_relu", "explain", "fuse", "linear_relu", "nn", "unfuse"]
+__all__ = [
+    "conv1d_relu",
+    "conv2d_relu",
+    "explain",
+    "fuse",
+    "linear_relu",
+    "lstm",
+    "lstm_cell",
+    "nn",
+    "unfuse",
+]

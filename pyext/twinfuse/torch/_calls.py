@@ -10,7 +10,7 @@ is an error.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,8 +22,11 @@ from torch.autograd import forward_ad
 from twinfuse import _backend, _core
 from twinfuse.torch import _operators
 
+Named = list[tuple[str, Tensor]]
+
 # Aliases, because a call on a tiny input costs as much as its guards.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN_OR_NONE = _PLAIN | {type(None)}
 _TRACED = frozenset((FakeTensor, FunctionalTensor))
 _missing = _operators.missing
 _incomplete = bool(_missing)
@@ -66,8 +69,30 @@ def is_unusual(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def are_unusual(tensors: Iterable[Tensor | None]) -> bool:
+    """As `is_unusual`, for an op with other arguments."""
+    return (
+        _incomplete
+        or _compiling()
+        or _backend.requested is not None
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or not _PLAIN_OR_NONE.issuperset(map(type, tensors))
+        or _autocast_enabled()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _tracing() is not None
+    )
+
+
+def _named(input: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Named:
+    return [("input", input), ("weight", weight)] + ([] if bias is None else [("bias", bias)])
+
+
 class Op:
     """One op as users call it: `function(input, weight, bias, *options)`.
+
+    Or with other arguments, which then `named` finds the tensors of one dtype and device in.
 
     Args:
         name: the op in errors and reports.
@@ -75,85 +100,95 @@ class Op:
         public: calls the public operator, with the function's arguments.
         reference: the same by torch's own operators.
         misfit: why the arguments do not fit together, or "". Called after all else was checked.
+        named: the tensors by name, of which the first is the input.
+        renamed: whether the kernels' errors call arguments by other names than the function's.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
 
     def __init__(
         self,
         name: str,
         stem: str,
-        public: Callable[..., Tensor],
-        reference: Callable[..., Tensor],
+        public: Callable[..., Any],
+        reference: Callable[..., Any],
         misfit: Callable[..., str],
+        named: Callable[..., Named] = _named,
+        renamed: bool = False,
     ) -> None:
         self.name = name
+        self._named, self._renamed = named, renamed
         self._forward = _kernels(f"{stem}_forward")
         self._backward = _kernels(f"{stem}_backward")
         self._public, self._reference, self._misfit = public, reference, misfit
 
-    def serve(self, function: Callable[..., Tensor]) -> None:
-        """Name the public function, and let `twinfuse.explain` explain it."""
+    def has_kernels(self, device: str) -> bool:
+        return any(name for name, _ in self._forward[device].values())
+
+    def serve(
+        self, function: Callable[..., Any], arguments: Callable[..., Any] | None = None
+    ) -> None:
+        """Name the public function, and let `twinfuse.explain` explain it.
+
+        `arguments` makes those of the other methods out of the function's, where they differ.
+        """
         self.function = function
         signature = inspect.signature(function)
 
         def explain(*args: Any, **kwargs: Any) -> _backend.Report:
             call = signature.bind(*args, **kwargs)
             call.apply_defaults()
-            return self._explain(*call.args)
+            return self._explain(
+                *(arguments(*call.args, **call.kwargs) if arguments else call.args)
+            )
 
         function.__twinfuse_explain__ = explain  # type: ignore[attr-defined]
 
-    def unusual(self, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    def unusual(self, *args: Any) -> Any:
         """The call on a way that `is_unusual` asked for."""
-        proxy = torch.fx.Proxy
-        if isinstance(input, proxy) or isinstance(weight, proxy) or isinstance(bias, proxy):
-            tensors = (input, weight) if bias is None else (input, weight, bias)
-            return torch.overrides.handle_torch_function(
-                self.function, tensors, input, weight, bias, *options
-            )
-        reason = self._why_reference(input, weight, bias, *options)
+        proxies = [argument for argument in args if isinstance(argument, torch.fx.Proxy)]
+        if proxies:
+            return torch.overrides.handle_torch_function(self.function, proxies, *args)
+        reason = self._why_reference(*args)
         if not reason:
-            return self._public(input, weight, bias, *options)
+            return self._public(*args)
         # First the result: what native refuses is no fall-back.
-        output = self._reference(input, weight, bias, *options)
+        output = self._reference(*args)
         if _backend.requested != "reference":
             _fall_back(self.name, reason)
         return output
 
-    def refused(
-        self, error: Exception, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
-    ) -> Tensor:
+    def refused(self, error: Exception, *args: Any) -> Any:
         """The native layer decides whether a call that the fused path refused is an error."""
         if str(error).startswith(f"{self.name} runs on "):
             raise _backend.FallbackError(str(error)) from None  # from the binding
         text = str(error).removeprefix(f"{self.name}: ")
         ours = text != str(error)
-        reason = self._why_reference(input, weight, bias, *options) or (text if ours else "")
+        reason = self._why_reference(*args) or (text if ours else "")
         if not reason:
             raise error  # not ours: a hook on saved tensors raised it, or a profiler
         try:
-            output = self._reference(input, weight, bias, *options)
+            output = self._reference(*args)
         except Exception as native:
             native.__context__ = None  # the two errors say the same
-            raise type(native)(f"{self.name}: {text if ours else reason}") from native
+            text = text if ours and not self._renamed else reason
+            raise type(native)(f"{self.name}: {text}") from native
         _fall_back(self.name, reason)
         return output
 
-    def _why_reference(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
-    ) -> str:
+    def _why_reference(self, *args: Any) -> str:
         """Why no kernel serves this call; empty when one does."""
         requested = _backend.requested
         if requested == "reference":
             return "use_backend('reference') is in force"
         if _missing:
             return _missing
-        if _inside_transform():
+        if inside_transform():
             return "a torch.func transform is active"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation is active"
-        named = [("input", input), ("weight", weight)] + ([] if bias is None else [("bias", bias)])
+        named = self._named(*args)
+        input = named[0][1]
         for name, tensor in named:
             if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
                 return f"{name}: expected a plain tensor, got a {type(tensor).__name__}"
@@ -174,14 +209,13 @@ class Op:
         # A tracer would warn of the comparisons; the operator makes them again.
         if reason or _is_tracing():
             return reason
-        return self._misfit(input, weight, bias, *options)
+        return self._misfit(*args)
 
-    def _explain(
-        self, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
-    ) -> _backend.Report:
-        reason = self._why_reference(input, weight, bias, *options)
-        tensors = (input, weight) if bias is None else (input, weight, bias)
-        trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    def _explain(self, *args: Any) -> _backend.Report:
+        reason = self._why_reference(*args)
+        named = self._named(*args)
+        input = named[0][1]
+        trained = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in named)
         kernels = {self.name: self._forward}
         if trained:
             kernels[f"{self.name}_backward"] = self._backward
@@ -233,12 +267,12 @@ def _fall_back(name: str, reason: str) -> None:
     _backend.fall_back(name, reason)
 
 
-def _inside_transform() -> bool:
+def inside_transform() -> bool:
     return _transforms_active()
 
 
 # Dynamo calls these while it traces and keeps the result. This is all that
 # torch.compiler.assume_constant_result does, besides importing the whole compiler.
 _fall_back._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+inside_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _serves._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,18 @@ missing = _binding.load()
 _library = torch.library.Library("twinfuse", "FRAGMENT")
 
 
-def define(schemas: Mapping[str, Rule]) -> None:
+def define(schemas: Mapping[str, Rule], always: bool = False) -> None:
     """Define operators by torch's own: without the binding, an exported program runs all the same.
 
-    Does nothing where the binding has defined them.
+    Does nothing where the binding has defined them, unless `always`: those that the binding calls.
     """
-    for schema, implementation in schemas.items() if missing else ():
+    for schema, implementation in schemas.items() if missing or always else ():
         name = schema.partition("(")[0]
         _library.define(schema)
         explicit = "Explicit" if name.startswith("_") else "Implicit"
         _library.impl(name, implementation, f"Composite{explicit}Autograd")
+        if always:
+            _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def register(
@@ -49,11 +51,27 @@ def register(
     if missing:
         return
     public = getattr(torch.ops.twinfuse, name).default
+    autograd = _autograd(public, reference, apply)
+    register_rules(
+        name,
+        fake=fake,
+        vmap=vmap,
+        autograd=autograd,
+        autocast=lambda device: _autocast(public, device),
+    )
+
+
+def register_rules(
+    name: str, *, fake: Rule, vmap: Rule, autograd: Rule, autocast: Callable[[str], Rule]
+) -> None:
+    """As `register`, for another signature; `autocast` makes the rule of a device type."""
+    if missing:
+        return
     torch.library.register_fake(f"twinfuse::{name}", fake, lib=_library)
     torch.library.register_vmap(f"twinfuse::{name}", vmap, lib=_library)
-    _library.impl(name, _autograd(public, reference, apply), "Autograd")
+    _library.impl(name, autograd, "Autograd")
     for device in ("cpu", "cuda"):
-        _library.impl(name, _autocast(public, device), f"Autocast{device.upper()}")
+        _library.impl(name, autocast(device), f"Autocast{device.upper()}")
 
 
 def register_private(name: str, *, fake: Rule) -> None:
@@ -77,24 +95,28 @@ def _autograd(public: Any, reference: Rule, apply: Callable[..., Tensor]) -> Rul
     return kernel
 
 
-def _autocast(public: Any, device: str) -> Rule:
+def autocast_keys(device: str) -> Any:
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-    keys = torch._C.DispatchKeySet(key)
+    return torch._C.DispatchKeySet(key)
+
+
+def _autocast(public: Any, device: str) -> Rule:
+    keys = autocast_keys(device)
 
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return public(
-                _cast(input, device, dtype),
-                _cast(weight, device, dtype),
-                None if bias is None else _cast(bias, device, dtype),
+                cast(input, device, dtype),
+                cast(weight, device, dtype),
+                None if bias is None else cast(bias, device, dtype),
                 *options,
             )
 
     return kernel
 
 
-def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+def cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     # The rule of torch's own autocast for linear and convolution.
     wanted = tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(dtype) if wanted and tensor.device.type == device else tensor
@@ -102,8 +124,13 @@ def _cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
 
 def check_alike(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise as the kernels do, so that a wrong call fails when it is traced."""
-    named = [("weight", weight)] + ([] if bias is None else [("bias", bias)])
-    for name, tensor in named:
+    check_all_alike(op, input, weight=weight, bias=bias)
+
+
+def check_all_alike(op: str, input: Tensor, **named: Tensor | None) -> None:
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
         if tensor.dtype != input.dtype or tensor.device != input.device:
             raise RuntimeError(
                 f"{op}: {name}: expected {input.dtype} on {input.device} like input, got "
@@ -119,6 +146,21 @@ def check_bias(op: str, weight: Tensor, bias: Tensor | None) -> None:
         )
 
 
+def check_sizes(op: str, name: str, tensor: Tensor | None, *sizes: Any) -> None:
+    if tensor is not None:
+        torch._check(
+            tensor.dim() == len(sizes) and all(a == b for a, b in zip(tensor.shape, sizes)),
+            lambda: f"{op}: {name}: expected {list(sizes)}, got shape {list(tensor.shape)}",
+        )
+
+
+def check_gates(op: str, name: str, weight: Tensor) -> None:
+    torch._check(
+        weight.dim() == 2 and weight.shape[0] % 4 == 0,
+        lambda: f"{op}: {name}: expected [4H, n], got shape {list(weight.shape)}",
+    )
+
+
 def empty_like(parameter: Tensor) -> Tensor:
     """A gradient in its parameter's own layout; one with gaps or overlaps becomes contiguous."""
     sizes, strides = parameter.shape, parameter.stride()
@@ -132,6 +174,50 @@ def empty_like(parameter: Tensor) -> Tensor:
     if order == own:
         return parameter.new_empty(sizes)
     return parameter.new_empty_strided(sizes, strides)
+
+
+def vector_product(
+    function: Callable[..., Sequence[Tensor | None]],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of `function`, itself made of torch's operators, for the inputs that need one.
+
+    They can be differentiated further where grad mode says so.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # One input may be computed from another, which is not for us to differentiate.
+        apart = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
+        outputs = function(*apart)
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads)
+        if output is not None and grad is not None and output.requires_grad
+    ]
+    wanted = [i for i, tensor in enumerate(apart) if tensor is not None and needs[i]]
+    results: list[Tensor | None] = [None] * len(inputs)
+    if pairs and wanted:
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            [tensor for i, tensor in enumerate(apart) if i in wanted and tensor is not None],
+            [grad for _, grad in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        for i, gradient in zip(wanted, found):
+            results[i] = gradient
+    return results
+
+
+def each_sample(op: Any, count: int, dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """One call per sample: for vmap over weights, which no kernel takes several of."""
+    calls = [
+        op(*(a if dim is None else a.select(dim, k) for a, dim in zip(args, dims)))
+        for k in range(count)
+    ]
+    return tuple(torch.stack(results) for results in zip(*calls))
 
 
 def _flop_registration() -> Callable[..., Any]:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from twinfuse.torch.nn.conv_relu import ConvReLU1d, ConvReLU2d
 from twinfuse.torch.nn.linear_relu import LinearReLU
+from twinfuse.torch.nn.lstm import LSTM, LSTMCell
 
-__all__ = ["ConvReLU1d", "ConvReLU2d", "LinearReLU"]
+__all__ = ["LSTM", "ConvReLU1d", "ConvReLU2d", "LSTMCell", "LinearReLU"]

@@ -1,0 +1,140 @@
+// What the bindings of the LSTM layer and cell share: optional tensors by number, and views of
+// whole sequences.
+#pragma once
+
+#include <array>
+
+#include "torch_binding.h"
+#include "twinfuse/lstm.h"
+
+namespace twinfuse {
+
+inline int64_t PopInt(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
+
+// The tensor arguments of a call in the order of its schema, with their views. An optional tensor
+// that is None has none.
+template <size_t kCount>
+class Tensors {
+ public:
+  // Takes the first `kCount` values off the stack; bit i of `optional` says whether the schema has
+  // argument i as `Tensor?`.
+  Tensors(const char* op, const std::array<const char*, kCount>& names, uint32_t optional,
+          const StableIValue* stack)
+      : op_(op), optional_(optional) {
+    for (size_t i = 0; i < kCount; ++i) {
+      handles_[i] = optional >> i & 1 ? PopOptionalTensor(stack[i]) : PopTensor(stack[i]);
+    }
+    for (size_t i = 0; i < kCount; ++i) {
+      if (handles_[i]) views_[i].emplace(names[i], handles_[i]);
+    }
+  }
+
+  const View* operator[](size_t i) const { return views_[i] ? &*views_[i] : nullptr; }
+
+  void CheckRank(size_t i, int32_t rank, const char* expected) const {
+    if (views_[i]) twinfuse::CheckRank(op_, *views_[i], views_[i]->ndim == rank, expected);
+  }
+
+  // Those of `except` may lie elsewhere.
+  void CheckDevices(size_t first, size_t except = kCount) const {
+    for (size_t i = 0; i < kCount; ++i) {
+      if (i != except && views_[i]) CheckSameDevice(op_, *views_[first], *views_[i]);
+    }
+  }
+
+  // References of its own for an operator that is called with the same tensors.
+  void Share(StableIValue* stack) const {
+    using torch::stable::detail::from;
+    for (size_t i = 0; i < kCount; ++i) {
+      if (!(optional_ >> i & 1)) {
+        stack[i] = from(handles_[i].share());
+      } else if (handles_[i]) {
+        stack[i] = from(std::optional<torch::stable::Tensor>(handles_[i].share()));
+      } else {
+        stack[i] = from(std::optional<torch::stable::Tensor>());
+      }
+    }
+  }
+
+ private:
+  const char* const op_;
+  const uint32_t optional_;
+  std::array<Handle, kCount> handles_;
+  std::array<std::optional<View>, kCount> views_;
+};
+
+// A tensor as the core wants it: time first, and expanded to `sizes` where it has fewer dimensions
+// or some of one element. Sizes and strides are its own.
+class Sequence {
+ public:
+  // `sizes` are in the tensor's order, in which `batch_first` sequences have their batch in front.
+  void Set(const char* op, const View& view, const std::vector<int64_t>& sizes, bool batch_first) {
+    const auto ndim = static_cast<int32_t>(sizes.size());
+    bool fits = view.ndim <= ndim;
+    for (int32_t i = 0; fits && i < ndim; ++i) {
+      const int32_t d = i - (ndim - view.ndim);
+      const int64_t size = d < 0 ? 1 : view.sizes[d];
+      fits = size == 1 || size == sizes[i];
+      sizes_[i] = sizes[i];
+      strides_[i] = size == sizes[i] && d >= 0 ? view.strides[d] : 0;
+    }
+    if (!fits) {
+      throw std::runtime_error(std::string(op) + ": " + view.name +
+                               ": expected what broadcasts to " + Shape(sizes.data(), ndim) +
+                               ", got shape " + Shape(view.sizes, view.ndim));
+    }
+    if (batch_first) {
+      std::swap(sizes_[0], sizes_[1]);
+      std::swap(strides_[0], strides_[1]);
+    }
+    tensor_ = {view.data, view.dtype, ndim, sizes_, strides_};
+  }
+
+  // NULL before `Set`.
+  const TwinfuseTensor* get() const { return tensor_.ndim != 0 ? &tensor_ : nullptr; }
+
+ private:
+  static constexpr int kRank = 3;
+  int64_t sizes_[kRank] = {}, strides_[kRank] = {};
+  TwinfuseTensor tensor_{};
+};
+
+// A tensor that the call makes; empty, and pushed as an undefined one, unless it is wanted.
+class Result {
+ public:
+  void Take(const char* name, Handle handle) {
+    handle_ = std::move(handle);
+    view_.emplace(name, handle_, /*written=*/true);
+  }
+  const View* view() const { return view_ ? &*view_ : nullptr; }
+  StableIValue Release() {
+    if (!handle_) handle_ = UndefinedTensor();
+    return handle_.release();
+  }
+
+ private:
+  Handle handle_;
+  std::optional<View> view_;
+};
+
+// Runs the operator `name`, which Python defines by torch's own, instead of a kernel.
+inline void RunReference(const char* op, const char* name, StableIValue* stack) {
+  if (torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+    throw std::runtime_error(std::string(op) + ": torch's own operators refused the call");
+  }
+}
+
+// Bits of `needs`, in the order in which gradients are returned. A cell has no `kNeedsHr`, and its
+// peephole has that bit.
+enum Needs {
+  kNeedsInput = 1,
+  kNeedsH = 2,
+  kNeedsC = 4,
+  kNeedsIh = 8,
+  kNeedsHh = 16,
+  kNeedsBias = 32,
+  kNeedsHr = 64,
+  kNeedsPeephole = 128
+};
+
+}  // namespace twinfuse

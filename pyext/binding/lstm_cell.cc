@@ -1,0 +1,196 @@
+// torch.ops.twinfuse.lstm_cell and its private forms, for CPU and CUDA tensors.
+//
+// As lstm.cc; the reference operators are `_lstm_cell_reference` and
+// `_lstm_cell_reference_backward`.
+#include "lstm_binding.h"
+
+namespace twinfuse {
+namespace {
+
+constexpr const char* kOp = "lstm_cell";
+
+// Of the forward operators.
+enum Argument {
+  kInput,
+  kH,
+  kC,
+  kWeightIh,
+  kWeightHh,
+  kBiasIh,
+  kBiasHh,
+  kPeephole,
+  kZoneoutHidden,
+  kZoneoutCell,
+  kArguments
+};
+constexpr std::array<const char*, kArguments> kNames = {
+    "input",   "h",       "c",        "weight_ih",      "weight_hh",
+    "bias_ih", "bias_hh", "peephole", "zoneout_hidden", "zoneout_cell"};
+constexpr uint32_t kOptional = 31u << kBiasIh;
+
+// Of the backward operator: incoming gradients, gates, and then arguments of forward.
+enum BackwardArgument {
+  kGradH,
+  kGradC,
+  kGates,
+  kCell,  // input, h, c, weight_ih, weight_hh, and then:
+  kCellPeephole = kCell + 5,
+  kBackwardArguments = kCellPeephole + 3
+};
+constexpr std::array<const char*, kBackwardArguments> kBackwardNames = {
+    "grad_h",    "grad_c",    "gates",    "input",          "h",           "c",
+    "weight_ih", "weight_hh", "peephole", "zoneout_hidden", "zoneout_cell"};
+constexpr uint32_t kBackwardOptional = 3u << kGradH | 7u << kCellPeephole;
+
+// Options and zoneouts, which both directions have.
+struct Step : TwinfuseLstm {
+  Sequence hidden, cell;
+
+  Step(const View* zoneout_hidden, const View* zoneout_cell, int64_t batch, int64_t units,
+       const StableIValue* options)
+      : TwinfuseLstm{} {
+    cell_activation = static_cast<int32_t>(PopInt(options[0]));
+    gate_activation = static_cast<int32_t>(PopInt(options[1]));
+    if (zoneout_hidden != nullptr) hidden.Set(kOp, *zoneout_hidden, {batch, units}, false);
+    if (zoneout_cell != nullptr) cell.Set(kOp, *zoneout_cell, {batch, units}, false);
+  }
+
+  TwinfuseLstmZoneout zoneout() const { return {hidden.get(), cell.get()}; }
+};
+
+// The results are left on the stack: h, c, and with `save` the gates.
+void Forward(StableIValue* stack, bool save, bool push_saved) {
+  const Tensors<kArguments> tensors(kOp, kNames, kOptional, stack);
+  const auto fall_back = [&](const std::string& reason) {
+    StableIValue call[kArguments + 3];
+    tensors.Share(call);
+    for (int i = 0; i < 2; ++i) call[kArguments + i] = stack[kArguments + i];
+    call[kArguments + 2] = torch::stable::detail::from(save);
+    RunReference(kOp, "twinfuse::_lstm_cell_reference", call);
+    // A call that torch refuses too is an error and no fall-back: hence the report comes last.
+    std::array<Handle, 3> results;
+    for (int i = 0; i < 3; ++i) results[i] = PopTensor(call[i]);
+    ReportFallback(kOp, reason);
+    for (int i = 0; i < (push_saved ? 3 : 2); ++i) stack[i] = results[i].release();
+  };
+  const View& x = *tensors[kInput];
+  tensors.CheckDevices(kInput);
+  if (x.dtype < 0) return fall_back(kDtypeReason);
+  tensors.CheckRank(kInput, 2, "[B, I]");
+  tensors.CheckRank(kWeightIh, 2, "[4H, I]");
+  const int64_t batch = x.sizes[0], units = tensors[kWeightIh]->sizes[0] / 4;
+  Step step(tensors[kZoneoutHidden], tensors[kZoneoutCell], batch, units, stack + kArguments);
+
+  Result results[3];
+  results[0].Take("h", Empty(kOp, "h", x, {batch, units}));
+  results[1].Take("c", Empty(kOp, "c", x, {batch, units}));
+  if (save) results[2].Take("gates", Empty(kOp, "gates", x, {batch, 4 * units}));
+  const TwinfuseLstmState final = {results[0].view(), results[1].view()};
+  const TwinfuseLstmState initial = {tensors[kH], tensors[kC]};
+  const TwinfuseLstmWeights weights = {
+      tensors[kWeightIh], tensors[kWeightHh], tensors[kBiasIh], tensors[kBiasHh], nullptr,
+      tensors[kPeephole]};
+  const TwinfuseLstmZoneout zoneout = step.zoneout();
+  Context context(x, /*convolution=*/false);
+  const TwinfuseStatus status = twinfuse_lstm_cell_forward(&final, results[2].view(), &x, &initial,
+                                                           &weights, &zoneout, &step, &context);
+  if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
+  for (int i = 0; i < (push_saved ? 3 : 2); ++i) stack[i] = results[i].Release();
+}
+
+void BoxedPublic(StableIValue* stack, uint64_t, uint64_t) {
+  Forward(stack, /*save=*/false, /*push_saved=*/false);
+}
+
+void BoxedForward(StableIValue* stack, uint64_t, uint64_t) {
+  Forward(stack, PopBool(stack[kArguments + 2]), /*push_saved=*/true);
+}
+
+void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
+  constexpr int kGradients = 7;
+  constexpr int kNeedsPeepholeOfCell = kNeedsHr;
+  const Tensors<kBackwardArguments> tensors(kOp, kBackwardNames, kBackwardOptional, stack);
+  const StableIValue* const options = stack + kBackwardArguments;
+  const int64_t needs = PopInt(options[2]);
+  const auto fall_back = [&](const std::string& reason) {
+    StableIValue call[kBackwardArguments + 3];
+    tensors.Share(call);
+    for (int i = 0; i < 3; ++i) call[kBackwardArguments + i] = options[i];
+    RunReference(kOp, "twinfuse::_lstm_cell_reference_backward", call);
+    std::array<Handle, kGradients> results;
+    for (int i = 0; i < kGradients; ++i) results[i] = PopTensor(call[i]);
+    ReportFallback(kOp, reason);
+    for (int i = 0; i < kGradients; ++i) stack[i] = results[i].release();
+  };
+  const View& x = *tensors[kCell];
+  const View& ih = *tensors[kCell + 3];
+  const View& hh = *tensors[kCell + 4];
+  const View* const peephole = tensors[kCellPeephole];
+  tensors.CheckDevices(kCell);
+  if (x.dtype < 0) return fall_back(kDtypeReason);
+  if (needs & kNeedsPeepholeOfCell && peephole == nullptr) {
+    throw std::runtime_error("lstm_cell: needs: expected no gradient of a tensor that is None");
+  }
+  tensors.CheckRank(kCell, 2, "[B, I]");
+  tensors.CheckRank(kCell + 3, 2, "[4H, I]");
+  tensors.CheckRank(kCell + 4, 2, "[4H, H]");
+  const int64_t batch = x.sizes[0], units = ih.sizes[0] / 4;
+  Step step(tensors[kCellPeephole + 1], tensors[kCellPeephole + 2], batch, units, options);
+
+  Result results[kGradients];
+  if (needs & kNeedsInput) results[0].Take("grad_input", EmptyLike(kOp, "grad_input", x));
+  if (needs & kNeedsH) results[1].Take("grad_h", Empty(kOp, "grad_h", x, {batch, units}));
+  if (needs & kNeedsC) results[2].Take("grad_c", Empty(kOp, "grad_c", x, {batch, units}));
+  if (needs & kNeedsIh) results[3].Take("grad_weight_ih", EmptyLike(kOp, "grad_weight_ih", ih));
+  if (needs & kNeedsHh) results[4].Take("grad_weight_hh", EmptyLike(kOp, "grad_weight_hh", hh));
+  if (needs & kNeedsBias) results[5].Take("grad_bias", Empty(kOp, "grad_bias", x, {4 * units}));
+  if (needs & kNeedsPeepholeOfCell) {
+    results[6].Take("grad_peephole", EmptyLike(kOp, "grad_peephole", *peephole));
+  }
+  const TwinfuseLstmState grad_initial = {results[1].view(), results[2].view()};
+  const TwinfuseLstmWeights grad_weights = {
+      results[3].view(), results[4].view(), results[5].view(), nullptr, nullptr, results[6].view()};
+  const TwinfuseLstmState grad_final = {tensors[kGradH], tensors[kGradC]};
+  const TwinfuseLstmState initial = {tensors[kCell + 1], tensors[kCell + 2]};
+  const TwinfuseLstmWeights weights = {&ih, &hh, nullptr, nullptr, nullptr, peephole};
+  const TwinfuseLstmZoneout zoneout = step.zoneout();
+  Context context(x, /*convolution=*/false);
+  const TwinfuseStatus status = twinfuse_lstm_cell_backward(
+      results[0].view(), &grad_initial, &grad_weights, &grad_final, tensors[kGates], &x, &initial,
+      &weights, &zoneout, &step, &context);
+  if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
+  for (int i = 0; i < kGradients; ++i) stack[i] = results[i].Release();
+}
+
+void Implement(torch::stable::detail::StableLibrary& library) {
+  library.impl("lstm_cell", BoxedPublic);
+  library.impl("_lstm_cell", BoxedForward);
+  library.impl("_lstm_cell_backward", BoxedBackward);
+}
+
+}  // namespace
+}  // namespace twinfuse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(twinfuse, library) {
+  library.def(
+      "lstm_cell(Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih=None, Tensor? bias_hh=None, Tensor? peephole=None, "
+      "Tensor? zoneout_hidden=None, Tensor? zoneout_cell=None, int activation=0, "
+      "int recurrent_activation=1) -> (Tensor, Tensor)");
+  // Also the gates, which are undefined unless `save`.
+  library.def(
+      "_lstm_cell(Tensor input, Tensor h, Tensor c, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih, Tensor? bias_hh, Tensor? peephole, Tensor? zoneout_hidden, "
+      "Tensor? zoneout_cell, int activation, int recurrent_activation, bool save) "
+      "-> (Tensor, Tensor, Tensor)");
+  // Gradients of input, h, c, weight_ih, weight_hh, either bias and peephole; one whose bit is not
+  // in `needs` (input: 1, h: 2, ...) is undefined (None in Python).
+  library.def(
+      "_lstm_cell_backward(Tensor? grad_h, Tensor? grad_c, Tensor gates, Tensor input, Tensor h, "
+      "Tensor c, Tensor weight_ih, Tensor weight_hh, Tensor? peephole, Tensor? zoneout_hidden, "
+      "Tensor? zoneout_cell, int activation, int recurrent_activation, int needs) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(twinfuse, CPU, library) { twinfuse::Implement(library); }
+STABLE_TORCH_LIBRARY_IMPL(twinfuse, CUDA, library) { twinfuse::Implement(library); }

@@ -1,0 +1,183 @@
+"""`torch.ops.twinfuse.lstm` and `lstm_cell` over the table of cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.arrays import DTYPES
+from tests.conftest import Launched, require
+from tests.lstm_cases import BY_ID, CASES, LstmCase, LstmProblem, build
+from tests.lstm_problem import ROWS, assert_close
+from tests.rule import assert_same_bits
+
+torch = require("torch")
+
+import twinfuse.torch  # noqa: E402, F401
+from tests.torch_cases import array, assert_same, poisoned_memory, tensor  # noqa: E402
+from twinfuse.torch._lstm_reference import ACTIVATIONS  # noqa: E402
+
+# A cell of ours has no projection, as native's.
+TABLE = [case for case in CASES if not (case.cell and case.projection)]
+every_case = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
+GIVEN = {"output": "grad_output", "h_n": "grad_h", "c_n": "grad_c"}
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def operand(problem: LstmProblem, name: str) -> Any:
+    """As torch takes it: `[B, T, ...]` where the case is batch-first."""
+    given = problem[name]
+    if given is None:
+        return None
+    view = tensor(given, problem.dtype)
+    return view.transpose(0, 1) if problem.case.batch_first and name in ROWS else view
+
+
+def fused(problem: LstmProblem, leaves: dict[str, Any]) -> dict[str, Any]:
+    case = problem.case
+    names = ["input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
+    zoneouts = [operand(problem, name) for name in ("zoneout_hidden", "zoneout_cell")]
+    activations = [ACTIVATIONS[case.activation], ACTIVATIONS[case.recurrent_activation]]
+    first = [leaves.get(name) for name in names]
+    if case.cell:
+        call = (*first[:7], leaves.get("peephole"), *zoneouts, *activations)
+        return dict(zip(("h_n", "c_n"), torch.ops.twinfuse.lstm_cell(*call)))
+    sizes = problem.batch_sizes
+    mask = None if problem.mask is None else torch.from_numpy(problem.mask)
+    output, h, c = torch.ops.twinfuse.lstm(
+        *first,
+        leaves.get("peephole"),
+        None if sizes is None else torch.from_numpy(sizes),
+        mask.t() if case.batch_first and mask is not None else mask,
+        *zoneouts,
+        *activations,
+        case.reverse,
+        case.batch_first,
+        case.zero_masked_output,
+    )
+    return {"output": output, "h_n": h, "c_n": c}
+
+
+def native(problem: LstmProblem, leaves: dict[str, Any]) -> dict[str, Any]:
+    case = problem.case
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    weights = [leaves[name] for name in names if name in leaves]
+    x, state = leaves["input"], (leaves.get("h0"), leaves.get("c0"))
+    if case.cell:
+        return dict(zip(("h_n", "c_n"), torch.lstm_cell(x, state, *weights)))
+    if state[0] is None:
+        state = tuple(x.new_zeros(case.batch, n) for n in (case.outputs, case.units))
+    state = tuple(each.unsqueeze(0) for each in state)
+    options = (state, weights, "bias_ih" in leaves, 1, 0.0, False, False)
+    if case.lengths:
+        output, h, c = torch.lstm(x, torch.from_numpy(problem.batch_sizes), *options)
+    else:
+        output, h, c = torch.lstm(x, *options, case.batch_first)
+    return {"output": output, "h_n": h.squeeze(0), "c_n": c.squeeze(0)}
+
+
+def run(op: Any, problem: LstmProblem) -> Arrays:
+    """Results by name, `[T, B, ...]` whatever the layout."""
+    leaves = {name: operand(problem, name).requires_grad_() for name in problem.leaves}
+    outputs = op(problem, leaves)
+    given = {n: operand(problem, g) for n, g in GIVEN.items() if problem[g] is not None}
+    gradients = torch.autograd.grad(
+        [outputs[name] for name in given], list(leaves.values()), list(given.values()),
+        allow_unused=True,
+    )  # fmt: skip
+    results = dict(outputs)
+    for (name, leaf), gradient in zip(leaves.items(), gradients):
+        results[f"grad_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    turned = {name for name in results if name in ROWS and problem.case.batch_first}
+    return {n: array(t.transpose(0, 1) if n in turned else t) for n, t in results.items()}
+
+
+def has_native(case: LstmCase) -> bool:
+    """Whether native layers compute it, and compute it well."""
+    extent = case.steps and case.batch and case.values in ("normal", "wide")
+    return bool(case.in_torch and extent and not case.reverse)
+
+
+@every_dtype
+@every_case
+def test_matches_the_reference(case: LstmCase, dtype: str, launched: Launched) -> None:
+    problem = build(case, dtype)
+    op = "lstm_cell" if case.cell else "lstm"
+    with (
+        poisoned_memory(),
+        launched(f"{op}_forward_{SHORT[dtype]}", times=1),
+        launched(f"{op}_backward_{SHORT[dtype]}", times=1),
+    ):
+        ours = run(fused, problem)
+    assert_close(problem, ours, run(native, problem) if has_native(case) else None)
+
+
+REFERENCE = [
+    *("one_sequence", "no_steps", "reverse", "batch_first_reverse", "packed_stairs_reverse"),
+    *("packed_pairs", "mask_interior_reverse", "mask_interior_zero", "mask_rows", "zoneout_mask"),
+    *("peephole_projection", "zoneout_projection", "packed_zoneout_projection", "relu_relu"),
+    *(
+        "hard_sigmoid_hard_sigmoid",
+        "sigmoid_tanh",
+        "grad_cell",
+        "cell_peephole",
+        "cell_zoneout_draws",
+    ),
+    *("cell_relu_hard_sigmoid", "cell_cell"),
+]
+
+
+@pytest.mark.allow_fallback
+@pytest.mark.parametrize("name", REFERENCE)
+def test_torchs_own_operators_match_it(name: str, launched: Launched) -> None:
+    """The binding's fall-back: the same call of the operators that it calls instead of kernels."""
+    problem = build(BY_ID[name], "float64")
+    leaves = {n: operand(problem, n).requires_grad_() for n in problem.leaves}
+    ours = fused(problem, leaves)
+    with launched("lstm", times=0), torch.autograd.forward_ad.dual_level():
+        theirs = fused(problem, leaves)
+        assert_same(theirs, ours)
+        # By autograd through the loop, and by the backward operator's own loop.
+        results = [each.sum() for each in theirs.values()]
+        expected = torch.autograd.grad(sum(results), list(leaves.values()), allow_unused=True)
+    ours = fused(problem, leaves)
+    seeds = tuple(torch.ones(2, *each.shape, dtype=torch.float64) for each in ours.values())
+    with launched("lstm", times=0):
+        got = torch.func.vmap(
+            lambda *seeds: torch.autograd.grad(
+                list(ours.values()), list(leaves.values()), seeds, retain_graph=True
+            )
+        )(*seeds)
+    for a, b in zip(got, expected):
+        for each in a:
+            assert_same(each, torch.zeros_like(each) if b is None else b)
+
+
+@pytest.mark.usefixtures("threads")
+@every_dtype
+def test_bits_do_not_depend_on_threads(dtype: str) -> None:
+    for name in ("digits", "packed_tile", "cell_16_64_16"):
+        problem = build(BY_ID[name], dtype)
+        torch.set_num_threads(1)
+        expected = run(fused, problem)
+        for count in (2, 3, 7):
+            torch.set_num_threads(count)
+            for what, got in run(fused, problem).items():
+                assert_same_bits(got, expected[what], f"{name} {what}, {count} threads")
