@@ -19,7 +19,7 @@ from benchmarks.harness import Settings
 from benchmarks.operands import ITEM_SIZE, Section, installed, set_threads
 from benchmarks.runner import Op, Runner
 
-OPS = ("linear_relu", "conv_relu")
+OPS = ("linear_relu", "conv_relu", "lstm")
 QUICK = Settings(rounds=5, least_rounds=5, block=0.005, warm=0.001, settle=0.005, limit=2.0)
 
 
@@ -65,8 +65,10 @@ def choose(sections: Sequence[Section], chosen: argparse.Namespace) -> list[Sect
             shapes = section.quick or (shapes[:1] if chosen.section else ())
             if not shapes:
                 continue
-        if section.kind != "install":
-            shapes = chosen.shapes or shapes
+        if section.kind != "install" and chosen.shapes:
+            shapes = tuple(shape for shape in chosen.shapes if section.accepts(shape))
+            if not shapes:
+                continue
         result.append(replace(section, shapes=shapes, dtype=chosen.dtype or section.dtype))
     return result
 

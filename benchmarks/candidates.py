@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,6 +12,8 @@ from benchmarks.operands import Array, Case, Kind
 
 TORCH, MODULE, NATIVE = "twinfuse torch", "twinfuse torch module", "torch eager"
 GRAPH, EAGER, NATIVE_EAGER = "twinfuse tf.function", "twinfuse TF eager", "TF eager"
+# Whose peak memory is measured, and beside whose.
+EAGER_PAIRS = {"torch": (TORCH, NATIVE), "tensorflow": (EAGER, NATIVE_EAGER)}
 
 Function = Callable[..., Any]
 Run = Callable[[], Any]
@@ -48,6 +50,18 @@ class TensorflowOp:
     layers: tuple[Callable[[], Any], Callable[[], Any]] | None = None
 
 
+@dataclass(frozen=True)
+class Side:
+    """What is measured in one framework.
+
+    `makers`: framework and mode as reports name them -> name -> what builds a candidate. `arrays`
+    brings what a candidate returned into the order and layout of the reference.
+    """
+
+    makers: dict[str, dict[str, Maker]]
+    arrays: Callable[[Any], list[Array]]
+
+
 def collect(
     built: Case,
     kind: Kind,
@@ -59,27 +73,46 @@ def collect(
 ) -> Case:
     """Fill `built` with the candidates of `frameworks`: all, or those named in `only`.
 
-    Building one may fail: it is then in `skipped`, with the reason. For training, each returns the
-    output and the gradients of input (unless `input_gradient` is off), weight and bias.
+    For training, each returns the output and the gradients of input (unless `input_gradient` is
+    off), weight and bias.
+    """
+
+    def in_torch() -> Side:
+        return Side({"PyTorch": torch_makers(torch_op(), kind, input_gradient)}, _torch_arrays)
+
+    def in_tensorflow() -> Side:
+        op = tensorflow_op()
+        modes = tensorflow_makers(op, kind, input_gradient).items()
+        makers = {f"TensorFlow {mode}": of_mode for mode, of_mode in modes}
+        return Side(makers, partial(_tensorflow_arrays, op))
+
+    sides = {"torch": in_torch, "tensorflow": in_tensorflow}
+    return gather(built, kind, [f for f in sides if f in frameworks], only, sides)
+
+
+def gather(
+    built: Case,
+    kind: Kind,
+    frameworks: Sequence[str],
+    only: Sequence[str],
+    sides: Mapping[str, Callable[[], Side]],
+) -> Case:
+    """Fill `built` with the candidates of both frameworks' sides: all, or those named in `only`.
+
+    Building one may fail: it is then in `skipped`, with the reason.
     """
     converters: dict[str, Callable[[Any], list[Array]]] = {}
     if "torch" in frameworks:
         import torch
 
         built.context = partial(torch.set_grad_enabled, kind == "training")
-        converters["PyTorch"] = _torch_arrays
-        with built.context():
-            makers = torch_makers(torch_op(), kind, input_gradient)
-            _add(built, "PyTorch", makers, only)
-    if "tensorflow" in frameworks:
-        op = tensorflow_op()
-        for mode, makers in tensorflow_makers(op, kind, input_gradient).items():
-            framework = f"TensorFlow {mode}"
-            converters[framework] = partial(_tensorflow_arrays, op)
-            _add(built, framework, makers, only)
-    built.outputs = lambda candidate, result: converters[candidate.framework](
-        list(result) if isinstance(result, (tuple, list)) else [result]
-    )
+    with built.context():
+        for framework in frameworks:
+            side = sides[framework]()
+            for mode, makers in side.makers.items():
+                converters[mode] = side.arrays
+                _add(built, mode, makers, only)
+    built.outputs = lambda candidate, result: converters[candidate.framework](result)
     return built
 
 
@@ -96,13 +129,15 @@ def _add(built: Case, framework: str, makers: dict[str, Maker], only: Sequence[s
             built.candidates.append(Candidate(name, framework, run, name.startswith("twinfuse")))
 
 
-def _torch_arrays(results: list[Any]) -> list[Array]:
+def _torch_arrays(result: Any) -> list[Array]:
+    results = result if isinstance(result, (tuple, list)) else [result]
     return [r.detach().double().numpy() for r in results]
 
 
-def _tensorflow_arrays(op: TensorflowOp, results: list[Any]) -> list[Array]:
+def _tensorflow_arrays(op: TensorflowOp, result: Any) -> list[Array]:
     import tensorflow as tf
 
+    results = result if isinstance(result, (tuple, list)) else [result]
     return op.arrays([tf.cast(r, tf.float64).numpy() for r in results])
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.candidates import (
     EAGER,
+    EAGER_PAIRS,
     NATIVE,
     NATIVE_EAGER,
     TORCH,
@@ -25,6 +26,7 @@ from benchmarks.operands import ITEM_SIZE, Array, Case, Kind, Section
 __all__ = ["GOALS", "OP", "SECTIONS", "SHAPE_FORM", "case", "frameworks_of", "parse_shape"]
 
 OP = "conv_relu"
+MEMORY_PAIRS = EAGER_PAIRS
 
 
 def _both(*texts: str) -> tuple[ConvShape, ...]:

@@ -7,19 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.candidates import EAGER, NATIVE, NATIVE_EAGER, TORCH
 from benchmarks.harness import geometric_mean
 from benchmarks.operands import Shape
 from benchmarks.results import MemoryUse, RunResult, SectionResult
 
 ALL_PEERS = "*"
-
-# Whose peak memory is measured, and beside whose. Eager ones alone: tracing and compilation take
-# more memory than the pass itself.
-MEMORY_PAIRS = {
-    "torch": (TORCH, NATIVE),
-    "tensorflow": (EAGER, NATIVE_EAGER),
-}
 
 # RSS is counted in pages by thread, and lags by some pages of each: what differs less is equal.
 MEMORY_RESOLUTION = 256 << 10
@@ -30,7 +22,8 @@ class Goal:
     """`sentence` is what is promised of section `section`; `measure` says how the figure is made.
 
     geomean, each: how many times as fast as `peer` candidate `own` is, over the shapes or on the
-        worst of them (`ALL_PEERS`: as the best peer of each shape).
+        worst of them (`ALL_PEERS`: as the best peer of each shape; several: as the best of
+        these).
     fma: share of the measured peak of fused multiply-adds, on the worst shape.
     memory: peak bytes over the peer's, on the worst shape; `limit` is an upper one.
     seconds: duration; `limit` is an upper one.
@@ -40,7 +33,7 @@ class Goal:
     measure: Literal["geomean", "each", "fma", "memory", "seconds"]
     limit: float
     own: str = ""
-    peer: str = ""
+    peer: str | tuple[str, ...] = ""
     sentence: str = ""
     shapes: tuple[Shape, ...] = ()
     note: str = ""
@@ -85,11 +78,12 @@ def judge(goal: Goal, run: RunResult, shapes: Sequence[Shape]) -> Verdict:
 
 
 def _figures(goal: Goal, section: SectionResult, run: RunResult) -> dict[Shape, float]:
+    peers = (goal.peer,) if isinstance(goal.peer, str) else goal.peer
     if goal.measure == "memory":
         return {
-            shape: memory_ratio(uses[goal.own], uses[goal.peer])
+            shape: max(memory_ratio(uses[goal.own], uses[peer]) for peer in peers)
             for shape, uses in section.memory.items()
-            if goal.own in uses and goal.peer in uses
+            if goal.own in uses and all(peer in uses for peer in peers)
         }
     if goal.measure == "fma":
         peak = run.limits.peak_flops(section.section.dtype)
@@ -98,7 +92,9 @@ def _figures(goal: Goal, section: SectionResult, run: RunResult) -> dict[Shape, 
             for c in section.cases
             if peak and goal.own in c.timings
         }
-    return section.ratios(goal.own, None if goal.peer == ALL_PEERS else goal.peer)
+    ratios = [section.ratios(goal.own, None if p == ALL_PEERS else p) for p in peers]
+    everywhere = [shape for shape in ratios[0] if all(shape in of_peer for of_peer in ratios)]
+    return {shape: min(of_peer[shape] for of_peer in ratios) for shape in everywhere}
 
 
 def memory_ratio(own: MemoryUse, peer: MemoryUse) -> float:

@@ -8,12 +8,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.candidates import EAGER, GRAPH, NATIVE, TORCH, TensorflowOp, TorchOp, collect
+from benchmarks.candidates import (
+    EAGER,
+    EAGER_PAIRS,
+    GRAPH,
+    NATIVE,
+    TORCH,
+    TensorflowOp,
+    TorchOp,
+    collect,
+)
 from benchmarks.goals import ALL_PEERS, Goal
 from benchmarks.operands import FRAMEWORKS, ITEM_SIZE, Array, Case, Kind, Section, Shape
 
 OP = "linear_relu"
 SHAPE_FORM = "MxKxN"
+MEMORY_PAIRS = EAGER_PAIRS
 
 
 class LinearShape(NamedTuple):

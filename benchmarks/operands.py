@@ -33,7 +33,7 @@ class Case:
 
     `outputs` turns what a candidate's `run` returned into float64 arrays in the order and layout of
     `reference`. `traffic` is the bytes of every operand and result, once. `notes` say what a
-    candidate's time leaves out.
+    candidate's time leaves out. `steps` follow one another in a call; 0: it has no steps.
     """
 
     reference: list[Array]
@@ -43,12 +43,16 @@ class Case:
     outputs: Callable[[Candidate, Any], list[Array]] = lambda candidate, result: list(result)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    steps: int = 0
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the benchmark: one op, one kind of pass, one dtype, several shapes."""
+    """A part of the benchmark: one op, one kind of pass, one dtype, several shapes.
+
+    `accepts` says which shapes asked for by hand it is about.
+    """
 
     name: str
     title: str
@@ -57,6 +61,7 @@ class Section:
     shapes: tuple[Shape, ...] = ()
     quick: tuple[Shape, ...] = ()
     default: bool = True
+    accepts: Callable[[Any], bool] = lambda shape: True
 
 
 def installed(frameworks: Sequence[str] = tuple(FRAMEWORKS)) -> list[str]:
@@ -84,6 +89,8 @@ def set_threads(threads: int, frameworks: Sequence[str]) -> None:
 
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         tf.config.threading.set_inter_op_parallelism_threads(1)
+        # Each candidate of each shape is a graph of its own, which TensorFlow takes for retracing.
+        tf.get_logger().setLevel("ERROR")
 
 
 def error(got: Sequence[Array], reference: Sequence[Array]) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.goals import MEMORY_PAIRS, Verdict, memory_ratio
+from benchmarks.goals import Verdict, memory_ratio
 from benchmarks.operands import Section
 from benchmarks.results import CaseResult, RunResult, SectionResult, rate
 
@@ -23,6 +23,10 @@ SCHEMA = 1
 def microseconds(seconds: float) -> str:
     value = seconds * 1e6
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def per_step(case: CaseResult, name: str) -> str:
+    return microseconds(case.seconds(name) / case.steps) if case.steps else "-"
 
 
 def coloured(value: float | None, text: str = "") -> str:
@@ -124,23 +128,32 @@ def notes(section: SectionResult) -> list[str]:
 
 def _timing_table(run: RunResult, section: SectionResult, framework: str) -> Table:
     peers = section.peers(framework)
+    stepped = any(case.steps for case in section.cases)
     table = Table(title=f"{section.section.title}, {section.section.dtype}, {framework}")
     table.add_column("shape", no_wrap=True)
-    for name in ("us", "quartiles", "rate", "of limit", *(f"x {peer}" for peer in peers)):
+    names = ["us", "quartiles", *(["us/step"] if stepped else []), "rate", "of limit"]
+    for name in (*names, *(f"x {peer}" for peer in peers)):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("x best of all peers", overflow="fold")
     for own in section.own(framework):
         table.add_row(own, style="bold")
         for case in section.cases:
             if own in case.timings:
-                table.add_row(*_timing_row(run, section, case, own, peers))
+                table.add_row(*_timing_row(run, section, case, own, peers, stepped))
         means = [coloured(section.geomean(own, peer)) for peer in [*peers, None]]
-        table.add_row("geometric mean", "", "", "", "", *means, style="bold", end_section=True)
+        table.add_row(
+            "geometric mean", *("" for _ in names), *means, style="bold", end_section=True
+        )
     return table
 
 
 def _timing_row(
-    run: RunResult, section: SectionResult, case: CaseResult, own: str, peers: Sequence[str]
+    run: RunResult,
+    section: SectionResult,
+    case: CaseResult,
+    own: str,
+    peers: Sequence[str],
+    stepped: bool,
 ) -> list[str]:
     spread = case.timings[own].spread
     value, unit, bound, share = rate(case, own, run.limits, section.section.dtype)
@@ -149,6 +162,7 @@ def _timing_row(
         str(case.shape),
         microseconds(spread.median),
         f"{microseconds(spread.low)}-{microseconds(spread.high)}",
+        *([per_step(case, own)] if stepped else []),
         f"{value:.1f} {unit}",
         "-" if math.isnan(share) else f"{share:.0%} {bound}",
         *(coloured(case.ratio(own, p).median if p in case.timings else None) for p in peers),
@@ -158,7 +172,7 @@ def _timing_row(
 
 def _memory_table(section: SectionResult) -> Table:
     table = Table(title=section.section.title)
-    for name in ("shape", "candidate", "process MB", "allocator MB", "x eager"):
+    for name in ("shape", "candidate", "process MB", "allocator MB", "x native"):
         table.add_column(name, justify="left" if name in ("shape", "candidate") else "right")
     for row in memory_rows(section):
         against = "" if row["ratio"] is None else f"{row['ratio']:.2f}x"
@@ -184,7 +198,7 @@ def memory_rows(section: SectionResult) -> list[dict[str, Any]]:
             "ratio": next(
                 (
                     memory_ratio(use, uses[peer])
-                    for own, peer in MEMORY_PAIRS.values()
+                    for own, peer in section.memory_pairs
                     if own == name and peer in uses
                 ),
                 None,
@@ -286,6 +300,7 @@ def _case_json(run: RunResult, section: SectionResult, case: CaseResult) -> dict
         "name": str(case.shape),
         "flops": case.flops,
         "traffic": case.traffic,
+        "steps": case.steps,
         "candidates": candidates,
         "skipped": case.skipped,
         "notes": case.notes,

@@ -22,6 +22,7 @@ class CaseResult:
     kernels: dict[str, dict[str, int]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    steps: int = 0
 
     def own(self) -> list[str]:
         return [n for n in self.timings if self.candidates[n].own]
@@ -62,6 +63,7 @@ class SectionResult:
     section: Section
     cases: list[CaseResult] = field(default_factory=list)
     memory: dict[Shape, dict[str, MemoryUse]] = field(default_factory=dict)
+    memory_pairs: tuple[tuple[str, str], ...] = ()  # of ours, and whose memory it is compared with
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float | None = None  # of an installation
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from rich.progress import Progress
 
 from benchmarks import memory
-from benchmarks.goals import MEMORY_PAIRS, Goal
+from benchmarks.goals import Goal
 from benchmarks.harness import Candidate, Settings, interleave
 from benchmarks.limits import Limits, cpu_flags, cpu_model
 from benchmarks.operands import TOLERANCE, Case, Kind, Section, Shape, error
@@ -38,6 +38,9 @@ class Op(Protocol):
     SHAPE_FORM: str
     SECTIONS: Sequence[Section]
     GOALS: Sequence[Goal]
+    # By framework: whose peak memory is measured, and beside whose. Eager ones where there is a
+    # choice: tracing and compilation take more memory than the pass itself.
+    MEMORY_PAIRS: Mapping[str, tuple[str, str]]
 
     def parse_shape(self, text: str) -> Shape: ...
     def frameworks_of(self, shape: Shape) -> Sequence[str]: ...
@@ -119,6 +122,7 @@ class Runner:
             kernels,
             dict(case.skipped),
             dict(case.notes),
+            case.steps,
         )
 
     def _frameworks(self, shape: Shape) -> list[str]:
@@ -127,8 +131,9 @@ class Runner:
 
     def _memory(self, done: SectionResult, shape: Shape) -> None:
         uses = done.memory.setdefault(shape, {})
+        done.memory_pairs = tuple(self.op.MEMORY_PAIRS.values())
         for framework in self._frameworks(shape):
-            for name in MEMORY_PAIRS[framework]:
+            for name in self.op.MEMORY_PAIRS[framework]:
                 try:
                     uses[name] = memory.measure(
                         self.op.OP, name, framework, shape, done.section.dtype, self.threads

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("rich")
 
-from benchmarks import conv_relu, linear_relu
+from benchmarks import conv_relu, linear_relu, lstm
 from benchmarks.goals import ALL_PEERS, MEMORY_RESOLUTION, Goal, judge, memory_ratio
 from benchmarks.harness import Candidate, Timing
 from benchmarks.limits import Limits
@@ -61,13 +61,15 @@ TIMES = {A: {OWN: 1.0, EAGER: 2.0, FUSED: 0.5}, B: {OWN: 1.0, EAGER: 4.0, FUSED:
         ("geomean", EAGER, (), 8**0.5),
         ("each", EAGER, (), 2.0),
         ("geomean", ALL_PEERS, (), 1.0),
+        ("geomean", (EAGER, FUSED), (), 1.0),
+        ("each", (EAGER,), (), 2.0),
         ("each", ALL_PEERS, (), 0.5),
         ("each", ALL_PEERS, (B,), 2.0),
         ("fma", "", (), 2e9 / 1e11),
     ],
 )
 def test_goals_are_judged_in_both_directions(
-    measure: Any, peer: str, shapes: tuple[Shape, ...], expected: float
+    measure: Any, peer: Any, shapes: tuple[Shape, ...], expected: float
 ) -> None:
     run = synthetic_run(TIMES)
     for limit, reached in ((expected * 0.99, True), (expected * 1.01, False)):
@@ -89,6 +91,11 @@ def test_part_of_the_shapes_reaches_nothing() -> None:
     assert judge(goal, synthetic_run(TIMES, name="training"), (A, B)).reached is None
     without = judge(goal, synthetic_run({A: {OWN: 1.0}}), (A, B))
     assert (without.measured, without.reached) == (None, None)
+    # The best of several is known where all of them were measured.
+    times = {A: TIMES[A], B: {OWN: 1.0, EAGER: 4.0}}
+    several = Goal("forward", "geomean", 0.1, OWN, (EAGER, FUSED))
+    verdict = judge(several, synthetic_run(times), (A, B))
+    assert (verdict.measured, verdict.reached) == (pytest.approx(0.5), None)
 
 
 def test_memory_and_duration_goals_are_upper_limits() -> None:
@@ -109,14 +116,17 @@ def test_memory_ratio_takes_the_worse_view_and_ignores_noise() -> None:
     assert memory_ratio(MemoryUse(10 << 20, 300), MemoryUse(20 << 20, 200)) == 1.5
 
 
-@pytest.mark.parametrize("op", [linear_relu, conv_relu], ids=["linear_relu", "conv_relu"])
+@pytest.mark.parametrize("op", [linear_relu, conv_relu, lstm], ids=lambda op: op.OP)
 def test_the_goals_name_sections_and_shapes_that_exist(op: Any) -> None:
     sections = {s.name: s for s in op.SECTIONS}
     for goal in op.GOALS:
         shapes = sections[goal.section].shapes
+        if goal.measure == "memory":
+            assert (goal.own, goal.peer) in op.MEMORY_PAIRS.values()
         assert set(goal.shapes) <= set(shapes), goal.sentence
         # A shape where its candidate is not measured would keep a goal from ever being reached.
-        framework = "tensorflow" if "TF" in goal.own or "tf" in goal.own else "torch"
+        in_tensorflow = any(word in goal.own for word in ("TF", "tf", "Keras"))
+        framework = "tensorflow" if in_tensorflow else "torch"
         served = [framework in op.frameworks_of(shape) for shape in goal.shapes or shapes]
         assert all(served), goal.sentence
     assert len({s.name for s in op.SECTIONS}) == len(op.SECTIONS)
