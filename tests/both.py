@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tests import both_lstm
 from tests.arrays import DTYPES, Array, Operand
 from tests.cases import CASES as LINEAR
 from tests.conv_cases import CASES as CONV
@@ -151,7 +152,7 @@ def digests(framework: str) -> dict[str, str]:
             digest.update(f"{name}{array.shape}{array.dtype}".encode() + bits(array).tobytes())
         got = output_layout(problem, results)
         result[f"{case.op} {case.id} {dtype} {got}"] = digest.hexdigest()
-    return result
+    return result | both_lstm.digests(framework)
 
 
 def main() -> None:

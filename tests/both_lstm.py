@@ -10,26 +10,125 @@ import hashlib
 import itertools
 from collections.abc import Callable
 
+import numpy as np
+
 from tests.arrays import DTYPES, Array
 from tests.lstm_cases import ONE_BIAS, LstmProblem, build
+from tests.lstm_problem import ROWS
 from tests.rule import bits
 
 Arrays = dict[str, Array]
 TABLE = [case for case in ONE_BIAS if not case.lengths and not (case.cell and case.projection)]
 
 
+GIVEN = {"output": "grad_output", "h_n": "grad_h", "c_n": "grad_c"}
+ACTIVATIONS = ("tanh", "sigmoid", "relu", "hard_sigmoid")
+
+
 def through_torch(problem: LstmProblem) -> Arrays:
     """All results by name, from the views themselves."""
-    from tests.test_lstm_torch import fused, run
+    import torch
 
-    return run(fused, problem)
+    from tests.torch_cases import array, tensor
+
+    case, named = problem.case, {}
+    for name, operand in problem.operands.items():
+        view = tensor(operand, problem.dtype)
+        named[name] = view.transpose(0, 1) if case.batch_first and name in ROWS else view
+    leaves = [named[name].requires_grad_() for name in problem.leaves]
+    mask = None if problem.mask is None else torch.from_numpy(problem.mask)
+    sizes = problem.batch_sizes
+    op = torch.ops.twinfuse.lstm_cell if case.cell else torch.ops.twinfuse.lstm
+    options = {} if case.cell else {
+        "weight_hr": named.get("weight_hr"),
+        "batch_sizes": None if sizes is None else torch.from_numpy(sizes),
+        "mask": mask.t() if mask is not None and case.batch_first else mask,
+        "reverse": case.reverse,
+        "batch_first": case.batch_first,
+        "zero_masked_output": case.zero_masked_output,
+    }  # fmt: skip
+    first = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    outputs = op(
+        *map(named.get, first),
+        peephole=named.get("peephole"),
+        zoneout_hidden=named.get("zoneout_hidden"),
+        zoneout_cell=named.get("zoneout_cell"),
+        activation=ACTIVATIONS.index(case.activation),
+        recurrent_activation=ACTIVATIONS.index(case.recurrent_activation),
+        **options,
+    )
+    results = dict(zip(("output", "h_n", "c_n")[case.cell :], outputs))
+    wanted = [name for name in results if GIVEN[name] in named]
+    grads = torch.autograd.grad(
+        [results[name] for name in wanted],
+        leaves,
+        [named[GIVEN[name]] for name in wanted],
+        materialize_grads=True,
+    )
+    results |= {f"grad_{name}": grad for name, grad in zip(problem.leaves, grads)}
+    turned = ("output", "grad_input") if case.batch_first else ()
+    return {n: array(a.transpose(0, 1) if n in turned else a) for n, a in results.items()}
 
 
 def through_tensorflow(problem: LstmProblem) -> Arrays:
     """All results by name, from contiguous copies in the layout of Keras."""
-    from tests.test_lstm_tensorflow import arrays, gradients, tensors
+    import tensorflow as tf
 
-    return arrays(problem, gradients(problem, tensors(problem)))
+    import twinfuse.tensorflow as tftf
+
+    case = problem.case
+
+    def turned(name: str, array: Array) -> Array:
+        name = name.removeprefix("grad_")
+        rows = case.batch_first and (name in ROWS or name == "output")
+        return array.swapaxes(0, 1) if rows or name.startswith("weight") else array
+
+    def constant(array: Array) -> tf.Tensor:
+        tensor = tf.constant(np.ascontiguousarray(array))
+        return tf.bitcast(tensor, tf.bfloat16) if array.dtype == np.uint16 else tensor
+
+    def store(tensor: tf.Tensor) -> Array:
+        is_bfloat16 = tensor.dtype == tf.bfloat16
+        return (tf.bitcast(tensor, tf.uint16) if is_bfloat16 else tensor).numpy()
+
+    named = {n: constant(turned(n, a.contiguous)) for n, a in problem.operands.items()}
+    leaves = {name: named[name] for name in problem.leaves}
+    options = {
+        "peephole": named.get("peephole"),
+        "zoneout_hidden": named.get("zoneout_hidden"),
+        "zoneout_cell": named.get("zoneout_cell"),
+        "activation": case.activation,
+        "recurrent_activation": case.recurrent_activation,
+    }
+    x, *weights = (named.get(n) for n in ("input", "weight_ih", "weight_hh", "bias_ih"))
+    states = [named.get("h0"), named.get("c0")]
+    with tf.GradientTape() as tape:
+        tape.watch(leaves)
+        if case.cell:
+            outputs = tftf.lstm_cell(x, states, *weights, **options)
+        else:
+            mask = problem.mask
+            outputs = tftf.lstm(
+                x,
+                *weights,
+                None if states == [None, None] else states,
+                mask=mask.T if mask is not None and case.batch_first else mask,
+                projection=named.get("weight_hr"),
+                go_backwards=case.reverse,
+                time_major=not case.batch_first,
+                zero_output_for_mask=case.zero_masked_output,
+                **options,
+            )
+    results = dict(zip(("output", "h_n", "c_n")[case.cell :], outputs))
+    wanted = [name for name in results if GIVEN[name] in named]
+    grads = tape.gradient(
+        [results[name] for name in wanted],
+        leaves,
+        [named[GIVEN[name]] for name in wanted],
+        unconnected_gradients="zero",
+    )
+    results |= {f"grad_{name}": grad for name, grad in grads.items()}
+    return {name: turned(name, store(a)) for name, a in results.items()}
 
 
 THROUGH: dict[str, Callable[[LstmProblem], Arrays]] = {

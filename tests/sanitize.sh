@@ -41,7 +41,7 @@ if [ $# -eq 0 ]; then
   TRITON_INTERPRET=1 "$python" -m pytest -p no:cacheprovider --capture=sys -q \
     tests/gpu/test_driver_failures.py tests/gpu/test_limits.py
   set -- -q -n "${WORKERS:-2}" --dist loadfile -m "not slow" tests/test_core*.py \
-    tests/test_properties.py tests/test_isa.py tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
+    tests/test_properties*.py tests/test_lstm_onnx.py tests/test_isa.py tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
     tests/test_conv_relu_torch_formats.py tests/test_conv_relu_tensorflow_calls.py
 fi
 # A report of the sanitizer ends the process: it must not be in a file of pytest's by then.

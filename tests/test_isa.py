@@ -15,7 +15,11 @@ from tests.core_api import load
 from twinfuse import _core
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [*sorted((ROOT / "tests").glob("test_core*.py")), ROOT / "tests" / "test_properties.py"]
+MODULES = [
+    path
+    for pattern in ("test_core*.py", "test_properties*.py")
+    for path in sorted((ROOT / "tests").glob(pattern))
+]
 
 # What Linux calls the features that each build may use.
 FEATURES = {

@@ -168,8 +168,11 @@ class LstmBackwardPlan {
 
     void step(int64_t t) {
       if (p_.projects()) unproject(t);
-      team_.each(ceil_div(op_.units, kWidth),
-                 [&](int64_t panel, int64_t) { grad_units(t, panel * kWidth); });
+      // Row by row: what is saved comes from far away, and in the order in which it lies.
+      team_.split(ceil_div(op_.units, kWidth), [&](Range part, int64_t) {
+        for (int64_t b = begin_; b < begin_ + active_; b++)
+          for (int64_t p = part.begin; p < part.end; p++) grad_units(t, b, p * kWidth);
+      });
       const T* rows = grad_gates(steps_.row(t, begin_));
       const int64_t apart = steps_.rows_apart() * 4 * op_.units;
       multiply(p_.hh_, rows, apart, 4 * op_.units, p_.dh_, true);
@@ -222,23 +225,23 @@ class LstmBackwardPlan {
                p_.dfull_, false);
     }
 
-    void grad_units(int64_t t, int64_t unit) const {
+    void grad_units(int64_t t, int64_t b, int64_t unit) const {
       const Units u{unit, count(unit, op_.units)};
-      for (int64_t b = begin_; b < begin_ + active_; b++) {
-        const int64_t row = steps_.row(t, b);
-        T* to = grad_gates(row);
-        T* full = p_.projects() ? p_.template at<T>(p_.full_) + row * op_.units : nullptr;
-        if (steps_.skips(t, b)) {
-          for (int gate = 0; gate < 4; gate++)
-            memset(static_cast<void*>(to + gate * op_.units + unit), 0, u.n * sizeof(T));
-          if (full) memset(static_cast<void*>(full + unit), 0, u.n * sizeof(T));
-          if (!full) pass_output(t, b, unit);
-          continue;
-        }
-        const V d = full ? S::load(dfull(b, unit)) : take_hidden(t, b, unit);
-        gates_.backward(d, p_.old_cell(row, u), u, p_.gates(row), dc(b), to, full,
-                        {steps_.at<T>(op_.zoneout_cell, t, b), op_.zoneout_cell.col});
+      const int64_t row = steps_.row(t, b);
+      T* to = grad_gates(row);
+      T* full = p_.projects() ? p_.template at<T>(p_.full_) + row * op_.units : nullptr;
+      if (steps_.skips(t, b)) {
+        for (int gate = 0; gate < 4; gate++)
+          memset(static_cast<void*>(to + gate * op_.units + unit), 0, u.n * sizeof(T));
+        if (full)
+          memset(static_cast<void*>(full + unit), 0, u.n * sizeof(T));
+        else
+          pass_output(t, b, unit);
+        return;
       }
+      const V d = full ? S::load(dfull(b, unit)) : take_hidden(t, b, unit);
+      gates_.backward(d, p_.old_cell(row, u), u, p_.gates(row), dc(b), to, full,
+                      {steps_.at<T>(op_.zoneout_cell, t, b), op_.zoneout_cell.col});
     }
 
     // The rows of this step, `apart` elements from each other, times `weights`.

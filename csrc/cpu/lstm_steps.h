@@ -62,20 +62,22 @@ struct Steps {
   }
 };
 
-// Who works on the panels of one step: this thread, or several that meet after each. Calls
-// body(panel, worker).
+// Who works on the panels of one step: this thread, or several that meet after each.
 struct Team {
   const TwinfuseContext& context;
   int64_t workers;
 
+  // Calls body(range of panels, worker).
+  template <class Body>
+  void split(int64_t panels, const Body& body) const {
+    if (workers == 1) return body(Range{0, panels}, 0);
+    parallel_for(context, workers,
+                 [&](int64_t worker) { body(part_of(panels, 1, workers, worker), worker); });
+  }
+  // Calls body(panel, worker).
   template <class Body>
   void each(int64_t panels, const Body& body) const {
-    if (workers == 1) {
-      for (int64_t p = 0; p < panels; p++) body(p, 0);
-      return;
-    }
-    parallel_for(context, workers, [&](int64_t worker) {
-      const Range part = part_of(panels, 1, workers, worker);
+    split(panels, [&](Range part, int64_t worker) {
       for (int64_t p = part.begin; p < part.end; p++) body(p, worker);
     });
   }

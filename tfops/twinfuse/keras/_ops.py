@@ -65,12 +65,12 @@ def linear_relu(op: str, inputs: Any, kernel: Any, bias: Any) -> Any | None:
 
     Returns None where only the native layer can serve the call; `op` is then named in the warning.
     """
-    if not _serves(op, inputs):
+    if not serves(op, inputs):
         return None
     assert _linear_relu is not None
     inputs, kernel, bias = _tensors(inputs, kernel, bias)
     dtypes = [keras.backend.standardize_dtype(t.dtype) for t in (inputs, kernel)]
-    if keras.backend.result_type(*dtypes) != dtypes[1]:
+    if not promotes(*dtypes):
         _backend.fall_back(op, f"its input is {dtypes[0]} and its kernel {dtypes[1]}")
         return None
     return _linear_relu(keras.ops.cast(inputs, dtypes[1]), kernel, bias)
@@ -82,7 +82,7 @@ def conv_relu(layer: Any, inputs: Any) -> Any | None:
     Returns None where only the native layer can serve the call.
     """
     op = type(layer).__name__
-    if not _serves(op, inputs):
+    if not serves(op, inputs):
         return None
     if reason := own_convolution(layer):
         _backend.fall_back(op, reason)
@@ -106,7 +106,8 @@ def conv_relu(layer: Any, inputs: Any) -> Any | None:
     return None if 0 in outputs.shape and 0 not in inputs.shape else outputs
 
 
-def _serves(op: str, inputs: Any) -> bool:
+def serves(op: str, inputs: Any) -> bool:
+    """Whether fused ops may be looked at for this call; says why not where that is news."""
     if _backend.requested == "reference":
         return False
     if missing():
@@ -118,13 +119,21 @@ def _serves(op: str, inputs: Any) -> bool:
     return True
 
 
+def promotes(given: str, weight: str) -> bool:
+    """Whether Keras casts inputs of one dtype to that of the weight, rather than both to a third.
+
+    Equal ones stay as they are, whatever `result_type` says of two float64 on torch.
+    """
+    return given == weight or keras.backend.result_type(given, weight) == weight
+
+
 def _tensors(inputs: Any, kernel: Any, bias: Any) -> tuple[Any, Any, Any]:
     inputs, kernel = map(keras.ops.convert_to_tensor, (inputs, kernel))
     return inputs, kernel, None if bias is None else keras.ops.convert_to_tensor(bias)
 
 
-def find_kernel(role: str, layer: Any) -> tuple[str, str, str]:
-    """`(backend, kernel, reason)` that a call of `layer` made now would take."""
+def find_kernel(role: str, layer: Any, weight: str = "_kernel") -> tuple[str, str, str]:
+    """`(backend, kernel, reason)` that a call of `layer`, which has `weight`, would take now."""
     if _backend.requested == "reference":
         return "reference", "", "asked for by use_backend"
     if missing():
@@ -133,6 +142,6 @@ def find_kernel(role: str, layer: Any) -> tuple[str, str, str]:
         device = _binding.device_type()
         found = _binding.find_kernel(role, tf.as_dtype(layer.compute_dtype), device)
         return _core.reported(*found, device)
-    place = layer._kernel.value.device if layer.built else torch.device("cpu")
+    place = getattr(layer, weight).value.device if layer.built else torch.device("cpu")
     found = _core.find_kernel(role, layer.compute_dtype, place.type)
     return _core.reported(*found, place.type, place.index or 0)

@@ -41,6 +41,54 @@ def conv_relu(
     return y.movedim(1, -1) if data_format == "channels_last" else y
 
 
+def lstm(
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor, Tensor | None],
+    mask: Tensor | None,
+    activations: tuple[str, str],
+    go_backwards: bool,
+    zero_output_for_mask: bool,
+    sequence: bool,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Outputs in the order in which they are computed, None unless `sequence`; the last state.
+
+    `weights` are kernel, recurrent kernel, and bias or None.
+    """
+    kernel, recurrent_kernel, bias = weights
+    if go_backwards:
+        x, mask = x.flip(1), None if mask is None else mask.flip(1)
+    # torch has two biases that are added.
+    biases = [] if bias is None else [bias, torch.zeros_like(bias)]
+    outputs, (h, c) = twinfuse.torch.lstm(
+        x,
+        (state[0][None], state[1][None]),
+        [kernel.T, recurrent_kernel.T, *biases],
+        has_biases=bool(biases),
+        batch_first=True,
+        mask=mask,
+        activation=activations[0],
+        recurrent_activation=activations[1],
+    )
+    if zero_output_for_mask and mask is not None:
+        outputs = outputs.masked_fill(~mask[..., None], 0)
+    return (outputs if sequence else None), h[0], c[0]
+
+
+def lstm_cell(
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor, Tensor | None],
+    activations: tuple[str, str],
+) -> tuple[Tensor, Tensor]:
+    kernel, recurrent_kernel, bias = weights
+    return twinfuse.torch.lstm_cell(
+        *(x, state, kernel.T, recurrent_kernel.T, bias),
+        activation=activations[0],
+        recurrent_activation=activations[1],
+    )
+
+
 def _pads(
     sizes: Sequence[int],
     kernel: Sequence[int],

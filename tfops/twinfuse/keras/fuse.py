@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import keras
 
 from twinfuse._backend import Choice, Report
-from twinfuse.keras import _ops
-from twinfuse.keras.layers import Conv1D, Conv2D, Dense
+from twinfuse.keras import _lstm_ops, _ops
+from twinfuse.keras.layers import LSTM, Conv1D, Conv2D, Dense, LSTMCell
 
 Model = TypeVar("Model", bound=keras.layers.Layer)
 
@@ -77,8 +77,11 @@ def explain(model: keras.layers.Layer) -> Report:
     rows = []
     for layer in _leaves(model, set()):
         op = type(layer).__name__
-        reason = _native_reason(layer)
-        if reason or type(layer) in _FUSED:
+        recurrent = isinstance(layer, (LSTM, LSTMCell))
+        reason = _lstm_ops.native_reason(layer) if recurrent else _native_reason(layer)
+        if recurrent and not reason:
+            choice = _lstm_ops.find_kernel(layer)
+        elif reason or type(layer) in _FUSED:
             choice = ("native", "", reason or "not fused: call twinfuse.keras.fuse(model)")
         else:
             stem = "linear_relu" if isinstance(layer, Dense) else "conv_relu"

@@ -9,5 +9,6 @@ from __future__ import annotations
 from twinfuse._backend import use_backend
 from twinfuse.tensorflow.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.tensorflow.linear_relu import linear_relu
+from twinfuse.tensorflow.lstm import lstm, lstm_cell
 
-__all__ = ["conv1d_relu", "conv2d_relu", "linear_relu", "use_backend"]
+__all__ = ["conv1d_relu", "conv2d_relu", "linear_relu", "lstm", "lstm_cell", "use_backend"]
