@@ -29,6 +29,7 @@ def through_torch(problem: LstmProblem) -> Arrays:
     """All results by name, from the views themselves."""
     import torch
 
+    import twinfuse.torch  # noqa: F401
     from tests.torch_cases import array, tensor
 
     case, named = problem.case, {}

@@ -23,7 +23,10 @@ from examples.training import Data
 from tests.conftest import Launched, require
 from tests.rule import assert_within_twice
 
-CONVOLUTIONAL = tuple(name for name, n in NETWORKS.items() if n.fusible["conv_relu"])
+# With an op but linear_relu, and which.
+FUSED = [
+    (name, op) for name, n in NETWORKS.items() for op in ("conv_relu", "lstm") if n.fusible[op]
+]
 BATCH, STEPS, DRAWS = 4, 3, 3
 
 # Sizes of the weights in the order of torch; convolutions [K, C, R, S], products [N, K].
@@ -39,6 +42,12 @@ PRINTED = {
     "cnn2_mnist_keras": [(32, 1, 3, 3), (64, 32, 3, 3), (128, 64 * 5 * 5), (10, 128)],
     "cnn2_mnist": [(32, 1, 3, 3), (64, 32, 3, 3), (128, 9216), (10, 128)],
 }
+# Of the sizes that nothing prints: four gates of 64, one of 64.
+RECURRENT = {
+    "lstm": [(256, 8), (256, 64), (256,), (10, 64), (10,)],
+    "rnn": [(64, 8), (64, 64), (64,), (10, 64), (10,)],
+    "char_lstm": [(96, 16), (256, 16), (256, 64), (256,), (96, 64), (96,)],
+}
 
 
 @pytest.fixture(params=("torch", "keras"))
@@ -51,12 +60,20 @@ def framework(request: pytest.FixtureRequest) -> str:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_have_the_printed_sizes(name: str, framework: str) -> None:
     if framework == "torch":
-        found = [tuple(p.shape) for p in torch_network(name).parameters()]
+        parameters = (p for p in torch_network(name).parameters() if p.requires_grad)
+        found = [tuple(p.shape) for p in parameters]
+    elif name in RECURRENT:
+        weights = keras_network(name).get_weights()
+        embedding = name == "char_lstm"
+        found = [w.shape if i < embedding else w.T.shape for i, w in enumerate(weights)]
     else:
         order = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
         weights = keras_network(name).get_weights()
         found = [tuple(w.shape[i] for i in order[w.ndim]) for w in weights]
-    assert found == [sizes for weight in PRINTED[name] for sizes in (weight, weight[:1])]
+    if name in RECURRENT:
+        assert found == RECURRENT[name]
+    else:
+        assert found == [sizes for weight in PRINTED[name] for sizes in (weight, weight[:1])]
 
 
 def test_training_is_as_printed() -> None:
@@ -85,7 +102,11 @@ def random_data(name: str, draw: int = 0) -> Data:
     """Random inputs of the printed sizes, with labels: a batch for each step and one more."""
     random = np.random.default_rng(draw)
     count = BATCH * (STEPS + 1)
-    inputs = random.standard_normal((count, *NETWORKS[name].inputs), np.float32)
+    sizes = (count, *NETWORKS[name].inputs)
+    if name == "char_lstm":
+        inputs, targets = random.integers(0, 96, (2, *sizes))
+        return Data(inputs, targets, inputs, targets)
+    inputs = random.standard_normal(sizes, np.float32)
     targets = random.integers(0, 10, count)
     return Data(inputs, targets, inputs, targets)
 
@@ -135,7 +156,7 @@ class Trio:
         return trio
 
     def each(self, call: Callable[[Model, Any], Any], inputs: NDArray[Any]) -> list[Any]:
-        wide = inputs.astype(np.float64)
+        wide = inputs.astype(np.float64) if inputs.dtype == np.float32 else inputs
         return [call(self.reference, wide), call(self.native, inputs), call(self.fused, inputs)]
 
 
@@ -148,14 +169,14 @@ def whole(model: Any) -> Model:
     return found
 
 
-def errors(trio: Trio, data: Data, network: str, launched: Launched) -> Iterator[str]:
+def errors(trio: Trio, data: Data, network: str, op: str, launched: Launched) -> Iterator[str]:
     """What breaks the rule: outputs, gradients, or outputs after some steps of training."""
-    fusible = NETWORKS[network].fusible["conv_relu"]
+    fusible = NETWORKS[network].fusible[op]
     inputs, targets = data.inputs[:BATCH], data.targets[:BATCH]
-    with launched("conv_relu_forward_", fusible):
+    with launched(f"{op}_forward_", fusible):
         outputs = trio.each(lambda model, x: model.predict(x), inputs)
     yield from broken(outputs, "outputs")
-    with launched("conv_relu_backward_", fusible):
+    with launched(f"{op}_backward_", fusible):
         gradients = trio.each(lambda model, x: model.gradients(x, targets), inputs)
     for number, found in enumerate(zip(*gradients, strict=True)):
         yield from broken(found, f"gradient {number}")
@@ -174,15 +195,15 @@ def broken(found: Sequence[Any], what: str) -> Iterator[str]:
         yield str(error)
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize(("name", "op"), FUSED)
 def test_fused_networks_compute_what_native_ones_do(
-    name: str, framework: str, launched: Launched
+    name: str, op: str, framework: str, launched: Launched
 ) -> None:
     """By the rule, with the native network in float64 as the reference."""
     found = []
     for draw in range(DRAWS):
         trio, data = Trio.build(framework, name), random_data(name, draw)
-        found += list(errors(trio, data, name, launched))[:1]
+        found += list(errors(trio, data, name, op, launched))[:1]
     # Rounding may switch a ReLU or a maximum for one draw; an error shows in all.
     assert len(found) <= DRAWS // 2, found
 
