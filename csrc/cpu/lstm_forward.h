@@ -77,9 +77,11 @@ class LstmForwardPlan {
           seen_(op_.options.mask ? reinterpret_cast<uint8_t*>(p_.base_ + p_.seen_) : nullptr) {}
 
     void run() {
-      clear(old_, p_.h_row()), clear(new_, p_.h_row());
-      if (kPacks) clear(packed_h(), p_.h_row());
-      if (p_.projects()) clear(full(), p_.full_row());
+      // The last unit of a row is read whole.
+      if (E::kGroup > 1) {
+        clear(old_, p_.h_row()), clear(new_, p_.h_row());
+        if (p_.projects()) clear(full(), p_.full_row());
+      }
       if (seen_) clear(seen_, 1);
       for (int64_t first = 0; first < op_.steps; first += p_.block_steps_) {
         const int64_t last = min64(op_.steps, first + p_.block_steps_);
@@ -151,8 +153,10 @@ class LstmForwardPlan {
     void join(int64_t b) {
       const Matrix &h = op_.initial.h, &c = op_.initial.c;
       T* to = old_ + b * p_.h_row();
-      for (int64_t k = 0; h.data && k < op_.state; k++)
-        to[k] = static_cast<const T*>(h.data)[b * h.row_stride + k * h.col_stride];
+      if (h.data)
+        copy(static_cast<const T*>(h.data) + b * h.row_stride, h.col_stride, to, 1);
+      else
+        memset(static_cast<void*>(to), 0, op_.state * sizeof(T));
       for (int64_t k = 0; k < Gates<T>::padded(op_.units); k += kWidth) {
         const int n = static_cast<int>(max64(min64(kWidth, op_.units - k), 0));
         const T* from = static_cast<const T*>(c.data) + b * c.row_stride + k * c.col_stride;
@@ -163,11 +167,18 @@ class LstmForwardPlan {
     void leave(int64_t b) {
       const Matrix &h = op_.final.h, &c = op_.final.c;
       const T* from = old_ + b * p_.h_row();
-      for (int64_t k = 0; h.data && k < op_.state; k++)
-        static_cast<T*>(h.data)[b * h.row_stride + k * h.col_stride] = from[k];
+      if (h.data) copy(from, 1, static_cast<T*>(h.data) + b * h.row_stride, h.col_stride);
       for (int64_t k = 0; c.data && k < op_.units; k += kWidth)
         store_strided(static_cast<T*>(c.data) + b * c.row_stride + k * c.col_stride, c.col_stride,
                       E::S::load(c_row(b) + k), static_cast<int>(min64(kWidth, op_.units - k)));
+    }
+
+    void copy(const T* from, int64_t from_stride, T* to, int64_t to_stride) const {
+      if (from_stride == 1 && to_stride == 1) {
+        memcpy(static_cast<void*>(to), from, op_.state * sizeof(T));
+        return;
+      }
+      for (int64_t k = 0; k < op_.state; k++) to[k * to_stride] = from[k * from_stride];
     }
 
     void step(int64_t t, int64_t row) {
