@@ -30,8 +30,11 @@ $(VENV)/built: $(VENV)/installed $(BUILD_INPUTS)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
+# Threads that wait for each other make networks as small as these crawl on a busy machine.
+demo: export OMP_NUM_THREADS ?= 1
 demo: setup
 	$(BIN)/python -m examples.digits
+	$(BIN)/python -m examples.sequences
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -21,7 +21,8 @@ Array = NDArray[Any]
 class Model(Protocol):
     """A network with its loss and optimizer. Built twice, it has the same weights.
 
-    Inputs are [M, features], or [M, channels, height, width] for both frameworks.
+    Inputs are [M, features], [M, channels, height, width] or [M, steps, features] of numbers, or
+    [M, steps] of symbols, for both frameworks.
     """
 
     explanation: str  # what each layer runs on; empty for a native network
@@ -72,7 +73,10 @@ class TorchModel:
 
         self.model.train()
         self.optimizer.zero_grad()
-        loss = self.criterion(self.model(torch.from_numpy(inputs)), torch.from_numpy(targets))
+        outputs, wanted = self.model(torch.from_numpy(inputs)), torch.from_numpy(targets)
+        if outputs.dim() == 3:  # one for each step
+            outputs, wanted = outputs.flatten(0, 1), wanted.flatten()
+        loss = self.criterion(outputs, wanted)
         loss.backward()
         return float(loss.item())
 
@@ -146,7 +150,8 @@ class KerasModel:
             outputs = self.model(inputs, training=True)
             loss = self.model.compute_loss(x=inputs, y=targets, y_pred=outputs)
         weights = [v.value for v in self.model.trainable_variables]
-        return [np.asarray(g) for g in tape.gradient(loss, weights)]
+        # Those of an embedding are sparse.
+        return [np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, weights)]
 
     def predict(self, inputs: Array) -> Array:
         return np.asarray(self.model(_channels_last(inputs)), dtype=np.float64)

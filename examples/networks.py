@@ -8,6 +8,10 @@ Two are printed with sizes that do not fit together. `small_cnn_mnist` has 6*7*7
 its first Linear, as 16x16 images give (28x28 would give 6*13*13): it is a network for 16x16 images
 here. `cnn2_mnist` has 64*12*12 = 9216, as one pooling of 28x28 images leaves: the second pooling
 that is printed as well is left out.
+
+`lstm` and `rnn` are printed as equations, without sizes. In both, each gate has one bias, as Keras
+has it; of torch's two, the second is zero and stays so. No kernel computes `rnn`: it stays native.
+`char_lstm`, of no article, reads text.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import keras
     import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,23 @@ class Dropout:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A vector of `units` for each number below `symbols`."""
+
+    symbols: int
+    units: int
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """What it has computed at the last step, or at `every` one."""
+
+    kind: Literal["lstm", "rnn"]
+    units: int
+    every: bool = False
+
+
+@dataclass(frozen=True)
 class Flatten:
     """An image as features."""
 
@@ -66,12 +88,14 @@ class Dense:
     activation: Literal["", "relu", "softmax", "log_softmax"] = "relu"
 
 
-Layer = Conv | Pool | Dropout | Flatten | Dense
+Layer = Conv | Pool | Dropout | Embedding | Recurrent | Flatten | Dense
 
 
 @dataclass(frozen=True)
 class Network:
-    """`inputs` are the sizes of one sample: features, or channels, height and width."""
+    """`inputs` are the sizes of one sample: features; channels, height and width; steps and
+    features; steps, of symbols.
+    """
 
     inputs: tuple[int, ...]
     layers: tuple[Layer, ...]
@@ -86,15 +110,23 @@ class Network:
 
     @property
     def fusible(self) -> dict[str, int]:
-        """How many layers with a ReLU there are of each op."""
+        """How many layers there are that each op computes."""
         linears = sum(
             isinstance(layer, Dense) and layer.activation == "relu" for layer in self.layers
         )
         convolutions = sum(isinstance(layer, Conv) for layer in self.layers)
-        return {"linear_relu": linears, "conv_relu": convolutions}
+        lstms = sum(isinstance(layer, Recurrent) and layer.kind == "lstm" for layer in self.layers)
+        return {"linear_relu": linears, "conv_relu": convolutions, "lstm": lstms}
+
+
+def _recurrent(learning_rate: float) -> Recipe:
+    """By SGD, in which both frameworks have the same steps; each has an Adam of its own."""
+    return Recipe(6, 32, "sgd", learning_rate, momentum=0.9)
 
 
 ADAM = Recipe(10, 32, "adam", 1e-3)
+SYMBOLS = 96  # a line break and the 95 printable characters of ASCII
+TEXT_STEPS = 32
 FLAT_128 = (Flatten(), Dense(128))
 
 NETWORKS = {
@@ -132,15 +164,34 @@ NETWORKS = {
         ),
         Recipe(10, 100, "adam", 1e-3),
     ),
+    "lstm": Network((8, 8), (Recurrent("lstm", 64), Dense(10, "")), _recurrent(0.2)),
+    "rnn": Network((8, 8), (Recurrent("rnn", 64), Dense(10, "")), _recurrent(0.05)),
+    "char_lstm": Network(
+        (TEXT_STEPS,),
+        (Embedding(SYMBOLS, 16), Recurrent("lstm", 64, every=True), Dense(SYMBOLS, "")),
+        _recurrent(1.0),
+    ),
 }
 
 
 def torch_network(name: str, inputs: tuple[int, ...] = ()) -> torch.nn.Module:
     """Network `name` for samples of sizes `inputs`, its own without; images are [M, C, H, W].
 
-    Returns values, logits or log probabilities [M, units of the last layer].
+    Returns values, logits or log probabilities [M, units of the last layer], or [M, steps, units].
     """
     from torch import nn
+
+    class Steps(nn.Module):
+        def __init__(self, layer: Recurrent, features: int) -> None:
+            super().__init__()
+            kind = nn.LSTM if layer.kind == "lstm" else nn.RNN
+            self.layer = kind(features, layer.units, batch_first=True)
+            nn.init.zeros_(self.layer.get_parameter("bias_hh_l0")).requires_grad_(False)
+            self.every = layer.every
+
+        def forward(self, input: Tensor) -> Tensor:
+            output: Tensor = self.layer(input)[0]
+            return output if self.every else output[:, -1]
 
     network = NETWORKS[name]
     sizes = inputs or network.inputs
@@ -155,6 +206,12 @@ def torch_network(name: str, inputs: tuple[int, ...] = ()) -> torch.nn.Module:
                 sizes = (sizes[0], *(s // size for s in sizes[1:]))
             case Dropout(rate):
                 modules.append(nn.Dropout(rate))
+            case Embedding(symbols, units):
+                modules.append(nn.Embedding(symbols, units))
+                sizes = (*sizes, units)
+            case Recurrent(_, units):
+                modules.append(Steps(layer, sizes[-1]))
+                sizes = (units,)
             case Flatten():
                 modules.append(nn.Flatten())
                 sizes = (math.prod(sizes),)
@@ -177,8 +234,11 @@ def keras_network(name: str, inputs: tuple[int, ...] = ()) -> keras.Model:
     from keras import layers
 
     network = NETWORKS[name]
-    channels, *size = inputs or network.inputs
-    found: list[Any] = [keras.Input((*size, channels))]
+    sizes = inputs or network.inputs
+    if len(sizes) == 3:
+        sizes = (*sizes[1:], sizes[0])
+    dtype = "int64" if isinstance(network.layers[0], Embedding) else None
+    found: list[Any] = [keras.Input(sizes, dtype=dtype)]
     for layer in network.layers:
         match layer:
             case Conv(filters, kernel):
@@ -187,6 +247,11 @@ def keras_network(name: str, inputs: tuple[int, ...] = ()) -> keras.Model:
                 found.append(layers.MaxPooling2D(pool))
             case Dropout(rate):
                 found.append(layers.Dropout(rate))
+            case Embedding(symbols, units):
+                found.append(layers.Embedding(symbols, units))
+            case Recurrent(kind, units, every):
+                recurrent = layers.LSTM if kind == "lstm" else layers.SimpleRNN
+                found.append(recurrent(units, return_sequences=every))
             case Flatten():
                 found.append(layers.Flatten())
             case Dense(units, activation):

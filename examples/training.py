@@ -19,17 +19,19 @@ FRAMEWORKS = {"torch": "torch", "keras": "tensorflow"}
 CHECKPOINTS = 10
 
 Labelled = tuple[Any, Any]  # images and labels
+Weights = list[NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs [n, features] or [n, channels, height, width] float32, with targets [n] int64
-    (classes) or [n, 1] float32 (values).
+    """Inputs [n, features], [n, channels, height, width] or [n, steps, features] float32, or
+    [n, steps] int64 (symbols), with targets [n] or [n, steps] int64 (classes) or [n, 1] float32
+    (values).
     """
 
-    inputs: NDArray[np.float32]
+    inputs: NDArray[Any]
     targets: NDArray[Any]
-    test_inputs: NDArray[np.float32]
+    test_inputs: NDArray[Any]
     test_targets: NDArray[Any]
 
     @classmethod
@@ -117,10 +119,15 @@ def train(
     data: Data,
     recipe: Recipe,
     on_epoch: Callable[[], object] = lambda: None,
+    weights: Weights | None = None,
 ) -> Pair:
-    """Train `network` natively and fused; `on_epoch` is called after each epoch of both."""
+    """Train `network` natively and fused; `on_epoch` is called after each epoch of both.
+
+    `weights` are those to begin with, instead of the network's own.
+    """
     native, fused = (
-        _run(framework, network, variant, data, recipe, on_epoch) for variant in (False, True)
+        _run(framework, network, variant, data, recipe, on_epoch, weights)
+        for variant in (False, True)
     )
     apart = _gradient_distance(framework, network, data, recipe, fused)
     return Pair(network, framework, native, fused, apart)
@@ -133,8 +140,11 @@ def _run(
     data: Data,
     recipe: Recipe,
     on_epoch: Callable[[], object],
+    weights: Weights | None,
 ) -> Curve:
     model = build(framework, network, data.sizes, recipe, fused)
+    if weights is not None:
+        model.load(weights)
     curve = Curve(explanation=model.explanation, checkpoints={0: model.weights()})
     every = max(1, recipe.epochs // CHECKPOINTS)
     with launches(curve.kernels):
@@ -150,7 +160,7 @@ def _run(
             on_epoch()
         outputs = model.predict(data.test_inputs)
     if recipe.loss == "cross_entropy":
-        curve.score = float((outputs.argmax(1) == data.test_targets).mean())
+        curve.score = float((outputs.argmax(-1) == data.test_targets).mean())
     else:
         curve.score = float(np.mean((outputs - data.test_targets) ** 2))
     return curve

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from twinfuse import convert
 from twinfuse._backend import (
     Choice,
     FallbackError,
@@ -30,6 +31,7 @@ __all__ = [
     "TuneReport",
     "Tuned",
     "__version__",
+    "convert",
     "doctor",
     "explain",
     "launches",
