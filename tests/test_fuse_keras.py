@@ -256,7 +256,7 @@ def test_only_exact_layers_are_fused(launched: Launched) -> None:
             layers.Dense(6, "tanh"),
             layers.Dense(6, "relu", name="last"),
             layers.Reshape((3, 2)),
-            layers.LSTM(4),
+            layers.GRU(4),
         ]
     )
     x = data(2, 8, 8, 1)
@@ -269,8 +269,7 @@ def test_only_exact_layers_are_fused(launched: Launched) -> None:
         np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
     report = twinfuse.explain(model)
     rows = {row.op: row for row in report if row.backend == "native"}
-    assert rows["LSTM"].reason == "not yet fused"
-    for name in ("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose"):
+    for name in ("DepthwiseConv2D", "SeparableConv2D", "Conv2DTranspose", "GRUCell"):
         assert rows[name].reason == "no fused kernel computes it"
     assert rows["Shifted"].reason == "a subclass of Dense may compute something else"
     assert rows["Doubled"].reason == "a subclass of Conv2D may compute something else"
@@ -312,3 +311,31 @@ def test_a_relu_layer_of_its_own_is_reported(relu: Any, launched: Launched) -> N
 def test_fuse_takes_only_layers() -> None:
     with pytest.raises(TypeError, match="model: expected a Keras model or layer, got int"):
         tfk.fuse(3)  # type: ignore[type-var]
+
+
+def test_recurrent_layers(launched: Launched) -> None:
+    keras.utils.clear_session()
+    model = keras.Sequential(
+        [
+            keras.Input((5, 3)),
+            layers.Bidirectional(layers.LSTM(4, return_sequences=True), name="both"),
+            layers.RNN(layers.LSTMCell(6), return_sequences=True, name="cells"),
+            layers.LSTM(4, activation="elu", return_sequences=True, name="native"),
+            layers.LSTM(4, name="last"),
+        ]
+    )
+    x = data(2, 5, 3)
+    expected = model.predict(x, verbose=0)
+    weights = model.get_weights()
+    assert all("not fused" in r.reason or "elu" in r.reason for r in tfk.explain(model))
+    assert tfk.fuse(model) is model
+    assert type(model.get_layer("last").cell) is layers.LSTMCell
+    with launched("lstm_forward", times=3), launched("lstm_cell_forward"):
+        np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-6)
+    report = twinfuse.explain(model)
+    assert [row.backend for row in report] == ["cpu", "cpu", "cpu", "native", "cpu"]
+    tfk.unfuse(model)
+    with launched("lstm_", times=0):
+        np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+    assert all(map(np.array_equal, weights, model.get_weights()))
+    assert type(model.get_layer("last")) is layers.LSTM

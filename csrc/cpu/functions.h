@@ -1,5 +1,6 @@
-// Elementary functions on vectors, and the activations made of them. Errors are below two and a half
-// units in the last place; NaN stays NaN. Sigmoids below the smallest normal number may be zero.
+// Elementary functions on vectors, and the activations made of them. Errors are below two and a
+// half units in the last place; NaN stays NaN. Sigmoids below the smallest normal number may be
+// zero.
 #pragma once
 
 #include "cpu/simd.h"

@@ -19,7 +19,9 @@ from twinfuse._backend import Choice, Report
 from twinfuse.torch import _usage
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.linear_relu import linear_relu
-from twinfuse.torch.nn import ConvReLU1d, ConvReLU2d, LinearReLU
+from twinfuse.torch.lstm import lstm
+from twinfuse.torch.lstm_cell import lstm_cell
+from twinfuse.torch.nn import LSTM, ConvReLU1d, ConvReLU2d, LinearReLU, LSTMCell
 
 __all__ = ["explain", "fuse", "unfuse"]
 
@@ -38,6 +40,9 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: ConvReLU2d,
 }
 _NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
+# Layers that are fused by themselves.
+_ALONE: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+_ALONE_NAMES = {nn.LSTM: "lstm", nn.LSTMCell: "lstm_cell"}
 # Set on a module whose class `fuse` changed, so that `unfuse` leaves other fused layers alone.
 _MARK = "_twinfuse_fused"
 
@@ -68,6 +73,7 @@ def fuse(model: Model, deferred: bool = False) -> Model:
     their own), and in modules whose forward method does nothing but pass tensors from one child to
     the next (`self.relu(self.fc(x))`). A pair is fused only where it is certain that nobody sees
     the value between the two; `explain(model)` says for each layer what became of it, and why.
+    LSTM and LSTMCell are fused by themselves, wherever they are.
 
     Parameters, buffers, names, `state_dict` keys and indices stay as they are, so optimizers and
     checkpoints remain valid. Parametrized and pruned layers are fused as well. Change the
@@ -91,6 +97,10 @@ def fuse(model: Model, deferred: bool = False) -> Model:
             _swap_class(layer, kind, _FUSED[kind])
             setattr(layer, _MARK, True)
         group.parent._modules[group.key] = FusedReLU(group.relu)
+    for module in list(model.modules()):
+        if native := _alone(module):
+            _swap_class(module, native, _ALONE[native])
+            setattr(module, _MARK, True)
     return model
 
 
@@ -98,7 +108,7 @@ def unfuse(model: Model) -> Model:
     """Undo `fuse`, in place: every layer is of its former class again; returns `model`."""
     for module in list(model.modules()):
         if vars(module).pop(_MARK, False):
-            for native, fused in _FUSED.items():
+            for native, fused in (_FUSED | _ALONE).items():
                 if isinstance(module, fused):
                     _swap_class(module, fused, native)
         for key, child in module._modules.items():
@@ -108,13 +118,19 @@ def unfuse(model: Model) -> Model:
 
 
 def explain(model: nn.Module) -> Report:
-    """One row for each Linear, Conv1d, Conv2d and ReLU of `model`: fused, or native and why."""
+    """One row for each layer of `model` that `fuse` knows: fused, or native and why."""
     survey = _survey(model)
     fusible = {id(m) for group in survey.groups for m in (*group.layers, group.relu)}
     report = Report()
     for name, module in model.named_modules():
-        if isinstance(module, tuple(_FUSED.values())):
+        if isinstance(module, (*_FUSED.values(), *_ALONE.values())):
             report.append(_explain_fused(name, module))
+        elif isinstance(module, tuple(_ALONE)):
+            op = next(op for kind, op in _ALONE_NAMES.items() if isinstance(module, kind))
+            reason = "a subclass may compute something else"
+            if isinstance(module, nn.Module) and _alone(module):
+                reason = "can be fused: call fuse(model)"
+            report.append(Choice(where=name, op=op, backend="native", reason=reason))
         elif isinstance(module, FusedReLU):
             reason = "in the layer before"
             report.append(Choice(where=name, op="relu", backend="fused", reason=reason))
@@ -140,6 +156,9 @@ def _why_native(module: object) -> str:
 
 def _explain_fused(name: str, layer: Any) -> Choice:
     with torch.no_grad():
+        if isinstance(layer, (LSTM, LSTMCell)):
+            choice = _explain_recurrent(layer)
+            return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
         weight, bias = layer.weight, layer.bias
         if isinstance(layer, LinearReLU):
             example = weight.new_empty((1, layer.in_features))
@@ -151,6 +170,25 @@ def _explain_fused(name: str, layer: Any) -> Choice:
             options = (layer.stride, "valid", layer.dilation, layer.groups)
             (choice,) = explain_call(op, example, weight, bias, *options)
     return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
+
+
+def _explain_recurrent(layer: Any) -> Choice:
+    size = layer.hidden_size
+    parameters = list(layer.parameters())
+    options = {"activation": layer.activation, "recurrent_activation": layer.recurrent_activation}
+    example = parameters[0].new_empty((1, layer.input_size))
+    if isinstance(layer, LSTMCell):
+        hx = (example.new_empty((1, size)), example.new_empty((1, size)))
+        weights = [
+            getattr(layer, n, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        ]
+        return explain_call(lstm_cell, example, hx, *weights, **options)[0]
+    example = example.unsqueeze(0)
+    shape = (layer.num_layers * (1 + layer.bidirectional), 1)
+    hx = (example.new_empty((*shape, layer.proj_size or size)), example.new_empty((*shape, size)))
+    call = (example, hx, layer._flat_weights, layer.bias, layer.num_layers)
+    options["bidirectional"] = layer.bidirectional
+    return explain_call(lstm, *call, **options)[0]
 
 
 def _swap_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
@@ -173,6 +211,11 @@ def _is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
         return False
     parametrized = parametrize.is_parametrized(module) and type(module).__bases__ == (kind,)
     return type(module) is kind or parametrized
+
+
+def _alone(module: nn.Module) -> type[nn.Module] | None:
+    """Which of the classes that are fused by themselves a module is of."""
+    return next((kind for kind in _ALONE if _is_exactly(module, kind)), None)
 
 
 @dataclass

@@ -21,9 +21,12 @@ _FUSED = {
     keras.layers.Dense: Dense,
     keras.layers.Conv1D: Conv1D,
     keras.layers.Conv2D: Conv2D,
+    keras.layers.LSTM: LSTM,
+    keras.layers.LSTMCell: LSTMCell,
 }
 _NATIVE = {fused: native for native, fused in _FUSED.items()}
-_NOT_YET = ("LSTM", "LSTMCell")
+# They compute with a cell, which is a layer, too.
+_RECURRENT = (keras.layers.LSTM, keras.layers.LSTMCell)
 
 
 @dataclass
@@ -42,7 +45,13 @@ def fuse(model: Model) -> Model:
     traced anew; a `tf.function` of your own keeps what it has traced.
     """
     layers = list(_flatten(model))
-    fused = [layer for layer in layers if _native_reason(layer) == "" and type(layer) in _FUSED]
+    # An LSTM computes what its cell would, with the cell's weights.
+    cells = {id(layer.cell) for layer in layers if isinstance(layer, keras.layers.LSTM)}
+    fused = [
+        layer
+        for layer in layers
+        if type(layer) in _FUSED and id(layer) not in cells and not _native_reason(layer)
+    ]
     for layer in fused:
         changes: dict[str, Any] = {}
         if isinstance(layer, keras.layers.Dense):
@@ -77,12 +86,11 @@ def explain(model: keras.layers.Layer) -> Report:
     rows = []
     for layer in _leaves(model, set()):
         op = type(layer).__name__
-        recurrent = isinstance(layer, (LSTM, LSTMCell))
-        reason = _lstm_ops.native_reason(layer) if recurrent else _native_reason(layer)
-        if recurrent and not reason:
-            choice = _lstm_ops.find_kernel(layer)
-        elif reason or type(layer) in _FUSED:
+        reason = _native_reason(layer)
+        if reason or type(layer) in _FUSED:
             choice = ("native", "", reason or "not fused: call twinfuse.keras.fuse(model)")
+        elif isinstance(layer, _RECURRENT):
+            choice = _lstm_ops.find_kernel(layer)
         else:
             stem = "linear_relu" if isinstance(layer, Dense) else "conv_relu"
             choice = _ops.find_kernel(f"{stem}_forward", layer)
@@ -102,7 +110,7 @@ def _leaves(layer: keras.layers.Layer, seen: set[int]) -> Iterator[keras.layers.
         return
     seen.add(id(layer))
     children = list(layer._flatten_layers(recursive=False, include_self=False))
-    if not children or type(layer).__name__ in _NOT_YET:
+    if not children or isinstance(layer, _RECURRENT):
         yield layer
         return
     for child in children:
@@ -113,10 +121,11 @@ def _native_reason(layer: keras.layers.Layer) -> str:
     """Why `layer` computes natively, fused or not; empty when it can be fused or is."""
     native = next((native for native in _FUSED if isinstance(layer, native)), None)
     if native is None:
-        name = type(layer).__name__
-        return "not yet fused" if name in _NOT_YET else "no fused kernel computes it"
+        return "no fused kernel computes it"
     if type(layer) not in _FUSED and not isinstance(layer, _FUSED[native]):
         return f"a subclass of {native.__name__} may compute something else"
+    if native in _RECURRENT:
+        return _lstm_ops.native_reason(layer)
     if not _ops.is_relu(layer.activation):
         if any(_is_relu_layer(node.operation) for node in layer._outbound_nodes):
             # Its own output, before the ReLU, may be read at any time (as the output of another
