@@ -25,9 +25,8 @@ class LstmForwardPlan {
         ih_(op.weights.ih, false, true, op, crew_, &space_),
         hh_(op.weights.hh, false, true, op, crew_, &space_),
         hr_(op.weights.hr, false, false, op, crew_, &space_),
-        height_(ceil_div(max64(op.batch, 1), crew_.chunks)),
-        block_steps_(min64(max64(kBlockRows / height_, 1), max64(op.steps, 1))),
-        block_rows_(block_steps_ * height_) {
+        block_steps_(min64(max64(kBlockRows / crew_.height, 1), max64(op.steps, 1))),
+        block_rows_(block_steps_ * crew_.height) {
     offsets_ = space_.take_of<int64_t>(Steps::offset_count(op));
     terms_ = space_.take_of<Acc>(Gates<T>::term_count(op));
     for (int64_t& h : h_) h = space_.take_of<T>(op.batch * h_row());
@@ -113,19 +112,23 @@ class LstmForwardPlan {
       return sums_ + (panel * p_.block_rows_ + row) * p_.ih_.panel_width();
     }
 
+    // A block of one step is multiplied in that step, so that a team meets once.
     void multiply_inputs(int64_t first, int64_t last) {
-      const void* x = x_;
-      int64_t apart = p_.x_row() * sizeof(Packed), rows = 0;
+      const int64_t t = steps_.time(first);
       if (!kPacks && last - first == 1 && op_.input.col == 1 && op_.inputs % E::kGroup == 0) {
-        const int64_t t = steps_.time(first);
-        x = steps_.at<T>(op_.input, t, begin_), apart = op_.input.row * sizeof(T);
-        rows = rows_at(t);
+        inputs_ = steps_.at<T>(op_.input, t, begin_), inputs_apart_ = op_.input.row * sizeof(T);
+        input_rows_ = rows_at(t);
       } else {
-        rows = fetch_inputs(first, last);
+        input_rows_ = fetch_inputs(first, last);
+        inputs_ = x_, inputs_apart_ = p_.x_row() * sizeof(Packed);
       }
-      team_.each(p_.ih_.panels(), [&](int64_t panel, int64_t worker) {
-        p_.ih_.multiply(x, apart, rows, panel, worker, sums(panel, 0), false);
-      });
+      if (p_.block_steps_ > 1)
+        team_.each(p_.ih_.panels(),
+                   [&](int64_t panel, int64_t worker) { multiply_inputs_of(panel, worker); });
+    }
+
+    void multiply_inputs_of(int64_t panel, int64_t worker) const {
+      p_.ih_.multiply(inputs_, inputs_apart_, input_rows_, panel, worker, sums(panel, 0), false);
     }
 
     int64_t fetch_inputs(int64_t first, int64_t last) {
@@ -192,6 +195,7 @@ class LstmForwardPlan {
         h = packed, apart = p_.h_row() * sizeof(Packed);
       }
       team_.each(p_.hh_.panels(), [&](int64_t panel, int64_t worker) {
+        if (p_.block_steps_ == 1) multiply_inputs_of(panel, worker);
         p_.hh_.multiply(h, apart, active_, panel, worker, sums(panel, row), true);
         finish_panel(t, panel, sums(panel, row));
       });
@@ -287,8 +291,10 @@ class LstmForwardPlan {
     const int64_t begin_, end_;
     Packed* x_;
     Acc *sums_, *projected_;
-    T *old_, *new_;  // h before and after the step
-    uint8_t* seen_;  // sequences that have had a step
+    T *old_, *new_;                 // h before and after the step
+    uint8_t* seen_;                 // sequences that have had a step
+    const void* inputs_ = nullptr;  // of a block of steps
+    int64_t inputs_apart_ = 0, input_rows_ = 0;
     int64_t active_ = 0;
   };
 
@@ -305,13 +311,13 @@ class LstmForwardPlan {
   int64_t x_row() const { return row_of(op_.inputs); }
   int64_t full_row() const { return row_of(op_.units); }
   int64_t sums_row() const { return ih_.panels() * ih_.panel_width(); }
-  int64_t projected_size() const { return height_ * hr_.panel_width(); }
+  int64_t projected_size() const { return crew_.height * hr_.panel_width(); }
 
   const LstmForward& op_;
   const Crew crew_;
   Space space_;
   StepWeights<T> ih_, hh_, hr_;
-  const int64_t height_, block_steps_, block_rows_;  // of a chunk
+  const int64_t block_steps_, block_rows_;  // of a chunk
   int64_t offsets_, terms_, h_[2], packed_h_, full_, c_, seen_, x_, sums_, projected_;
   char* base_ = nullptr;
 };

@@ -88,6 +88,7 @@ struct Team {
 // single one, threads share the columns of each step instead.
 struct Crew {
   int64_t chunks = 1, team = 1;
+  int64_t height = 1;  // sequences of the largest chunk
   int64_t workers() const { return chunks * team; }
 
   Crew(const LstmCall& op, const TwinfuseContext& context) {
@@ -105,15 +106,31 @@ struct Crew {
       team = worth;
     else
       chunks = max64(min64(worth, op.batch), 1);
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+      height = max64(height, cut(op, chunk + 1) - cut(op, chunk));
   }
 
-  // Calls body(first sequence, last, chunk, team).
+  // Calls body(range of sequences, chunk, team).
   template <class Body>
   void run(const LstmCall& op, const TwinfuseContext& context, const Body& body) const {
-    if (team > 1) return body(Range{0, op.batch}, 0, Team{context, team});
     parallel_for(context, chunks, [&](int64_t chunk) {
-      body(part_of(op.batch, 1, chunks, chunk), chunk, Team{context, 1});
+      body(Range{cut(op, chunk), cut(op, chunk + 1)}, chunk, Team{context, team});
     });
+  }
+
+ private:
+  // How many sequences the first `count` chunks take: such that they have nearly their share of all
+  // steps. Packed sequences come with the longest first.
+  int64_t cut(const LstmCall& op, int64_t count) const {
+    const int64_t* sizes = op.options.batch_sizes;
+    if (!sizes || count == chunks) return op.batch * count / chunks;
+    const int64_t share = op.rows / chunks * count;
+    int64_t sequences = 0, length = op.steps;
+    for (int64_t rows = 0; rows < share; sequences++) {
+      while (sizes[length - 1] <= sequences) length--;
+      rows += length;
+    }
+    return sequences;
   }
 };
 
