@@ -64,7 +64,8 @@ class Call {
     matrix("peephole", weights->peephole, 3, call_.units);
     call_.steps = cell_ ? 1 : packed ? options_.steps : rows->sizes[0];
     call_.batch = cell_ ? rows->sizes[0] : packed ? 0 : rows->sizes[1];
-    call_.rows = call_.steps * call_.batch;
+    check.require(!__builtin_mul_overflow(call_.steps, call_.batch, &call_.rows), name,
+                  "fewer than 2^63 rows", call_.steps);
     if (packed) packed_sizes(rows->sizes[0]);
   }
 
@@ -201,6 +202,9 @@ class Call {
     for (int64_t t = 0; t < options_.steps; t++) {
       check.require(sizes[t] >= 1 && sizes[t] <= (t ? sizes[t - 1] : rows), "batch_sizes",
                     "positive numbers that do not increase", sizes[t]);
+      // Compared like this, the sum cannot overflow.
+      check.require(sizes[t] <= rows - call_.rows, "batch_sizes",
+                    "a sum equal to the number of rows of the packed tensor", call_.rows);
       if (!check.ok()) return;
       call_.rows += sizes[t];
     }

@@ -67,8 +67,9 @@ struct Exp {
     scale = (V)((bits + C::kBias) << C::kMantissa);
   }
 
-  // exp + x, rounded once where scale + x is exact.
+  // exp + x and x - exp, rounded once where scale is exact beside x.
   TWINFUSE_INLINE V plus(A x) const { return S::fma(scale, fraction, scale + S::set(x)); }
+  TWINFUSE_INLINE V from(A x) const { return S::fma(-scale, fraction, S::set(x) - scale); }
 };
 
 template <class A>
@@ -84,7 +85,7 @@ TWINFUSE_INLINE typename Simd<A>::V tanh(typename Simd<A>::V x) {
   typedef typename E::Ints Ints;
   const Ints sign = (Ints)x & (Ints)Simd<A>::set(static_cast<A>(-0.0));
   const E e(Simd<A>::set(-2) * (typename E::V)((Ints)x ^ sign));
-  return (typename E::V)((Ints)(-e.plus(-1) / e.plus(1)) | sign);
+  return (typename E::V)((Ints)(e.from(1) / e.plus(1)) | sign);
 }
 
 // `kind` is a TwinfuseActivation.

@@ -28,14 +28,14 @@ class LstmBackwardPlan {
     const int64_t batch = op.batch;
     offsets_ = space_.take_of<int64_t>(Steps::offset_count(op));
     terms_ = space_.take_of<Acc>(Gates<T>::term_count(op));
-    grad_gates_ = space_.take_of<T>(op.rows * 4 * op.units);
-    projected_ = space_.take_of<T>(projects() ? op.rows * op.state : 0);
-    full_ = space_.take_of<T>(projects() ? op.rows * op.units : 0);
-    packed_ = space_.take_of<Packed>(packs() ? batch * packed_row() : 0);
-    dh_ = space_.take_of<Acc>(batch * round_up(op.state, hh_.panel_width()));
-    dfull_ = space_.take_of<Acc>(projects() ? batch * round_up(op.units, hr_.panel_width()) : 0);
-    dc_ = space_.take_of<Acc>(batch * Gates<T>::padded(op.units));
-    waiting_ = space_.take_of<Acc>(op.options.mask ? batch * Gates<T>::padded(op.state) : 0);
+    grad_gates_ = space_.take_of<T>(op.rows, 4 * op.units);
+    projected_ = space_.take_of<T>(projects() ? op.rows : 0, op.state);
+    full_ = space_.take_of<T>(projects() ? op.rows : 0, op.units);
+    packed_ = space_.take_of<Packed>(packs() ? batch : 0, packed_row());
+    dh_ = space_.take_of<Acc>(batch, round_up(op.state, hh_.panel_width()));
+    dfull_ = space_.take_of<Acc>(projects() ? batch : 0, round_up(op.units, hr_.panel_width()));
+    dc_ = space_.take_of<Acc>(batch, Gates<T>::padded(op.units));
+    waiting_ = space_.take_of<Acc>(op.options.mask ? batch : 0, Gates<T>::padded(op.state));
   }
 
   int64_t bytes() const { return space_.bytes(); }
@@ -105,7 +105,8 @@ class LstmBackwardPlan {
       for (int64_t s = op_.steps - 1; s >= 0; s--) {
         const int64_t t = steps_.time(s);
         change_active(max64(min64(end_, steps_.active(t)) - begin_, 0));
-        if (active_) step(t);
+        // Nobody may ask for the gradient of the first state.
+        if (active_) step(t, s > 0 || op_.grad_initial.h.data);
       }
       if (op_.steps == 0) change_active(end_ - begin_);
       change_active(0);
@@ -144,16 +145,18 @@ class LstmBackwardPlan {
     void join(int64_t b) {
       const Matrix &h = op_.grad_final.h, &c = op_.grad_final.c;
       for (int64_t k = 0; k < op_.state; k += kWidth) {
-        const T* from = static_cast<const T*>(h.data) + b * h.row_stride + k * h.col_stride;
-        S::store(dh(b, k),
-                 h.data ? load_strided(from, h.col_stride, count(k, op_.state)) : S::zero());
+        S::store(dh(b, k), load_state(h, b, k, op_.state));
         if (op_.options.mask) S::store(waiting(b) + k, S::zero());
       }
       for (int64_t k = 0; k < op_.units; k += kWidth) {
-        const T* from = static_cast<const T*>(c.data) + b * c.row_stride + k * c.col_stride;
-        S::store(dc(b) + k,
-                 c.data ? load_strided(from, c.col_stride, count(k, op_.units)) : S::zero());
+        S::store(dc(b) + k, load_state(c, b, k, op_.units));
       }
+    }
+
+    static V load_state(const Matrix& m, int64_t b, int64_t k, int64_t end) {
+      if (!m.data) return S::zero();
+      const T* from = static_cast<const T*>(m.data) + b * m.row_stride + k * m.col_stride;
+      return load_strided(from, m.col_stride, count(k, end));
     }
 
     void leave(int64_t b) {
@@ -166,13 +169,14 @@ class LstmBackwardPlan {
                       S::load(dc(b) + k), count(k, op_.units));
     }
 
-    void step(int64_t t) {
+    void step(int64_t t, bool to_hidden) {
       if (p_.projects()) unproject(t);
       // Row by row: what is saved comes from far away, and in the order in which it lies.
       team_.split(ceil_div(op_.units, kWidth), [&](Range part, int64_t) {
         for (int64_t b = begin_; b < begin_ + active_; b++)
           for (int64_t p = part.begin; p < part.end; p++) grad_units(t, b, p * kWidth);
       });
+      if (!to_hidden) return;
       const T* rows = grad_gates(steps_.row(t, begin_));
       const int64_t apart = steps_.rows_apart() * 4 * op_.units;
       multiply(p_.hh_, rows, apart, 4 * op_.units, p_.dh_, true);

@@ -25,18 +25,17 @@ class LstmForwardPlan {
         ih_(op.weights.ih, false, true, op, crew_, &space_),
         hh_(op.weights.hh, false, true, op, crew_, &space_),
         hr_(op.weights.hr, false, false, op, crew_, &space_),
-        block_steps_(min64(max64(kBlockRows / crew_.height, 1), max64(op.steps, 1))),
-        block_rows_(block_steps_ * crew_.height) {
+        block_rows_(rows_of_block(op.steps, crew_.height)) {
     offsets_ = space_.take_of<int64_t>(Steps::offset_count(op));
     terms_ = space_.take_of<Acc>(Gates<T>::term_count(op));
-    for (int64_t& h : h_) h = space_.take_of<T>(op.batch * h_row());
-    packed_h_ = space_.take_of<Packed>(kPacks ? op.batch * h_row() : 0);
-    full_ = space_.take_of<Packed>(projects() ? op.batch * full_row() : 0);
-    c_ = space_.take_of<Acc>(op.batch * Gates<T>::padded(op.units));
+    for (int64_t& h : h_) h = space_.take_of<T>(op.batch, h_row());
+    packed_h_ = space_.take_of<Packed>(kPacks ? op.batch : 0, h_row());
+    full_ = space_.take_of<Packed>(projects() ? op.batch : 0, full_row());
+    c_ = space_.take_of<Acc>(op.batch, Gates<T>::padded(op.units));
     seen_ = space_.take(op.options.mask ? op.batch : 0);
-    x_ = space_.take_of<Packed>(crew_.chunks * block_rows_ * x_row());
-    sums_ = space_.take_of<Acc>(crew_.chunks * block_rows_ * sums_row());
-    projected_ = space_.take_of<Acc>(projects() ? crew_.workers() * projected_size() : 0);
+    x_ = space_.take_of<Packed>(crew_.chunks * block_rows_, x_row());
+    sums_ = space_.take_of<Acc>(crew_.chunks * block_rows_, sums_row());
+    projected_ = space_.take_of<Acc>(projects() ? crew_.workers() : 0, projected_size());
   }
 
   int64_t bytes() const { return space_.bytes(); }
@@ -68,6 +67,7 @@ class LstmForwardPlan {
           team_(team),
           begin_(rows.begin),
           end_(rows.end),
+          block_steps_(steps_of_block(op_.steps, end_ - begin_)),
           x_(p_.template at<Packed>(p_.x_) + chunk * p_.block_rows_ * p_.x_row()),
           sums_(p_.template at<Acc>(p_.sums_) + chunk * p_.block_rows_ * p_.sums_row()),
           projected_(p_.template at<Acc>(p_.projected_) + chunk * p_.projected_size()),
@@ -82,8 +82,8 @@ class LstmForwardPlan {
         if (p_.projects()) clear(full(), p_.full_row());
       }
       if (seen_) clear(seen_, 1);
-      for (int64_t first = 0; first < op_.steps; first += p_.block_steps_) {
-        const int64_t last = min64(op_.steps, first + p_.block_steps_);
+      for (int64_t first = 0; first < op_.steps; first += block_steps_) {
+        const int64_t last = min64(op_.steps, first + block_steps_);
         multiply_inputs(first, last);
         int64_t row = 0;
         for (int64_t s = first; s < last; s++) {
@@ -112,7 +112,7 @@ class LstmForwardPlan {
       return sums_ + (panel * p_.block_rows_ + row) * p_.ih_.panel_width();
     }
 
-    // A block of one step is multiplied in that step, so that a team meets once.
+    // Where blocks are single steps, they are multiplied in these, so that a team meets once.
     void multiply_inputs(int64_t first, int64_t last) {
       const int64_t t = steps_.time(first);
       if (!kPacks && last - first == 1 && op_.input.col == 1 && op_.inputs % E::kGroup == 0) {
@@ -122,7 +122,7 @@ class LstmForwardPlan {
         input_rows_ = fetch_inputs(first, last);
         inputs_ = x_, inputs_apart_ = p_.x_row() * sizeof(Packed);
       }
-      if (p_.block_steps_ > 1)
+      if (block_steps_ > 1)
         team_.each(p_.ih_.panels(),
                    [&](int64_t panel, int64_t worker) { multiply_inputs_of(panel, worker); });
     }
@@ -162,8 +162,11 @@ class LstmForwardPlan {
         memset(static_cast<void*>(to), 0, op_.state * sizeof(T));
       for (int64_t k = 0; k < Gates<T>::padded(op_.units); k += kWidth) {
         const int n = static_cast<int>(max64(min64(kWidth, op_.units - k), 0));
-        const T* from = static_cast<const T*>(c.data) + b * c.row_stride + k * c.col_stride;
-        E::S::store(c_row(b) + k, c.data ? load_strided(from, c.col_stride, n) : E::S::zero());
+        V value = E::S::zero();
+        if (c.data)
+          value = load_strided(static_cast<const T*>(c.data) + b * c.row_stride + k * c.col_stride,
+                               c.col_stride, n);
+        E::S::store(c_row(b) + k, value);
       }
     }
 
@@ -195,7 +198,7 @@ class LstmForwardPlan {
         h = packed, apart = p_.h_row() * sizeof(Packed);
       }
       team_.each(p_.hh_.panels(), [&](int64_t panel, int64_t worker) {
-        if (p_.block_steps_ == 1) multiply_inputs_of(panel, worker);
+        if (block_steps_ == 1) multiply_inputs_of(panel, worker);
         p_.hh_.multiply(h, apart, active_, panel, worker, sums(panel, row), true);
         finish_panel(t, panel, sums(panel, row));
       });
@@ -288,7 +291,7 @@ class LstmForwardPlan {
     const Steps& steps_;
     const Gates<T>& gates_;
     const Team team_;
-    const int64_t begin_, end_;
+    const int64_t begin_, end_, block_steps_;
     Packed* x_;
     Acc *sums_, *projected_;
     T *old_, *new_;                 // h before and after the step
@@ -300,6 +303,14 @@ class LstmForwardPlan {
 
   // Rows of inputs that are multiplied at once: each panel of the weights is read once for them.
   static constexpr int64_t kBlockRows = 72;
+  static int64_t steps_of_block(int64_t steps, int64_t sequences) {
+    return max64(min64(kBlockRows / max64(sequences, 1), steps), 1);
+  }
+  // The most that a chunk of up to so many sequences has.
+  static int64_t rows_of_block(int64_t steps, int64_t sequences) {
+    const int64_t most = max64(kBlockRows, sequences);
+    return steps < kBlockRows ? min64(most, max64(steps, 1) * sequences) : most;
+  }
 
   template <class P>
   P* at(int64_t offset) const {
@@ -317,7 +328,7 @@ class LstmForwardPlan {
   const Crew crew_;
   Space space_;
   StepWeights<T> ih_, hh_, hr_;
-  const int64_t block_steps_, block_rows_;  // of a chunk
+  const int64_t block_rows_;  // of a chunk
   int64_t offsets_, terms_, h_[2], packed_h_, full_, c_, seen_, x_, sums_, projected_;
   char* base_ = nullptr;
 };

@@ -54,9 +54,10 @@ class Gates {
         V sum = S::zero();
         const Vector biases[] = {op_.weights.bias_ih, op_.weights.bias_hh};
         for (const Vector& bias : biases) {
+          if (!bias.data) continue;
           const T* from =
               static_cast<const T*>(bias.data) + (gate * op_.units + unit) * bias.stride;
-          if (bias.data) sum = S::add(sum, load_strided(from, bias.stride, n));
+          sum = S::add(sum, load_strided(from, bias.stride, n));
         }
         S::store(bias_ + 4 * unit + gate * kWidth, sum);
       }

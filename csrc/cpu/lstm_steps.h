@@ -6,21 +6,28 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-// Hands out stretches of scratch; each starts on a cache line.
+// Hands out stretches of scratch; each starts on a cache line. More than there can be is asked for
+// as a number that no allocator grants.
 class Space {
  public:
-  int64_t take(int64_t bytes) {
+  int64_t take(int64_t bytes, int64_t count = 1) {
     const int64_t at = bytes_;
-    bytes_ += round_up(bytes, 64);
+    int64_t all = 0;
+    if (__builtin_mul_overflow(bytes, count, &all) || all > kMost - bytes_ - 64)
+      bytes_ = kMost;
+    else
+      bytes_ += round_up(all, 64);
     return at;
   }
   template <class P>
-  int64_t take_of(int64_t count) {
-    return take(count * static_cast<int64_t>(sizeof(P)));
+  int64_t take_of(int64_t count, int64_t times = 1) {
+    return take(static_cast<int64_t>(sizeof(P)) * times, count);
   }
   int64_t bytes() const { return bytes_; }
 
  private:
+  static constexpr int64_t kMost = INT64_MAX / 2;
+
   int64_t bytes_ = 0;
 };
 

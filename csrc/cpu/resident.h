@@ -65,7 +65,7 @@ class Resident {
         const int64_t units = cols_ / kGates;
         first = v * units + panel * kWidth, end = (v + 1) * units;
       }
-      const int64_t n = min64(kWidth, end - first);
+      const int64_t n = max64(min64(kWidth, end - first), 0);
       if (cols_outer_) {
         pack_transposed(source_, 0, depth_, first, n, kWidth, to, step,
                         reinterpret_cast<Packed*>(scratch));

@@ -33,7 +33,8 @@
 //
 // On a CPU, bits depend on the instruction set and the dtype alone: not on strides, layout,
 // packing, alignment or threads. Every sum runs over x and then over h, in runs as linear_relu.h
-// says.
+// says. Gradients of weights, biases and peepholes are sums over the rows in the order in which
+// they are saved, and depend on that, too.
 #pragma once
 
 #include "twinfuse/core.h"
@@ -66,7 +67,8 @@ typedef struct TwinfuseLstm {
 
   // [T, B], strides in bytes: where it is 0 a sequence skips the step. Its state stays; its output
   // is that of the last step that it did not skip (0 if there is none), or 0 with
-  // `zero_masked_output`. NULL: none skips. Not with batch_sizes.
+  // `zero_masked_output`. NULL: none skips. Not with batch_sizes. The input of a step that is
+  // skipped is not looked at, but for the gradient of `ih`, which multiplies it by zero.
   const uint8_t* mask;
   int64_t mask_stride[2];
   int32_t zero_masked_output;

@@ -61,10 +61,16 @@ def keep_from_xla(layer: Any) -> None:
 
 
 def find_kernel(layer: Any) -> tuple[str, str, str]:
-    """`(backend, kernel, reason)` that a call of a layer or cell made now would take."""
+    """`(backend, kernel, reason)` that a call of a layer or cell made now would take.
+
+    The reason beside a kernel is why training will not take it.
+    """
     cell = getattr(layer, "cell", layer)
     role = "lstm_cell_forward" if cell is layer else "lstm_forward"
-    return _ops.find_kernel(role, cell, "kernel")
+    backend, kernel, reason = _ops.find_kernel(role, cell, "kernel")
+    if kernel and (dropout := _dropout_reason(cell, training=True)):
+        reason = f"native in training: {dropout}"
+    return backend, kernel, reason
 
 
 def lstm(
@@ -142,15 +148,21 @@ def _drops(rate: float, training: Any) -> bool:
     return bool(training) and 0.0 < rate < 1.0
 
 
+def _dropout_reason(cell: Any, training: Any) -> str:
+    if _drops(cell.recurrent_dropout, training):
+        return "recurrent_dropout drops another part of the state for each gate"
+    if _drops(cell.dropout, training) and cell.implementation == 1:
+        return "with implementation=1, dropout drops another part of the input for each gate"
+    return ""
+
+
 def _reason(layer: Any, training: Any) -> str:
     """Why this call is native."""
     cell = getattr(layer, "cell", layer)
     if reason := native_reason(layer):
         return reason
-    if _drops(cell.recurrent_dropout, training):
-        return "recurrent_dropout drops another part of the state for each gate"
-    if _drops(cell.dropout, training) and cell.implementation == 1:
-        return "with implementation=1, dropout drops another part of the input for each gate"
+    if reason := _dropout_reason(cell, training):
+        return reason
     # Keras' own loop serves what XLA compiles, and whatever else no kernel does.
     backend, _, reason = find_kernel(layer) if _ops.BACKEND == "tensorflow" else ("", "", "")
     return reason if backend == "reference" else ""

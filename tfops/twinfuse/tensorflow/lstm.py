@@ -135,12 +135,13 @@ def run(
     return kind.reference(operands, settings)
 
 
-def _activation(given: Any) -> str | Callable[[Any], Any]:
+def _activation(kind: Kind, name: str, given: Any) -> str | Callable[[Any], Any]:
     if given is None or given == "linear":
         return tf.identity
     if isinstance(given, str) and given not in NUMBERS:
-        names = ", ".join(f'"{name}"' for name in NUMBERS)
-        raise ValueError(f'activation: expected {names}, "linear" or a function, got "{given}"')
+        names = ", ".join(f'"{known}"' for known in NUMBERS)
+        expected = f'{names}, "linear" or a function'
+        raise ValueError(f'{kind.name}: {name}: expected {expected}, got "{given}"')
     return _FUNCTIONS.get(id(given), given)
 
 
@@ -148,9 +149,12 @@ def _arguments(kind: Kind, given: dict[str, Any]) -> tuple[Kind, Operands, Setti
     """What a public function was given, as tensors; numbers without a dtype get that of x."""
     x = tf.convert_to_tensor(given["x"], name="x")
     states = given["states"] if kind is CELL else given["initial_state"]
-    if states is not None and len(states) != 2:
-        _calls.refuse(kind.name, "the state", "a pair (h, c)", f"{len(states)} tensors")
-    given = {**given, "x": x, **dict(zip("hc", states or ()))}
+    if states is None:
+        states = ()
+    elif not isinstance(states, (tuple, list)) or len(states) != 2:
+        got = f"{len(states)} of them" if isinstance(states, (tuple, list)) else "one tensor"
+        _calls.refuse(kind.name, "the state", "two tensors (h, c)", got)
+    given = {**given, "x": x, **dict(zip("hc", states))}
     mask = given.pop("mask", None)
     tensors = {
         name: tf.convert_to_tensor(given[name], dtype_hint=x.dtype.base_dtype, name=name)
@@ -159,7 +163,9 @@ def _arguments(kind: Kind, given: dict[str, Any]) -> tuple[Kind, Operands, Setti
     }
     tensors["mask"] = None if mask is None else tf.cast(mask, tf.bool)
     settings: dict[str, Any] = {
-        name: _activation(given[name]) if name.endswith("activation") else bool(given[name])
+        name: _activation(kind, name, given[name])
+        if name.endswith("activation")
+        else bool(given[name])
         for name in kind.settings
     }
     operands = Operands(**{**dict.fromkeys(Operands._fields), **tensors})
