@@ -198,18 +198,18 @@ class Call {
     if (!check.ok()) return;
     const int64_t* sizes = options_.batch_sizes;
     call_.batch = sizes[0];
-    call_.rows = 0;
+    call_.rows = rows;
+    uint64_t sum = 0;
     for (int64_t t = 0; t < options_.steps; t++) {
       check.require(sizes[t] >= 1 && sizes[t] <= (t ? sizes[t - 1] : rows), "batch_sizes",
                     "positive numbers that do not increase", sizes[t]);
-      // Compared like this, the sum cannot overflow.
-      check.require(sizes[t] <= rows - call_.rows, "batch_sizes",
-                    "a sum equal to the number of rows of the packed tensor", call_.rows);
       if (!check.ok()) return;
-      call_.rows += sizes[t];
+      // Behind the number of rows the sum no longer matters, and could overflow.
+      if (sum <= static_cast<uint64_t>(rows)) sum += static_cast<uint64_t>(sizes[t]);
     }
-    check.require(call_.rows == rows, "batch_sizes",
-                  "a sum equal to the number of rows of the packed tensor", call_.rows);
+    check.require(sum == static_cast<uint64_t>(rows), "batch_sizes",
+                  "a sum equal to the number of rows of the packed tensor",
+                  static_cast<int64_t>(sum));
   }
 
   const char* op_;

@@ -153,7 +153,7 @@ def _arguments(kind: Kind, given: dict[str, Any]) -> tuple[Kind, Operands, Setti
         states = ()
     elif not isinstance(states, (tuple, list)) or len(states) != 2:
         got = f"{len(states)} of them" if isinstance(states, (tuple, list)) else "one tensor"
-        _calls.refuse(kind.name, "the state", "two tensors (h, c)", got)
+        _calls.refuse(kind.name, "the state", "a pair of tensors (h, c)", got)
     given = {**given, "x": x, **dict(zip("hc", states))}
     mask = given.pop("mask", None)
     tensors = {
