@@ -137,7 +137,8 @@ def test_a_failing_allocator_gives_a_status(case: LstmCase, dtype: str) -> None:
                 lender.check()
             else:
                 assert len(lender.scratch) <= failing, "an allocation failed and nobody noticed"
-                assert failing > 0, f"{role} takes no scratch from the framework"
+                # That of a cell may be so small that it lies on the stack.
+                assert failing > 0 or case.cell, f"{role} takes no scratch from the framework"
                 break
         else:
             raise AssertionError(f"{role} makes more than 24 allocations")
