@@ -23,6 +23,7 @@ def starts(name: str, sizes: tuple[int, ...], frameworks: Sequence[str]) -> dict
     if set(kinds) != {"lstm"} or set(frameworks) != {"torch", "keras"}:
         return {}
     import torch
+    import torch._dynamo  # an optimizer needs it, and it Triton, which cannot follow TensorFlow
 
     torch.manual_seed(SEED)
     module, model = torch_network(name, sizes), keras_network(name, sizes)

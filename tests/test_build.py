@@ -222,7 +222,9 @@ def test_no_code_of_one_instruction_set_can_serve_another() -> None:
         isa = path.name.split(".")[1]
         symbols = subprocess.check_output(["nm", "-C", "--defined-only", path], text=True)
         merged = re.findall(r"^[0-9a-f]+ [Wu] (.*)$", symbols, re.MULTILINE)
-        foreign = [name for name in merged if f"twinfuse::cpu::{isa}::" not in name]
+        # A name that is too long for `nm` stays as it is in the object.
+        ours = (f"twinfuse::cpu::{isa}::", f"_ZN8twinfuse3cpu{len(isa)}{isa}")
+        foreign = [name for name in merged if not any(own in name for own in ours)]
         assert not foreign, f"{path.name}: {foreign}"
 
 

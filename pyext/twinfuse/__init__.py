@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twinfuse import convert
 from twinfuse._backend import (
     Choice,
     FallbackError,
@@ -22,6 +22,9 @@ from twinfuse._core import launches
 from twinfuse._tuning import Tuned, TuneReport
 from twinfuse._version import __version__
 from twinfuse.doctor import doctor
+
+if TYPE_CHECKING:
+    from twinfuse import convert
 
 __all__ = [
     "Choice",
@@ -39,6 +42,12 @@ __all__ = [
     "tune",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":  # it needs NumPy
+        return importlib.import_module("twinfuse.convert")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def explain(target: Any, *args: Any, **kwargs: Any) -> Report:
