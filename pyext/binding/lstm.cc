@@ -135,16 +135,10 @@ void CheckInput(const View& input, const View* batch_sizes) {
 void Forward(StableIValue* stack, bool save, bool push_saved) {
   const Tensors<kArguments> tensors(kOp, kNames, kOptional, stack);
   const auto fall_back = [&](const std::string& reason) {
-    StableIValue call[kArguments + 6];
-    tensors.Share(call);
-    for (int i = 0; i < 5; ++i) call[kArguments + i] = stack[kArguments + i];
-    call[kArguments + 5] = torch::stable::detail::from(save);
-    RunReference(kOp, "twinfuse::_lstm_reference", call);
-    // A call that torch refuses too is an error and no fall-back: hence the report comes last.
-    std::array<Handle, 6> results;
-    for (int i = 0; i < 6; ++i) results[i] = PopTensor(call[i]);
-    ReportFallback(kOp, reason);
-    for (int i = 0; i < (push_saved ? 6 : 3); ++i) stack[i] = results[i].release();
+    auto numbers = Numbers<6>(stack + kArguments);
+    numbers[5] = torch::stable::detail::from(save);  // in the public form this is `recompute`
+    RunReference<6>(kOp, "twinfuse::_lstm_reference", tensors, numbers, reason, push_saved ? 6 : 3,
+                    stack);
   };
   const View& x = *tensors[kInput];
   tensors.CheckDevices(kInput, kBatchSizes);
@@ -196,14 +190,8 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
   const StableIValue* const options = stack + kBackwardArguments;
   const int64_t needs = PopInt(options[5]);
   const auto fall_back = [&](const std::string& reason) {
-    StableIValue call[kBackwardArguments + 6];
-    tensors.Share(call);
-    for (int i = 0; i < 6; ++i) call[kBackwardArguments + i] = options[i];
-    RunReference(kOp, "twinfuse::_lstm_reference_backward", call);
-    std::array<Handle, kGradients> results;
-    for (int i = 0; i < kGradients; ++i) results[i] = PopTensor(call[i]);
-    ReportFallback(kOp, reason);
-    for (int i = 0; i < kGradients; ++i) stack[i] = results[i].release();
+    RunReference<kGradients>(kOp, "twinfuse::_lstm_reference_backward", tensors,
+                             Numbers<6>(options), reason, kGradients, stack);
   };
   const View& x = *tensors[kLayer];
   const View& ih = *tensors[kLayer + 1];

@@ -117,11 +117,31 @@ class Result {
   std::optional<View> view_;
 };
 
-// Runs the operator `name`, which Python defines by torch's own, instead of a kernel.
-inline void RunReference(const char* op, const char* name, StableIValue* stack) {
-  if (torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION) != TORCH_SUCCESS) {
+// Runs the operator `name`, which Python defines by torch's own, instead of a kernel: with the same
+// tensors and the numbers behind them. Leaves the first `pushed` of its results on the stack.
+template <int kResults, size_t kCount, size_t kNumbers>
+void RunReference(const char* op, const char* name, const Tensors<kCount>& tensors,
+                  const std::array<StableIValue, kNumbers>& numbers, const std::string& reason,
+                  int pushed, StableIValue* stack) {
+  StableIValue call[kCount + kNumbers];
+  tensors.Share(call);
+  for (size_t i = 0; i < kNumbers; ++i) call[kCount + i] = numbers[i];
+  if (torch_call_dispatcher(name, "", call, TORCH_ABI_VERSION) != TORCH_SUCCESS) {
     throw std::runtime_error(std::string(op) + ": torch's own operators refused the call");
   }
+  // A call that torch refuses too is an error and no fall-back: hence the report comes last.
+  std::array<Handle, kResults> results;
+  for (int i = 0; i < kResults; ++i) results[i] = PopTensor(call[i]);
+  ReportFallback(op, reason);
+  for (int i = 0; i < pushed; ++i) stack[i] = results[i].release();
+}
+
+// The first values of the stack from `first` on.
+template <size_t kNumbers>
+std::array<StableIValue, kNumbers> Numbers(const StableIValue* first) {
+  std::array<StableIValue, kNumbers> numbers;
+  for (size_t i = 0; i < kNumbers; ++i) numbers[i] = first[i];
+  return numbers;
 }
 
 // Bits of `needs`, in the order in which gradients are returned. A cell has no `kNeedsHr`, and its

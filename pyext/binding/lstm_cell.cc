@@ -62,16 +62,10 @@ struct Step : TwinfuseLstm {
 void Forward(StableIValue* stack, bool save, bool push_saved) {
   const Tensors<kArguments> tensors(kOp, kNames, kOptional, stack);
   const auto fall_back = [&](const std::string& reason) {
-    StableIValue call[kArguments + 3];
-    tensors.Share(call);
-    for (int i = 0; i < 2; ++i) call[kArguments + i] = stack[kArguments + i];
-    call[kArguments + 2] = torch::stable::detail::from(save);
-    RunReference(kOp, "twinfuse::_lstm_cell_reference", call);
-    // A call that torch refuses too is an error and no fall-back: hence the report comes last.
-    std::array<Handle, 3> results;
-    for (int i = 0; i < 3; ++i) results[i] = PopTensor(call[i]);
-    ReportFallback(kOp, reason);
-    for (int i = 0; i < (push_saved ? 3 : 2); ++i) stack[i] = results[i].release();
+    const std::array<StableIValue, 3> numbers = {stack[kArguments], stack[kArguments + 1],
+                                                 torch::stable::detail::from(save)};
+    RunReference<3>(kOp, "twinfuse::_lstm_cell_reference", tensors, numbers, reason,
+                    push_saved ? 3 : 2, stack);
   };
   const View& x = *tensors[kInput];
   tensors.CheckDevices(kInput);
@@ -113,14 +107,8 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
   const StableIValue* const options = stack + kBackwardArguments;
   const int64_t needs = PopInt(options[2]);
   const auto fall_back = [&](const std::string& reason) {
-    StableIValue call[kBackwardArguments + 3];
-    tensors.Share(call);
-    for (int i = 0; i < 3; ++i) call[kBackwardArguments + i] = options[i];
-    RunReference(kOp, "twinfuse::_lstm_cell_reference_backward", call);
-    std::array<Handle, kGradients> results;
-    for (int i = 0; i < kGradients; ++i) results[i] = PopTensor(call[i]);
-    ReportFallback(kOp, reason);
-    for (int i = 0; i < kGradients; ++i) stack[i] = results[i].release();
+    RunReference<kGradients>(kOp, "twinfuse::_lstm_cell_reference_backward", tensors,
+                             Numbers<3>(options), reason, kGradients, stack);
   };
   const View& x = *tensors[kCell];
   const View& ih = *tensors[kCell + 3];
