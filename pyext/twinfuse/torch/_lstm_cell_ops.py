@@ -41,9 +41,7 @@ _reference_forward: Callable[..., Any] = _lstm_cell_reference.forward
 _reference_backward: Callable[..., Any] = _lstm_cell_reference.backward
 
 
-def _complete(args: Sequence[Any]) -> tuple[Any, ...]:
-    # Torch leaves arguments out that have their default value.
-    return (*args, *_DEFAULTS[len(args) :])
+_complete = functools.partial(_operators.complete, _DEFAULTS)
 
 
 def reference(*args: Any) -> tuple[Tensor, Tensor]:
@@ -110,9 +108,7 @@ class LstmCell(torch.autograd.Function):
         else:
             results = backward(*_of_backward(grads, gates, args), needs)
         *before, bias, for_peephole = results
-        # Two biases must not share one gradient, which either may be changed in place.
-        second = bias.clone() if bias_ih and bias_hh else bias
-        biases = (bias if bias_ih else None, second if bias_hh else None)
+        biases = _operators.for_both_biases(bias, bias_ih, bias_hh)
         return *before, *biases, for_peephole, None, None, None, None
 
 
@@ -164,10 +160,7 @@ def _autocast(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def kernel(*args: Any) -> tuple[Tensor, Tensor]:
         args = _complete(args)
         dtype = torch.get_autocast_dtype(device)
-        cast = [
-            tensor if tensor is None else _operators.cast(tensor, device, dtype)
-            for tensor in args[:_TENSORS]
-        ]
+        cast = _operators.cast_all(args[:_TENSORS], device, dtype)
         with torch._C._ExcludeDispatchKeyGuard(keys):
             h, c = public(*cast, *args[_TENSORS:])
             # As native, whose state keeps the wider dtype of the two.

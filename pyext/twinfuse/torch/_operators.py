@@ -122,6 +122,25 @@ def cast(tensor: Tensor, device: str, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if wanted and tensor.device.type == device else tensor
 
 
+def cast_all(
+    tensors: Sequence[Tensor | None], device: str, dtype: torch.dtype
+) -> list[Tensor | None]:
+    return [None if tensor is None else cast(tensor, device, dtype) for tensor in tensors]
+
+
+def complete(defaults: Sequence[Any], args: Sequence[Any]) -> tuple[Any, ...]:
+    """All arguments of an operator: torch leaves those out that have their default value."""
+    return (*args, *defaults[len(args) :])
+
+
+def for_both_biases(
+    grad: Any, wants_ih: bool, wants_hh: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient of each of two biases; not one tensor, as either may be changed in place."""
+    second = grad.clone() if wants_ih and wants_hh else grad
+    return grad if wants_ih else None, second if wants_hh else None
+
+
 def check_alike(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise as the kernels do, so that a wrong call fails when it is traced."""
     check_all_alike(op, input, weight=weight, bias=bias)
