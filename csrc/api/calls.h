@@ -69,7 +69,7 @@ struct LstmState {
 };
 
 struct LstmWeights {
-  Matrix ih, hh, hr, peephole;
+  Matrix ih, hh, hr, peephole, norm;
   Vector bias_ih, bias_hh;
 };
 
@@ -80,11 +80,13 @@ struct LstmSaved {
 // What both directions are told. `rows` counts the steps of all sequences; `state` is R.
 struct LstmCall {
   int64_t steps, batch, rows, inputs, units, state;
+  int64_t saved_gates;  // in a row
   TwinfuseLstm options;
   LstmSaved saved;
   Sequence input;
   LstmWeights weights;
   Sequence zoneout_hidden, zoneout_cell;
+  Sequence dropout_input, dropout_hidden;  // `step` is from one gate to the next
 };
 
 struct LstmForward : LstmCall {

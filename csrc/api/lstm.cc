@@ -11,7 +11,7 @@ namespace twinfuse {
 namespace {
 
 constexpr TwinfuseLstmState kNoState{};
-constexpr TwinfuseLstmZoneout kNoZoneout{};
+constexpr TwinfuseLstmNoise kNoNoise{};
 constexpr TwinfuseLstmSaved kNothingSaved{};
 constexpr TwinfuseLstmWeights kNoWeights{};
 
@@ -62,6 +62,11 @@ class Call {
     vector("bias_hh", weights->bias_hh);
     matrix("weight_hr", weights->hr, call_.state, call_.units);
     matrix("peephole", weights->peephole, 3, call_.units);
+    matrix("norm", weights->norm, 2, gates);
+    call_.saved_gates = weights->norm ? 3 * gates : gates;
+    if (weights->norm && !(options_.norm_epsilon >= 0))
+      check.reject("norm_epsilon", "a number that is not negative",
+                   std::to_string(options_.norm_epsilon));
     call_.steps = cell_ ? 1 : packed ? options_.steps : rows->sizes[0];
     call_.batch = cell_ ? rows->sizes[0] : packed ? 0 : rows->sizes[1];
     check.require(!__builtin_mul_overflow(call_.steps, call_.batch, &call_.rows), name,
@@ -108,15 +113,23 @@ class Call {
     const bool flat = cell_ || options_.batch_sizes;
     check.sizes(name, tensor, flat ? rows : sizes, flat ? 2 : 3);
   }
+  void factors(const char* name, const TwinfuseTensor* tensor, int64_t cols) {
+    if (!tensor) return;
+    check.tensor(name, tensor, dtype_);
+    const Size sizes[] = {{4}, {call_.batch}, {cols}};
+    check.sizes(name, tensor, sizes, 3);
+  }
   // Rows that are dense: what is saved.
   void dense(const char* name, const TwinfuseTensor* tensor, int64_t cols) {
     matrix(name, tensor, call_.rows, cols);
     if (check.ok() && tensor && cols > 1)
       check.require(tensor->strides[1] == 1, name, "rows with a stride of 1", tensor->strides[1]);
   }
-  void zoneout(const TwinfuseLstmZoneout& zoneout) {
-    sequence("zoneout_hidden", zoneout.hidden, call_.state);
-    sequence("zoneout_cell", zoneout.cell, call_.units);
+  void noise(const TwinfuseLstmNoise& noise) {
+    sequence("zoneout_hidden", noise.zoneout_hidden, call_.state);
+    sequence("zoneout_cell", noise.zoneout_cell, call_.units);
+    factors("dropout_input", noise.dropout_input, call_.inputs);
+    factors("dropout_hidden", noise.dropout_hidden, call_.state);
   }
   void saved(const TwinfuseLstmSaved& saved, bool wanted) {
     if (wanted || saved.gates || saved.cells || saved.hidden) {
@@ -124,7 +137,7 @@ class Call {
       check.given(saved.cells, cell_ ? "initial_c" : "cells", "a tensor, as all that is saved");
       check.given(saved.hidden, cell_ ? "initial_h" : "hidden", "a tensor, as all that is saved");
     }
-    dense("gates", saved.gates, 4 * call_.units);
+    dense("gates", saved.gates, call_.saved_gates);
     if (cell_) return state("initial_h", "initial_c", {saved.hidden, saved.cells});
     dense("cells", saved.cells, call_.units);
     dense("hidden", saved.hidden, call_.state);
@@ -135,21 +148,25 @@ class Call {
     if (grads.ih) check.given(input, "input", "a tensor, for the gradient of weight_ih");
     if (grads.hr) check.given(weights.hr, "grad_weight_hr", "NULL without weight_hr");
     if (grads.peephole) check.given(weights.peephole, "grad_peephole", "NULL without peephole");
+    if (grads.norm) check.given(weights.norm, "grad_norm", "NULL without norm");
     matrix("grad_weight_ih", grads.ih, 4 * call_.units, call_.inputs);
     matrix("grad_weight_hh", grads.hh, 4 * call_.units, call_.state);
     matrix("grad_weight_hr", grads.hr, call_.state, call_.units);
     matrix("grad_peephole", grads.peephole, 3, call_.units);
+    matrix("grad_norm", grads.norm, 2, 4 * call_.units);
     vector("grad_bias_ih", grads.bias_ih);
     vector("grad_bias_hh", grads.bias_hh);
   }
 
   void fill(LstmCall* call, const TwinfuseLstmWeights& weights,
-            const TwinfuseLstmZoneout& zoneout) const {
+            const TwinfuseLstmNoise& noise) const {
     *call = call_;
     call->options = options_;
     call->weights = view(weights);
-    call->zoneout_hidden = view_sequence(zoneout.hidden);
-    call->zoneout_cell = view_sequence(zoneout.cell);
+    call->zoneout_hidden = view_sequence(noise.zoneout_hidden);
+    call->zoneout_cell = view_sequence(noise.zoneout_cell);
+    call->dropout_input = view_factors(noise.dropout_input);
+    call->dropout_hidden = view_factors(noise.dropout_hidden);
   }
 
   static Matrix view(const TwinfuseTensor* t) {
@@ -166,16 +183,19 @@ class Call {
     const auto vector = [](const TwinfuseTensor* t) {
       return t ? Vector{t->data, t->strides[0]} : Vector{};
     };
-    return {view(w.ih),       view(w.hh),        view(w.hr),
-            view(w.peephole), vector(w.bias_ih), vector(w.bias_hh)};
+    return {view(w.ih),   view(w.hh),        view(w.hr),       view(w.peephole),
+            view(w.norm), vector(w.bias_ih), vector(w.bias_hh)};
   }
   Sequence view_sequence(const TwinfuseTensor* t) const {
     if (!t) return {};
     if (options_.batch_sizes || cell_) return {t->data, 0, t->strides[0], t->strides[1]};
-    return {t->data, t->strides[0], t->strides[1], t->strides[2]};
+    return view_factors(t);
+  }
+  static Sequence view_factors(const TwinfuseTensor* t) {
+    return t ? Sequence{t->data, t->strides[0], t->strides[1], t->strides[2]} : Sequence{};
   }
 
-  int64_t units() const { return call_.units; }
+  int64_t saved_gates() const { return call_.saved_gates; }
   int64_t inputs() const { return call_.inputs; }
   int64_t hidden() const { return call_.state; }
   int64_t batch() const { return call_.batch; }
@@ -237,12 +257,12 @@ TwinfuseStatus forward(const char* op_name, bool is_cell, const TwinfuseTensor* 
                        const TwinfuseLstmState* final, const TwinfuseLstmSaved* saved,
                        const TwinfuseTensor* gates, const TwinfuseTensor* input,
                        const TwinfuseLstmState* initial, const TwinfuseLstmWeights* weights,
-                       const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm,
+                       const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
                        const TwinfuseContext* context) {
   if (!final) final = &kNoState;
   if (!saved) saved = &kNothingSaved;
   if (!initial) initial = &kNoState;
-  if (!zoneout) zoneout = &kNoZoneout;
+  if (!noise) noise = &kNoNoise;
   Call call(op_name, is_cell, lstm, context);
   call.sizes("input", input, weights, input ? input->dtype : 0);
   if (!call.check.ok()) return call.check.status();
@@ -250,14 +270,14 @@ TwinfuseStatus forward(const char* op_name, bool is_cell, const TwinfuseTensor* 
   call.sequence("output", output, call.hidden());
   call.state("final_h", "final_c", *final);
   call.state("initial_h", "initial_c", *initial);
-  call.zoneout(*zoneout);
-  is_cell ? call.dense("gates", gates, 4 * call.units()) : call.saved(*saved, false);
+  call.noise(*noise);
+  is_cell ? call.dense("gates", gates, call.saved_gates()) : call.saved(*saved, false);
   if (!call.check.ok()) return call.check.status();
   const TwinfuseStatus supported = call.unsupported(*context);
   if (supported != TWINFUSE_OK) return supported;
 
   LstmForward op{};
-  call.fill(&op, *weights, *zoneout);
+  call.fill(&op, *weights, *noise);
   op.output = call.view_sequence(output);
   op.final = Call::view(*final), op.initial = Call::view(*initial);
   op.saved = Call::view(*saved);
@@ -274,12 +294,12 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
                         const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,
                         const TwinfuseLstmState* grad_final, const TwinfuseLstmSaved* saved,
                         const TwinfuseTensor* input, const TwinfuseLstmWeights* weights,
-                        const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm,
+                        const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
                         const TwinfuseContext* context) {
   if (!grad_initial) grad_initial = &kNoState;
   if (!grad_final) grad_final = &kNoState;
   if (!grad_weights) grad_weights = &kNoWeights;
-  if (!zoneout) zoneout = &kNoZoneout;
+  if (!noise) noise = &kNoNoise;
   if (!saved) saved = &kNothingSaved;
   Call call(op_name, is_cell, lstm, context);
   call.check.given(saved->gates, "gates", "a tensor");
@@ -302,7 +322,7 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   call.sequence("grad_output", grad_output, call.hidden());
   call.state("grad_final_h", "grad_final_c", *grad_final);
   call.state("grad_initial_h", "grad_initial_c", *grad_initial);
-  call.zoneout(*zoneout);
+  call.noise(*noise);
   call.saved(*saved, true);
   call.gradients(g, *weights, input);
   if (!call.check.ok()) return call.check.status();
@@ -310,7 +330,7 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   if (supported != TWINFUSE_OK) return supported;
 
   LstmBackward op{};
-  call.fill(&op, *weights, *zoneout);
+  call.fill(&op, *weights, *noise);
   op.saved = Call::view(*saved);
   op.grad_output = call.view_sequence(grad_output);
   op.grad_initial = Call::view(*grad_initial), op.grad_final = Call::view(*grad_final);
@@ -335,11 +355,11 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
 extern "C" TwinfuseStatus twinfuse_lstm_forward(
     const TwinfuseTensor* output, const TwinfuseLstmState* final, const TwinfuseLstmSaved* saved,
     const TwinfuseTensor* input, const TwinfuseLstmState* initial,
-    const TwinfuseLstmWeights* weights, const TwinfuseLstmZoneout* zoneout,
-    const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+    const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
+    const TwinfuseContext* context) {
   return twinfuse::guarded([&] {
     return twinfuse::forward("lstm", false, output, final, saved, nullptr, input, initial, weights,
-                             zoneout, lstm, context);
+                             noise, lstm, context);
   });
 }
 
@@ -347,21 +367,21 @@ extern "C" TwinfuseStatus twinfuse_lstm_backward(
     const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
     const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,
     const TwinfuseLstmState* grad_final, const TwinfuseLstmSaved* saved,
-    const TwinfuseTensor* input, const TwinfuseLstmWeights* weights,
-    const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+    const TwinfuseTensor* input, const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise,
+    const TwinfuseLstm* lstm, const TwinfuseContext* context) {
   return twinfuse::guarded([&] {
     return twinfuse::backward("lstm", false, grad_input, grad_initial, grad_weights, grad_output,
-                              grad_final, saved, input, weights, zoneout, lstm, context);
+                              grad_final, saved, input, weights, noise, lstm, context);
   });
 }
 
 extern "C" TwinfuseStatus twinfuse_lstm_cell_forward(
     const TwinfuseLstmState* final, const TwinfuseTensor* gates, const TwinfuseTensor* input,
     const TwinfuseLstmState* initial, const TwinfuseLstmWeights* weights,
-    const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+    const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm, const TwinfuseContext* context) {
   return twinfuse::guarded([&] {
     return twinfuse::forward("lstm_cell", true, nullptr, final, nullptr, gates, input, initial,
-                             weights, zoneout, lstm, context);
+                             weights, noise, lstm, context);
   });
 }
 
@@ -369,11 +389,11 @@ extern "C" TwinfuseStatus twinfuse_lstm_cell_backward(
     const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
     const TwinfuseLstmWeights* grad_weights, const TwinfuseLstmState* grad_final,
     const TwinfuseTensor* gates, const TwinfuseTensor* input, const TwinfuseLstmState* initial,
-    const TwinfuseLstmWeights* weights, const TwinfuseLstmZoneout* zoneout,
-    const TwinfuseLstm* lstm, const TwinfuseContext* context) {
+    const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
+    const TwinfuseContext* context) {
   return twinfuse::guarded([&] {
     TwinfuseLstmSaved saved{gates, initial ? initial->c : nullptr, initial ? initial->h : nullptr};
     return twinfuse::backward("lstm_cell", true, grad_input, grad_initial, grad_weights, nullptr,
-                              grad_final, &saved, input, weights, zoneout, lstm, context);
+                              grad_final, &saved, input, weights, noise, lstm, context);
   });
 }

@@ -35,6 +35,7 @@ class Checker {
   void relu_grad(int32_t value);
   void require(bool holds, const char* name, const char* expected, int64_t got);
   void given(const void* argument, const char* name, const char* expected);
+  void reject(const char* name, const std::string& expected, const std::string& got);
 
   bool ok() const { return status_ == TWINFUSE_OK; }
   TwinfuseStatus status() const { return status_; }
@@ -42,7 +43,6 @@ class Checker {
  private:
   void shape(const char* name, const TwinfuseTensor* tensor, const int64_t* leading, int count,
              const Size* last, int last_count);
-  void reject(const char* name, const std::string& expected, const std::string& got);
 
   const char* op_;
   TwinfuseStatus status_ = TWINFUSE_OK;

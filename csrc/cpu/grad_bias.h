@@ -55,7 +55,7 @@ class GradBias {
     return round_up(at_once_ * bytes, 64);
   }
   int64_t worker_bytes() const {
-    const int64_t scratch = cols_outer_ ? transpose_scratch<T>() * sizeof(Packed) : 0;
+    const int64_t scratch = cols_outer_ ? transpose_scratch<T>(0) * sizeof(Packed) : 0;
     return packed_bytes() + round_up(scratch, 64);
   }
 

@@ -85,34 +85,59 @@ Gemm<T> grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias
   return g;
 }
 
+// All gradients of one call.
+template <class T>
+class LinearBackward {
+  using Acc = typename Convert<T>::Acc;
+
+ public:
+  LinearBackward(const LinearReluBackward& op, const TwinfuseContext& context)
+      : op_(op),
+        input_(op.grad_input.data ? grad_input<T>(op) : Gemm<T>{}, context),
+        weight_(has_weight() ? grad_weight<T>(op, op.grad_bias ? &planned_ : nullptr) : Gemm<T>{},
+                context),
+        bias_(op.grad_output.rows, n(), count_splits<T>(n(), op.grad_output.rows), false, context) {
+  }
+
+  // One gradient after the other is made in the same scratch.
+  int64_t bytes() const {
+    const int64_t bytes = max64(input_.bytes(), weight_.bytes());
+    return sum_bytes() + (bias_alone() ? max64(bytes, bias_.bytes()) : bytes);
+  }
+
+  // `space` holds bytes() and starts on a cache line.
+  void run(const TwinfuseContext& context, char* space) {
+    Acc* sums = op_.grad_bias ? reinterpret_cast<Acc*>(space) : nullptr;
+    space += sum_bytes();
+    cpu::TWINFUSE_ISA::run<T, Identity>(input_, context, space);
+    if (has_weight()) weight_.g = grad_weight<T>(op_, sums);
+    cpu::TWINFUSE_ISA::run<T, Identity>(weight_, context, space);
+    if (bias_alone())
+      bias_.run(source_of<T>(op_.grad_output, false, &op_.output, op_.relu_grad), context, space,
+                sums);
+    if (op_.grad_bias) store_grad_bias<T>(sums, n(), op_.grad_bias, op_.grad_bias_stride);
+  }
+
+ private:
+  int64_t n() const { return op_.grad_output.cols; }
+  int64_t sum_bytes() const { return op_.grad_bias ? round_up(n() * sizeof(Acc), 64) : 0; }
+  bool has_weight() const {
+    return op_.grad_weight.data && op_.grad_weight.rows && op_.grad_weight.cols;
+  }
+  bool bias_alone() const { return op_.grad_bias && !has_weight(); }
+
+  const LinearReluBackward op_;
+  Acc planned_ = 0;  // stands for the sums until there is scratch for them
+  const Plan<T> input_;
+  Plan<T> weight_;
+  const GradBias<T> bias_;
+};
+
 template <class T>
 TwinfuseStatus linear_relu_backward(const LinearReluBackward& op, const TwinfuseContext& context) {
-  using Acc = typename Convert<T>::Acc;
-  const Matrix& grad = op.grad_output;
-  const int64_t n = grad.cols;
-  const int64_t sum_bytes = op.grad_bias ? round_up(n * sizeof(Acc), 64) : 0;
-  const bool has_weight = op.grad_weight.data && op.grad_weight.rows && op.grad_weight.cols;
-  const bool bias_alone = op.grad_bias && !has_weight;
-  const GradBias<T> bias(grad.rows, n, count_splits<T>(n, grad.rows), false, context);
-  Acc planned;  // stands for the sums until there is scratch for them
-  Gemm<T> for_input{}, for_weight{};
-  if (op.grad_input.data) for_input = grad_input<T>(op);
-  if (has_weight) for_weight = grad_weight<T>(op, op.grad_bias ? &planned : nullptr);
-  const Plan<T> input_plan(for_input, context);
-  Plan<T> weight_plan(for_weight, context);
-  // One after the other in the same scratch.
-  int64_t bytes = max64(input_plan.bytes(), weight_plan.bytes());
-  if (bias_alone) bytes = max64(bytes, bias.bytes());
-  return with_scratch(context, sum_bytes + bytes, [&](char* space) {
-    Acc* sums = op.grad_bias ? reinterpret_cast<Acc*>(space) : nullptr;
-    space += sum_bytes;
-    run<T, Identity>(input_plan, context, space);
-    if (has_weight) weight_plan.g = grad_weight<T>(op, sums);
-    run<T, Identity>(weight_plan, context, space);
-    if (bias_alone)
-      bias.run(source_of<T>(grad, false, &op.output, op.relu_grad), context, space, sums);
-    if (op.grad_bias) store_grad_bias<T>(sums, n, op.grad_bias, op.grad_bias_stride);
-  });
+  LinearBackward<T> backward(op, context);
+  return with_scratch(context, backward.bytes(),
+                      [&](char* space) { backward.run(context, space); });
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -4,8 +4,7 @@
 // for the step before. All that sums over steps is left for matrix products over all of them.
 #pragma once
 
-#include "cpu/linear_relu.h"
-#include "cpu/lstm_gates.h"
+#include "cpu/lstm_gradients.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
@@ -23,80 +22,57 @@ class LstmBackwardPlan {
   LstmBackwardPlan(const LstmBackward& op, const TwinfuseContext& context)
       : op_(op),
         crew_(op, context),
-        hh_(op.weights.hh, true, false, op, crew_, &space_),
+        from_steps_(op, &kept_),
+        gradients_(op, from_steps_, context),
+        hh_{product(0), product(1), product(2), product(3)},
         hr_(op.weights.hr, true, false, op, crew_, &space_) {
     const int64_t batch = op.batch;
-    offsets_ = space_.take_of<int64_t>(Steps::offset_count(op));
+    offsets_ = kept_.take_of<int64_t>(Steps::offset_count(op));
     terms_ = space_.take_of<Acc>(Gates<T>::term_count(op));
-    grad_gates_ = space_.take_of<T>(op.rows, 4 * op.units);
-    projected_ = space_.take_of<T>(projects() ? op.rows : 0, op.state);
-    full_ = space_.take_of<T>(projects() ? op.rows : 0, op.units);
+    scales_ = space_.take_of<Acc>(GateNorm<T>::term_count(op));
     packed_ = space_.take_of<Packed>(packs() ? batch : 0, packed_row());
-    dh_ = space_.take_of<Acc>(batch, round_up(op.state, hh_.panel_width()));
+    dh_ = space_.take_of<Acc>(batch, dh_row());
+    dh_of_gate_ = space_.take_of<Acc>(drops_hidden() ? batch : 0, dh_row());
     dfull_ = space_.take_of<Acc>(projects() ? batch : 0, round_up(op.units, hr_.panel_width()));
     dc_ = space_.take_of<Acc>(batch, Gates<T>::padded(op.units));
     waiting_ = space_.take_of<Acc>(op.options.mask ? batch : 0, Gates<T>::padded(op.state));
+    transpose_bytes_ = max64(hh_[0].transpose_bytes(), hr_.transpose_bytes());
+    transpose_ = space_.take(crew_.workers() * transpose_bytes_);
   }
 
-  int64_t bytes() const { return space_.bytes(); }
+  // What the steps leave is kept; the rest is first theirs, and then that of the products.
+  int64_t bytes() const { return kept_.bytes() + max64(space_.bytes(), gradients_.bytes()); }
 
   void run(const TwinfuseContext& context, char* space) {
     DefaultFloatMode mode;
-    base_ = space;
-    int64_t* offsets = at<int64_t>(offsets_);
+    from_steps_.place(space);
+    int64_t* offsets = reinterpret_cast<int64_t*>(space + offsets_);
     Steps::fill_offsets(op_, offsets);
+    base_ = space + kept_.bytes();
     const Gates<T> gates(op_, at<Acc>(terms_));
     gates.fill_terms();
-    hh_.prepare(context, space), hr_.prepare(context, space);
+    const GateNorm<T> norm(op_, at<Acc>(scales_));
+    norm.fill_terms();
+    for (StepWeights<T>& hh : hh_) hh.prepare(context, base_, base_ + transpose_, transpose_bytes_);
+    hr_.prepare(context, base_, base_ + transpose_, transpose_bytes_);
     const Steps steps{op_, offsets};
     crew_.run(op_, context, [&](Range rows, int64_t, const Team& team) {
-      Walk(*this, steps, gates, rows, team).run();
+      Walk(*this, steps, gates, norm, rows, team).run();
     });
-  }
-
-  // What is summed over all steps. Returns the status of the products.
-  TwinfuseStatus finish(const TwinfuseContext& context) const {
-    const LstmWeights& to = op_.grad_weights;
-    LinearReluBackward product{};
-    product.grad_output = {at<T>(grad_gates_), op_.rows, 4 * op_.units, 4 * op_.units, 1};
-    product.weight = op_.weights.ih;
-    product.input = op_.input_rows;
-    product.grad_input = op_.grad_input_rows;
-    product.grad_weight = to.ih;
-    const Vector &first = to.bias_ih.data ? to.bias_ih : to.bias_hh, &second = to.bias_hh;
-    product.grad_bias = first.data, product.grad_bias_stride = first.stride;
-    TwinfuseStatus status = linear_relu_backward<T>(product, context);
-    for (int64_t k = 0; to.bias_ih.data && second.data && k < 4 * op_.units; k++)
-      static_cast<T*>(second.data)[k * second.stride] =
-          static_cast<const T*>(first.data)[k * first.stride];
-    if (to.hh.data && status == TWINFUSE_OK) {
-      product = {};
-      product.grad_output = {at<T>(grad_gates_), op_.rows, 4 * op_.units, 4 * op_.units, 1};
-      product.input = op_.saved.hidden;
-      product.grad_weight = to.hh;
-      status = linear_relu_backward<T>(product, context);
-    }
-    if (to.hr.data && status == TWINFUSE_OK) {
-      product = {};
-      product.grad_output = {at<T>(projected_), op_.rows, op_.state, op_.state, 1};
-      product.input = {at<T>(full_), op_.rows, op_.units, op_.units, 1};
-      product.grad_weight = to.hr;
-      status = linear_relu_backward<T>(product, context);
-    }
-    if (to.peephole.data && status == TWINFUSE_OK) sum_peepholes(context);
-    return status;
+    gradients_.run(steps, gates, context, base_);
   }
 
  private:
   // The sequences of one thread, or all of them with a team, from the last step to the first.
   class Walk {
    public:
-    Walk(const LstmBackwardPlan& plan, const Steps& steps, const Gates<T>& gates, Range rows,
-         const Team& team)
+    Walk(const LstmBackwardPlan& plan, const Steps& steps, const Gates<T>& gates,
+         const GateNorm<T>& norm, Range rows, const Team& team)
         : p_(plan),
           op_(plan.op_),
           steps_(steps),
           gates_(gates),
+          norm_(norm),
           team_(team),
           begin_(rows.begin),
           end_(rows.end) {}
@@ -114,7 +90,7 @@ class LstmBackwardPlan {
 
    private:
     // Of the gradient of h: in the panels of the product that makes it, [panel][sequence][column].
-    Acc* dh(int64_t b, int64_t k) const { return panels(p_.dh_, p_.hh_, op_.state, b, k); }
+    Acc* dh(int64_t b, int64_t k) const { return panels(p_.dh_, p_.hh_[0], op_.state, b, k); }
     Acc* dfull(int64_t b, int64_t k) const { return panels(p_.dfull_, p_.hr_, op_.units, b, k); }
     Acc* panels(int64_t space, const Resident<T>& product, int64_t cols, int64_t b,
                 int64_t k) const {
@@ -129,10 +105,6 @@ class LstmBackwardPlan {
     Acc* waiting(int64_t b) const {
       return p_.template at<Acc>(p_.waiting_) + b * Gates<T>::padded(op_.state);
     }
-    T* grad_gates(int64_t row) const {
-      return p_.template at<T>(p_.grad_gates_) + row * 4 * op_.units;
-    }
-    T* projected(int64_t row) const { return p_.template at<T>(p_.projected_) + row * op_.state; }
 
     static int count(int64_t k, int64_t end) { return static_cast<int>(min64(kWidth, end - k)); }
 
@@ -176,10 +148,44 @@ class LstmBackwardPlan {
         for (int64_t b = begin_; b < begin_ + active_; b++)
           for (int64_t p = part.begin; p < part.end; p++) grad_units(t, b, p * kWidth);
       });
+      const int64_t first = steps_.row(t, begin_), apart = steps_.rows_apart();
+      if (p_.normalizes())
+        team_.each(active_, [&](int64_t i, int64_t) { grad_sums(t, i, first + i * apart); });
       if (!to_hidden) return;
-      const T* rows = grad_gates(steps_.row(t, begin_));
-      const int64_t apart = steps_.rows_apart() * 4 * op_.units;
-      multiply(p_.hh_, rows, apart, 4 * op_.units, p_.dh_, true);
+      const T* rows = p_.from_steps_.sums(GateNorm<T>::kOfHidden, first);
+      if (!p_.drops_hidden())
+        return multiply(p_.hh_[0], rows, apart * 4 * op_.units, 4 * op_.units, p_.dh_, true);
+      for (int gate = 0; gate < 4; gate++) {
+        multiply(p_.hh_[gate], rows + gate * op_.units, apart * 4 * op_.units, op_.units,
+                 p_.dh_of_gate_, false);
+        for (int64_t b = begin_; b < begin_ + active_; b++) add_dropped(gate, b);
+      }
+    }
+
+    // From the gradients of the gates to those of the two products before they were normalised.
+    void grad_sums(int64_t t, int64_t i, int64_t row) const {
+      using Norm = GateNorm<T>;
+      for (int product = 0; product < Norm::kProducts; product++) {
+        T* to = p_.from_steps_.sums(product, row);
+        Acc* inverse = p_.from_steps_.inverse(product, row);
+        if (steps_.skips(t, begin_ + i)) {
+          memset(static_cast<void*>(to), 0, 4 * op_.units * sizeof(T));
+          *inverse = 0;
+        } else {
+          *inverse = norm_.backward(product, gates_.saved(row), p_.from_steps_.gates(row), to);
+        }
+      }
+    }
+
+    void add_dropped(int gate, int64_t b) const {
+      const Sequence& dropout = op_.dropout_hidden;
+      const T* factors =
+          static_cast<const T*>(dropout.data) + gate * dropout.step + b * dropout.row;
+      for (int64_t k = 0; k < op_.state; k += kWidth) {
+        const V factor = load_strided(factors + k * dropout.col, dropout.col, count(k, op_.state));
+        const V grad = S::load(panels(p_.dh_of_gate_, p_.hh_[0], op_.state, b, k));
+        S::store(dh(b, k), S::fma(factor, grad, S::load(dh(b, k))));
+      }
     }
 
     // The gradient of the output and of the state, together that of h'. What passes a zoneout or a
@@ -218,33 +224,29 @@ class LstmBackwardPlan {
     // Through the projection: from the gradients of h~ [R] to those of what it projects [H].
     void unproject(int64_t t) {
       for (int64_t b = begin_; b < begin_ + active_; b++) {
-        T* to = projected(steps_.row(t, b));
+        T* to = p_.from_steps_.projected(steps_.row(t, b));
         for (int64_t k = 0; k < op_.state; k += kWidth) {
           if (steps_.skips(t, b)) pass_output(t, b, k);
           store_strided(to + k, 1, steps_.skips(t, b) ? S::zero() : take_hidden(t, b, k),
                         count(k, op_.state));
         }
       }
-      multiply(p_.hr_, projected(steps_.row(t, begin_)), steps_.rows_apart() * op_.state, op_.state,
-               p_.dfull_, false);
+      multiply(p_.hr_, p_.from_steps_.projected(steps_.row(t, begin_)),
+               steps_.rows_apart() * op_.state, op_.state, p_.dfull_, false);
     }
 
     void grad_units(int64_t t, int64_t b, int64_t unit) const {
       const Units u{unit, count(unit, op_.units)};
       const int64_t row = steps_.row(t, b);
-      T* to = grad_gates(row);
-      T* full = p_.projects() ? p_.template at<T>(p_.full_) + row * op_.units : nullptr;
+      T* to = p_.from_steps_.gates(row);
       if (steps_.skips(t, b)) {
         for (int gate = 0; gate < 4; gate++)
           memset(static_cast<void*>(to + gate * op_.units + unit), 0, u.n * sizeof(T));
-        if (full)
-          memset(static_cast<void*>(full + unit), 0, u.n * sizeof(T));
-        else
-          pass_output(t, b, unit);
+        if (!p_.projects()) pass_output(t, b, unit);
         return;
       }
-      const V d = full ? S::load(dfull(b, unit)) : take_hidden(t, b, unit);
-      gates_.backward(d, p_.old_cell(row, u), u, p_.gates(row), dc(b), to, full,
+      const V d = p_.projects() ? S::load(dfull(b, unit)) : take_hidden(t, b, unit);
+      gates_.backward(d, gates_.old_cell(row, u), u, gates_.saved(row), dc(b), to,
                       {steps_.at<T>(op_.zoneout_cell, t, b), op_.zoneout_cell.col});
     }
 
@@ -262,7 +264,7 @@ class LstmBackwardPlan {
         }
       }
       team_.each(weights.panels(), [&](int64_t panel, int64_t worker) {
-        weights.multiply(packed, bytes, active_, panel, worker,
+        weights.multiply({packed, bytes, 0}, active_, panel, worker,
                          p_.template at<Acc>(to) + panel * op_.batch * weights.panel_width() +
                              begin_ * weights.width(panel),
                          continued);
@@ -273,69 +275,47 @@ class LstmBackwardPlan {
     const LstmBackward& op_;
     const Steps& steps_;
     const Gates<T>& gates_;
+    const GateNorm<T>& norm_;
     const Team team_;
     const int64_t begin_, end_;
     int64_t active_ = 0;
   };
 
-  void sum_peepholes(const TwinfuseContext& context) const {
-    const Gates<T> gates(op_, at<Acc>(terms_));
-    const Matrix& to = op_.grad_weights.peephole;
-    parallel_for(context, ceil_div(op_.units, kWidth), [&](int64_t panel) {
-      const Units u{panel * kWidth, static_cast<int>(min64(kWidth, op_.units - panel * kWidth))};
-      LevelSum<T> sums[] = {LevelSum<T>(S::zero()), LevelSum<T>(S::zero()), LevelSum<T>(S::zero())};
-      for (int64_t row = 0; row < op_.rows;) {
-        V run[] = {S::zero(), S::zero(), S::zero()};
-        for (const int64_t end = min64(op_.rows, row + kSummedRun); row < end; row++) {
-          V terms[3];
-          gates.peephole_terms(old_cell(row, u), u, this->gates(row),
-                               at<T>(grad_gates_) + row * 4 * op_.units, terms);
-          for (int k = 0; k < 3; k++) run[k] = S::add(run[k], terms[k]);
-        }
-        for (int k = 0; k < 3; k++) sums[k].add(run[k]);
-      }
-      for (int k = 0; k < 3; k++)
-        store_strided(static_cast<T*>(to.data) + k * to.row_stride + u.unit * to.col_stride,
-                      to.col_stride, sums[k].value(), u.n);
-    });
-  }
-
-  const T* gates(int64_t row) const {
-    return static_cast<const T*>(op_.saved.gates.data) + row * op_.saved.gates.row_stride;
-  }
-  V old_cell(int64_t row, Units u) const {
-    const Matrix& m = op_.saved.cells;
-    const T* from = static_cast<const T*>(m.data) + row * m.row_stride + u.unit * m.col_stride;
-    return load_strided(from, m.col_stride, u.n);
-  }
   template <class P>
   P* at(int64_t offset) const {
     return reinterpret_cast<P*>(base_ + offset);
   }
   bool projects() const { return op_.weights.hr.data != nullptr; }
-  bool packs() const { return kPacks || op_.state % E::kGroup; }
-  int64_t packed_row() const {
-    return Scratch<T>::row_stride(round_up(max64(4 * op_.units, max64(op_.state, 1)), 2));
+  bool normalizes() const { return GateNorm<T>::wanted(op_); }
+  bool drops_hidden() const { return op_.dropout_hidden.data != nullptr; }
+  int64_t dh_row() const { return round_up(op_.state, hh_[0].panel_width()); }
+  // That of all gates with W_hh; with dropout, each gate has one.
+  StepWeights<T> product(int gate) {
+    Matrix m = gate && !drops_hidden() ? Matrix{} : op_.weights.hh;
+    if (m.data && drops_hidden())
+      m.rows = op_.units, m.data = static_cast<T*>(m.data) + gate * op_.units * m.row_stride;
+    return {m, true, false, op_, crew_, &space_};
   }
+  bool packs() const {
+    return kPacks || op_.state % E::kGroup || (drops_hidden() && op_.units % E::kGroup);
+  }
+  int64_t packed_row() const { return Scratch<T>::dense_row(max64(4 * op_.units, op_.state)); }
 
   const LstmBackward& op_;
   const Crew crew_;
-  Space space_;
-  StepWeights<T> hh_, hr_;
-  int64_t offsets_, terms_, grad_gates_, projected_, full_;
-  int64_t packed_, dh_, dfull_, dc_, waiting_;
+  Space kept_, space_;
+  StepGradients<T> from_steps_;
+  LstmGradients<T> gradients_;
+  StepWeights<T> hh_[4], hr_;
+  int64_t offsets_, terms_, scales_, packed_, dh_, dh_of_gate_, dfull_, dc_, waiting_;
+  int64_t transpose_, transpose_bytes_;
   char* base_ = nullptr;
 };
 
 template <class T>
 TwinfuseStatus lstm_backward(const LstmBackward& op, const TwinfuseContext& context) {
   LstmBackwardPlan<T> plan(op, context);
-  TwinfuseStatus status = TWINFUSE_OK;
-  const TwinfuseStatus scratch = with_scratch(context, plan.bytes(), [&](char* space) {
-    plan.run(context, space);
-    status = plan.finish(context);
-  });
-  return scratch == TWINFUSE_OK ? status : scratch;
+  return with_scratch(context, plan.bytes(), [&](char* space) { plan.run(context, space); });
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -70,20 +70,36 @@ class Gates {
     }
   }
 
-  // From the sums of the gates, one vector of each, to h~ before a projection. `c` is replaced by
-  // c', and what is not nullptr of `gates` and `cells` (rows) receives i, f, g, o and the old c.
-  V forward(const Acc* sums, Units u, Acc* c, T* gates, T* cells, const Share<T>& zoneout) const {
-    return plain_ ? forward<true>(sums, u, c, gates, cells, zoneout)
-                  : forward<false>(sums, u, c, gates, cells, zoneout);
+  // From the sums of the gates, one vector of each and `stride` from one to the next, to h~ before
+  // a projection. `c` is replaced by c', and what is not nullptr of `gates` and `cells` (rows)
+  // receives i, f, g, o and the old c.
+  V forward(const Acc* sums, int64_t stride, Units u, Acc* c, T* gates, T* cells,
+            const Share<T>& zoneout) const {
+    return plain_ ? forward<true>(sums, stride, u, c, gates, cells, zoneout)
+                  : forward<false>(sums, stride, u, c, gates, cells, zoneout);
   }
 
   // From the gradient of h~ (before a projection) and the old c to the gradients of the sums of the
-  // gates, in the row `grad_gates`. `dc` is replaced by the gradient of the old c; `hidden`, where
-  // it is not nullptr, receives h~ once more.
-  void backward(V dh, V old, Units u, const T* gates, Acc* dc, T* grad_gates, T* hidden,
+  // gates, in the row `grad_gates`. `dc` is replaced by the gradient of the old c.
+  void backward(V dh, V old, Units u, const T* gates, Acc* dc, T* grad_gates,
                 const Share<T>& zoneout) const {
-    plain_ ? backward<true>(dh, old, u, gates, dc, grad_gates, hidden, zoneout)
-           : backward<false>(dh, old, u, gates, dc, grad_gates, hidden, zoneout);
+    plain_ ? backward<true>(dh, old, u, gates, dc, grad_gates, zoneout)
+           : backward<false>(dh, old, u, gates, dc, grad_gates, zoneout);
+  }
+
+  // What forward saved: the gates of a row, and the old c of some units.
+  const T* saved(int64_t row) const {
+    return static_cast<const T*>(op_.saved.gates.data) + row * op_.saved.gates.row_stride;
+  }
+  V old_cell(int64_t row, Units u) const {
+    const Matrix& m = op_.saved.cells;
+    const T* from = static_cast<const T*>(m.data) + row * m.row_stride + u.unit * m.col_stride;
+    return load_strided(from, m.col_stride, u.n);
+  }
+  // h~ before a projection, once more.
+  V hidden(V old, Units u, const T* gates) const {
+    const V next = S::fma(load(gates, u, 1), old, load(gates, u, 0) * load(gates, u, 2));
+    return load(gates, u, 3) * activate<Acc>(op_.options.cell_activation, next);
   }
 
   // The gradients of the peepholes that one row adds to: p_i, p_f, p_o.
@@ -114,10 +130,11 @@ class Gates {
   }
 
   template <bool kPlain>
-  V forward(const Acc* sums, Units u, Acc* c, T* gates, T* cells, const Share<T>& zoneout) const {
+  V forward(const Acc* sums, int64_t stride, Units u, Acc* c, T* gates, T* cells,
+            const Share<T>& zoneout) const {
     const Acc* bias = bias_ + 4 * u.unit;
     const auto sum = [&](int gate) {
-      return S::add(S::load(sums + gate * kWidth), S::load(bias + gate * kWidth));
+      return S::add(S::load(sums + gate * stride), S::load(bias + gate * kWidth));
     };
     const V old = S::load(c + u.unit);
     V a[4] = {sum(0), sum(1), sum(2), sum(3)};
@@ -143,7 +160,7 @@ class Gates {
   }
 
   template <bool kPlain>
-  void backward(V dh, V old, Units u, const T* gates, Acc* dc, T* grad_gates, T* hidden,
+  void backward(V dh, V old, Units u, const T* gates, Acc* dc, T* grad_gates,
                 const Share<T>& zoneout) const {
     const int32_t gate_kind = kPlain ? TWINFUSE_SIGMOID : op_.options.gate_activation;
     const int32_t cell_kind = kPlain ? TWINFUSE_TANH : op_.options.cell_activation;
@@ -172,7 +189,6 @@ class Gates {
     store(grad_gates, u, 1, grad_f);
     store(grad_gates, u, 2, d * i * cell_slope(g));
     store(grad_gates, u, 3, grad_o);
-    if (hidden) store(hidden, u, 0, o * t);
   }
 
   const LstmCall& op_;

@@ -26,7 +26,7 @@ class Space {
   int64_t bytes() const { return bytes_; }
 
  private:
-  static constexpr int64_t kMost = INT64_MAX / 2;
+  static constexpr int64_t kMost = INT64_MAX / 4;
 
   int64_t bytes_ = 0;
 };
@@ -52,6 +52,15 @@ struct Steps {
   int64_t row(int64_t t, int64_t b) const {
     if (op.options.batch_sizes) return offsets[t] + b;
     return op.options.batch_major ? b * op.steps + t : t * op.batch + b;
+  }
+  int64_t sequence(int64_t row) const {
+    if (!op.options.batch_sizes) return op.options.batch_major ? row / op.steps : row % op.batch;
+    int64_t t = 0, end = op.steps;
+    while (end - t > 1) {
+      const int64_t middle = (t + end) / 2;
+      (offsets[middle] <= row ? t : end) = middle;
+    }
+    return row - offsets[t];
   }
   int64_t rows_apart() const {
     return op.options.batch_major && !op.options.batch_sizes ? op.steps : 1;
@@ -141,19 +150,45 @@ struct Crew {
   }
 };
 
+// Sums of the gates of some rows, in panels of one vector of units: [panel][row][gate][lane], or
+// where each gate has a product of its own, [panel][gate][row][lane].
+template <class Acc>
+struct GateSums {
+  static constexpr int64_t kWidth = Simd<Acc>::kWidth, kGates = 4;
+
+  Acc* data;
+  int64_t rows;
+  bool by_gate;
+
+  int64_t row_stride() const { return by_gate ? kWidth : kGates * kWidth; }
+  int64_t gate_stride() const { return by_gate ? rows * kWidth : kWidth; }
+  Acc* at(int64_t panel, int64_t row) const {
+    return data + panel * rows * kGates * kWidth + row * row_stride();
+  }
+};
+
+// Rows of packed elements, `apart` bytes from each other; those for the next gate `gate` bytes on.
+struct StepRows {
+  const void* data;
+  int64_t apart, gate;
+};
+
 // The weights of one product at each step, as they are kept.
 template <class T>
 class StepWeights : public Resident<T> {
+  using Acc = typename Engine<T>::Acc;
+
  public:
   StepWeights(const Matrix& m, bool transposed, bool interleaved, const LstmCall& op,
               const Crew& crew, Space* space)
       : Resident<T>(m, transposed, interleaved), kept_(op.steps > 1), workers_(crew.workers()) {
-    packed_ = space->take(Resident<T>::bytes(kept_ ? Resident<T>::panels() : workers_));
-    scratch_ = space->take(workers_ * Resident<T>::transpose_bytes());
+    packed_ =
+        space->take(m.data ? Resident<T>::bytes(kept_ ? Resident<T>::panels() : workers_) : 0);
   }
 
-  void prepare(const TwinfuseContext& context, char* base) {
-    base_ = base;
+  // Every worker has `bytes` of `transpose`: transpose_bytes() or more.
+  void prepare(const TwinfuseContext& context, char* base, char* transpose, int64_t bytes) {
+    transpose_ = transpose, transpose_bytes_ = bytes;
     this->place(base + packed_);
     if (!kept_) return;
     parallel_for(context, workers_, [&](int64_t worker) {
@@ -162,25 +197,39 @@ class StepWeights : public Resident<T> {
     });
   }
 
-  void multiply(const void* rows, int64_t row, int64_t n, int64_t panel, int64_t worker,
-                typename Engine<T>::Acc* sums, bool continued) const {
-    if (!kept_) this->pack(panel, worker, scratch(worker));
+  void multiply(const StepRows& rows, int64_t n, int64_t panel, int64_t worker, Acc* sums,
+                bool continued) const {
     const bool prefetches = kept_ && this->bytes(this->panels()) > kCached;
-    Resident<T>::multiply(rows, row, n, panel, kept_ ? panel : worker, prefetches, sums, continued);
+    Resident<T>::multiply(rows.data, rows.apart, n, panel, slot(panel, worker), prefetches, sums,
+                          continued);
+  }
+  // Of the gates, to `row` and those behind it.
+  void multiply(const StepRows& rows, int64_t n, int64_t panel, int64_t worker,
+                const GateSums<Acc>& sums, int64_t row, bool continued) const {
+    Acc* to = sums.at(panel, row);
+    if (!sums.by_gate) return multiply(rows, n, panel, worker, to, continued);
+    const int64_t packed = slot(panel, worker);
+    for (int gate = 0; gate < GateSums<Acc>::kGates; gate++)
+      this->multiply_gate(gate, static_cast<const char*>(rows.data) + gate * rows.gate, rows.apart,
+                          n, panel, packed, to + gate * sums.gate_stride(), continued);
   }
 
  private:
-  char* scratch(int64_t worker) const {
-    return base_ + scratch_ + worker * Resident<T>::transpose_bytes();
+  int64_t slot(int64_t panel, int64_t worker) const {
+    if (kept_) return panel;
+    this->pack(panel, worker, scratch(worker));
+    return worker;
   }
+  char* scratch(int64_t worker) const { return transpose_ + worker * transpose_bytes_; }
 
   // More than the second-level cache keeps from step to step.
   static constexpr int64_t kCached = 512 << 10;
 
   const bool kept_;
   const int64_t workers_;
-  int64_t packed_, scratch_;
-  char* base_ = nullptr;
+  int64_t packed_;
+  char* transpose_ = nullptr;
+  int64_t transpose_bytes_ = 0;
 };
 
 // The first `n` of a row with any stride, or a whole vector.
@@ -193,6 +242,21 @@ __attribute__((always_inline)) inline typename Convert<T>::V load_strided(const 
   T piece[kWidth] = {};
   for (int i = 0; i < n; i++) piece[i] = p[i * stride];
   return C::load(piece);
+}
+
+// A row times the factors of a dropout: rounded to the type of the row, whatever it goes to.
+template <class T, class To>
+void multiply_row(const T* row, int64_t stride, const T* factors, int64_t factor_stride, int64_t n,
+                  To* to) {
+  using C = Convert<T>;
+  constexpr int kWidth = C::S::kWidth;
+  for (int64_t k = 0; k < n; k += kWidth) {
+    const int count = static_cast<int>(min64(kWidth, n - k));
+    T dropped[kWidth];
+    C::store(dropped, load_strided(row + k * stride, stride, count) *
+                          load_strided(factors + k * factor_stride, factor_stride, count));
+    Convert<To>::store(to + k, C::load(dropped), count);
+  }
 }
 
 template <class T>

@@ -127,7 +127,8 @@ void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
 
 // out[step][j] for `n` rows and zeros up to `width` (a multiple of the vector width), where the
 // source's inner dimension is the reduced one: the transposing form of pack_steps. `scratch` holds
-// transpose_scratch<T>() elements. Writes whole groups of steps: up to three past the last one.
+// transpose_scratch<T>(depth) elements. Writes whole groups of steps: up to three past the last
+// one.
 template <class T>
 void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row, int64_t n,
                      int64_t width, typename Engine<T>::Unit* out, int64_t stride,
@@ -163,8 +164,8 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
 }
 
 template <class T>
-constexpr int64_t transpose_scratch() {
-  return Engine<T>::S::kWidth * (Engine<T>::kBlock + 16);
+int64_t transpose_scratch(int64_t depth) {
+  return Engine<T>::S::kWidth * (min64(depth, Engine<T>::kBlock) + 16);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -30,10 +30,10 @@ class Resident {
       : depth_(transposed ? m.rows : m.cols),
         cols_(transposed ? m.cols : m.rows),
         interleaved_(interleaved) {
-    if (!m.data) depth_ = cols_ = 0;
     const int64_t column = transposed ? m.col_stride : m.row_stride;
     const int64_t row = transposed ? m.row_stride : m.col_stride;
-    cols_outer_ = column != 1 || depth_ == 1;
+    cols_outer_ = m.data && (column != 1 || depth_ == 1);
+    if (!m.data) depth_ = cols_ = 0;
     source_ = {static_cast<const T*>(m.data),
                cols_outer_ ? column : row,
                cols_outer_ ? row : column,
@@ -51,7 +51,9 @@ class Resident {
 
   // With room for all panels, or for one that each worker packs before it is used.
   int64_t bytes(int64_t slots) const { return round_up(slots * panel_units() * sizeof(Unit), 64); }
-  static int64_t transpose_bytes() { return round_up(transpose_scratch<T>() * sizeof(Packed), 64); }
+  int64_t transpose_bytes() const {
+    return cols_outer_ ? round_up(transpose_scratch<T>(depth_) * sizeof(Packed), 64) : 0;
+  }
 
   void place(char* space) { packed_ = reinterpret_cast<Unit*>(space); }
 
@@ -81,14 +83,26 @@ class Resident {
   // it.
   void multiply(const void* rows, int64_t row, int64_t n, int64_t panel, int64_t slot,
                 bool prefetches, Acc* sums, bool continued) const {
+    multiply(rows, row, n, panel, slot, 0, vectors(panel), prefetches, sums, continued);
+  }
+
+  // sums[i][kWidth] (+)= those of one gate of interleaved weights.
+  void multiply_gate(int gate, const void* rows, int64_t row, int64_t n, int64_t panel,
+                     int64_t slot, Acc* sums, bool continued) const {
+    multiply(rows, row, n, panel, slot, gate, 1, false, sums, continued);
+  }
+
+ private:
+  void multiply(const void* rows, int64_t row, int64_t n, int64_t panel, int64_t slot, int first,
+                int vectors, bool prefetches, Acc* sums, bool continued) const {
     Operands in{};
     in.run = run_of<Arithmetic>(depth_);
     in.a_row = row, in.a_step = sizeof(Unit);
-    in.b = reinterpret_cast<const char*>(packed_ + slot * panel_units());
+    in.b = reinterpret_cast<const char*>(packed_ + slot * panel_units() + first * kWidth);
     in.b_step = width(panel) * static_cast<int64_t>(sizeof(Unit));
     in.continued = continued;
     const char* a = static_cast<const char*>(rows);
-    const int64_t tiles = ceil_div(n, max_rows(vectors(panel)));
+    const int64_t tiles = ceil_div(n, max_rows(vectors));
     int64_t done = 0;
     do {
       in.steps = min64(steps() - done, kBlockSteps);
@@ -98,11 +112,10 @@ class Resident {
         const int height = static_cast<int>(part.end - part.begin);
         in.a = a + part.begin * row;
         in.ahead = ahead + t * in.steps * kLine;
-        const auto kernel =
-            prefetches && vectors(panel) == kMaxVectors
-                ? prefetching_microkernel_for<Arithmetic>(height)
-                : microkernel_for<Arithmetic>(InSlab::kNone, height, vectors(panel));
-        kernel(in, sums + part.begin * width(panel), nullptr);
+        const auto kernel = prefetches && vectors == kMaxVectors
+                                ? prefetching_microkernel_for<Arithmetic>(height)
+                                : microkernel_for<Arithmetic>(InSlab::kNone, height, vectors);
+        kernel(in, sums + part.begin * vectors * kWidth, nullptr);
       }
       a += in.steps * in.a_step;
       in.b = ahead;
@@ -111,7 +124,6 @@ class Resident {
     } while (done < steps());
   }
 
- private:
   // Of one vector if interleaved, else of a panel.
   int64_t stretch() const { return interleaved_ ? kWidth : panel_width(); }
   int64_t steps() const { return steps_of<T>(depth_); }

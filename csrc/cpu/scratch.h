@@ -98,7 +98,7 @@ struct Scratch {
     offsets = slab + (slab_size ? aligned((slab_size + kMaxVectors * E::S::kWidth) * kPacked) : 0);
     transpose = offsets + aligned(slab_size && !g.slab_reduces_taps ? depth * sizeof(int32_t) : 0);
     const bool transposes = (g.b_cols_outer && !g.b_slab) || sums_rows;
-    partial = transpose + aligned(transposes ? transpose_scratch<T>() * kPacked : 0);
+    partial = transpose + aligned(transposes ? transpose_scratch<T>(depth) * kPacked : 0);
     const bool spills = g.splits == 1 && g.depth > block && !sums_in_output(g);
     const int64_t partial_rows = spills ? min64(all_rows, shared * row_block + row_block) : 0;
     total = partial + aligned(partial_rows * partial_stride(width) * sizeof(Acc));
@@ -119,6 +119,8 @@ struct Scratch {
     constexpr int64_t kLine = 64 / sizeof(typename E::Packed);
     return (ceil_div(depth, kLine) | 1) * kLine;
   }
+  // Of rows that are read in whole units.
+  static int64_t dense_row(int64_t n) { return row_stride(round_up(max64(n, 1), 2)); }
   static int64_t step_stride(int64_t rows) { return round_up(rows, 64 / sizeof(typename E::Unit)); }
   static int64_t partial_stride(int64_t cols) {
     return round_up(cols, kMaxVectors * E::S::kWidth) + 64 / sizeof(Acc);

@@ -77,7 +77,7 @@ void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t st
 }
 
 // The same for packed[i][step]. Reads whole vectors of rows, and whole pieces of them; `scratch`
-// holds transpose_scratch<T>() elements.
+// holds transpose_scratch<T>(0) elements.
 template <class T>
 void add_row_sums(const typename Engine<T>::Packed* packed, int64_t stride, int64_t steps,
                   int64_t n, bool first, typename Engine<T>::Packed* scratch,

@@ -13,6 +13,11 @@
 // W_hr is a projection (Sak et al. 2014), z are zoneouts (Krueger et al. 2017); each of them is
 // left out where its tensor is NULL. The order of the gates is that of PyTorch and of Keras.
 //
+// With dropout the sums of gate k are those of m_x[k] * x and m_h[k] * h, with the same factors at
+// every step (Gal and Ghahramani 2016, as Keras has it). With a norm n (Ba et al. 2016, of the
+// gates) W_ih x becomes n[0] * (W_ih x - mean) / sqrt(variance + epsilon), over all 4H of a row,
+// and W_hh h likewise with n[1]; the biases are added after that.
+//
 // T steps, B sequences, I inputs, H units, R = H, or the size of the projection:
 //
 //   input, grad_input               [T, B, I]   packed: [N, I]
@@ -22,8 +27,11 @@
 //   bias_ih, bias_hh                [4H]
 //   hr                              [R, H]
 //   peephole                        [3, H]      of i, f, o
+//   norm                            [2, 4H]     of ih, hh
 //   zoneout hidden, cell            [T, B, R], [T, B, H]   packed: [N, R], [N, H]
+//   dropout input, hidden           [4, B, I], [4, B, R]   of i, f, g, o
 //   gates, cells, hidden (saved)    [rows, 4H], [rows, H], [rows, R]
+//     with a norm, gates            [rows, 12H]  i, f, g, o, W_ih x - mean and W_hh h - mean
 //
 // Any of them may have any strides, but for what is saved: its rows are dense (torch's weights are
 // contiguous, Keras's [I, 4H] are passed transposed; a batch-first sequence is passed permuted).
@@ -72,6 +80,8 @@ typedef struct TwinfuseLstm {
   const uint8_t* mask;
   int64_t mask_stride[2];
   int32_t zero_masked_output;
+
+  double norm_epsilon;  // not negative
 } TwinfuseLstm;
 
 // NULL for zeros, or for what is not wanted.
@@ -82,18 +92,19 @@ typedef struct TwinfuseLstmState {
 // All but `ih` and `hh` may be NULL. Of gradients: any that are not wanted. With both biases their
 // gradients are equal, and either may be asked for.
 typedef struct TwinfuseLstmWeights {
-  const TwinfuseTensor *ih, *hh, *bias_ih, *bias_hh, *hr, *peephole;
+  const TwinfuseTensor *ih, *hh, *bias_ih, *bias_hh, *hr, *peephole, *norm;
 } TwinfuseLstmWeights;
 
-// The share of the old state that stays: 0 or 1 drawn at random when training, and their mean
-// (all strides zero) in inference. NULL: none.
-typedef struct TwinfuseLstmZoneout {
-  const TwinfuseTensor *hidden, *cell;
-} TwinfuseLstmZoneout;
+// What is drawn at random when training; it has no gradients. NULL: none.
+// Zoneout: the share of the old state that stays, 0 or 1, and their mean (all strides zero) in
+// inference. Dropout: factors, 0 or 1 / (1 - rate).
+typedef struct TwinfuseLstmNoise {
+  const TwinfuseTensor *zoneout_hidden, *zoneout_cell, *dropout_input, *dropout_hidden;
+} TwinfuseLstmNoise;
 
 // What backward needs of forward: the gates i, f, g, o, and the state before each step. All NULL in
-// inference. 5H + R elements a row; a caller that rather computes twice keeps nothing, calls
-// forward again with these, and then backward.
+// inference. 5H + R elements a row, 13H + R with a norm; a caller that rather computes twice
+// keeps nothing, calls forward again with these, and then backward.
 typedef struct TwinfuseLstmSaved {
   const TwinfuseTensor *gates, *cells, *hidden;
 } TwinfuseLstmSaved;
@@ -102,33 +113,34 @@ typedef struct TwinfuseLstmSaved {
 TWINFUSE_API TwinfuseStatus twinfuse_lstm_forward(
     const TwinfuseTensor* output, const TwinfuseLstmState* final, const TwinfuseLstmSaved* saved,
     const TwinfuseTensor* input, const TwinfuseLstmState* initial,
-    const TwinfuseLstmWeights* weights, const TwinfuseLstmZoneout* zoneout,
-    const TwinfuseLstm* lstm, const TwinfuseContext* context);
+    const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
+    const TwinfuseContext* context);
 
 // Gradients that are NULL are not computed. `grad_output` and the parts of `grad_final` may be NULL
-// for zeros. `input` may be NULL without the gradient of `ih`. Scratch: 4H elements a row, and with
-// a projection R + H more.
+// for zeros. `input` may be NULL without the gradient of `ih`. Scratch: 4H elements a row, with a
+// projection R + H more, with a norm 8H more, and with dropout of the input I, of the hidden R
+// more.
 TWINFUSE_API TwinfuseStatus twinfuse_lstm_backward(
     const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
     const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,
     const TwinfuseLstmState* grad_final, const TwinfuseLstmSaved* saved,
-    const TwinfuseTensor* input, const TwinfuseLstmWeights* weights,
-    const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm, const TwinfuseContext* context);
+    const TwinfuseTensor* input, const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise,
+    const TwinfuseLstm* lstm, const TwinfuseContext* context);
 
-// One step: input [B, I], zoneout [B, ...]. Of `lstm` the two activations are looked at. Only
-// `gates` [B, 4H] is saved (NULL in inference); backward takes the state before the step, both
-// parts of it, from `initial`.
+// One step: input [B, I], zoneout [B, ...]. Of `lstm` the two activations and the epsilon are
+// looked at. Only `gates` [B, 4H or 12H] is saved (NULL in inference); backward takes the state
+// before the step, both parts of it, from `initial`.
 TWINFUSE_API TwinfuseStatus twinfuse_lstm_cell_forward(
     const TwinfuseLstmState* final, const TwinfuseTensor* gates, const TwinfuseTensor* input,
     const TwinfuseLstmState* initial, const TwinfuseLstmWeights* weights,
-    const TwinfuseLstmZoneout* zoneout, const TwinfuseLstm* lstm, const TwinfuseContext* context);
+    const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm, const TwinfuseContext* context);
 
 TWINFUSE_API TwinfuseStatus twinfuse_lstm_cell_backward(
     const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
     const TwinfuseLstmWeights* grad_weights, const TwinfuseLstmState* grad_final,
     const TwinfuseTensor* gates, const TwinfuseTensor* input, const TwinfuseLstmState* initial,
-    const TwinfuseLstmWeights* weights, const TwinfuseLstmZoneout* zoneout,
-    const TwinfuseLstm* lstm, const TwinfuseContext* context);
+    const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
+    const TwinfuseContext* context);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -1,0 +1,108 @@
+// The products of a single step with the weights where they lie: they are used once, and to store
+// them packed would cost more than it saves. They are the rows of the products, and the packed
+// activations the columns.
+#pragma once
+
+#include "cpu/lstm_gates.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+template <class T>
+class WeightRows {
+  using E = Engine<T>;
+  using Arithmetic = typename E::Arithmetic;
+  using Acc = typename E::Acc;
+  using Packed = typename E::Packed;
+  static constexpr int64_t kWidth = E::S::kWidth;
+  static constexpr int kGates = GateSums<Acc>::kGates, kMostVectors = 2;
+  // With fewer sequences, most lanes of a vector of them would be empty.
+  static constexpr int64_t kFewest = 12;
+
+ public:
+  static bool serves(const LstmCall& op) {
+    const LstmWeights& w = op.weights;
+    return E::kGroup == 1 && sizeof(T) == sizeof(Packed) && op.steps == 1 && op.batch >= kFewest &&
+           w.ih.col_stride == 1 && w.hh.col_stride == 1 && !w.norm.data && !op.dropout_input.data &&
+           !op.dropout_hidden.data;
+  }
+  // Rows of sums come in whole vectors of sequences.
+  static int64_t rows_of_sums(const LstmCall& op) { return round_up(op.batch, kWidth); }
+
+  // Takes space only for what it serves.
+  WeightRows(const LstmCall& op, int64_t workers, Space* space) : op_(op), workers_(workers) {
+    const int64_t served = serves(op) ? pitch() : 0;
+    // Packing writes up to three steps past the last.
+    x_ = space->take_of<Packed>(served, op.inputs + 3);
+    h_ = space->take_of<Packed>(served, op.state + 3);
+    tiles_ = space->take_of<Acc>(served ? workers : 0, kTile);
+    transpose_ =
+        space->take_of<Packed>(served ? 1 : 0, transpose_scratch<T>(max64(op.inputs, op.state)));
+  }
+
+  // `h`: dense rows, `h_row` elements apart.
+  void pack(char* base, const T* h, int64_t h_row) {
+    base_ = base;
+    memset(base + tiles_, 0, workers_ * kTile * sizeof(Acc));
+    const Sequence& x = op_.input;
+    pack({static_cast<const T*>(x.data), x.row, x.col, nullptr, 0, 0, 0, nullptr}, op_.inputs, x_);
+    pack({h, h_row, 1, nullptr, 0, 0, 0, nullptr}, op_.state, h_);
+  }
+
+  // The sums of all sequences for the gates of some units.
+  void multiply(Units u, int64_t worker, const GateSums<Acc>& sums) const {
+    Acc* tile = at<Acc>(tiles_) + worker * kTile;
+    for (int gate = 0; gate < kGates; gate++)
+      for (int64_t b = 0; b < op_.batch; b += kMostVectors * kWidth) {
+        const int vectors = op_.batch - b > kWidth ? kMostVectors : 1;
+        multiply(op_.weights.ih, gate, u, at<Packed>(x_) + b, vectors, tile, false);
+        multiply(op_.weights.hh, gate, u, at<Packed>(h_) + b, vectors, tile, true);
+        Acc* to = sums.at(u.unit / kWidth, b) + gate * sums.gate_stride();
+        for (int v = 0; v < vectors; v++, to += kWidth * sums.row_stride())
+          transpose_rows<T>(reinterpret_cast<const char*>(tile + v * kWidth),
+                            vectors * kWidth * static_cast<int64_t>(sizeof(Acc)), kWidth,
+                            reinterpret_cast<typename E::Unit*>(to), sums.row_stride());
+      }
+  }
+
+ private:
+  static constexpr int64_t kTile = kWidth * kMostVectors * kWidth;  // [unit][sequence]
+
+  int64_t pitch() const { return rows_of_sums(op_); }
+
+  void pack(const Source<T>& rows, int64_t depth, int64_t to) const {
+    pack_transposed(rows, 0, depth, 0, op_.batch, pitch(), at<typename E::Unit>(to), pitch(),
+                    at<Packed>(transpose_));
+  }
+
+  void multiply(const Matrix& weights, int gate, Units u, const Packed* columns, int vectors,
+                Acc* tile, bool continued) const {
+    const T* rows =
+        static_cast<const T*>(weights.data) + (gate * op_.units + u.unit) * weights.row_stride;
+    Operands in{};
+    in.steps = weights.cols, in.run = run_of<Arithmetic>(weights.cols);
+    in.a_row = weights.row_stride * static_cast<int64_t>(sizeof(T)), in.a_step = sizeof(T);
+    in.b = reinterpret_cast<const char*>(columns);
+    in.b_step = pitch() * static_cast<int64_t>(sizeof(Packed));
+    in.continued = continued;
+    const int64_t tiles = ceil_div(u.n, max_rows(vectors));
+    for (int64_t t = 0; t < tiles; t++) {
+      const Range part = part_of(u.n, 1, tiles, t);
+      in.a = reinterpret_cast<const char*>(rows) + part.begin * in.a_row;
+      const int height = static_cast<int>(part.end - part.begin);
+      microkernel_for<Arithmetic>(InSlab::kNone, height, vectors)(
+          in, tile + part.begin * vectors * kWidth, nullptr);
+    }
+  }
+
+  template <class P>
+  P* at(int64_t offset) const {
+    return reinterpret_cast<P*>(base_ + offset);
+  }
+
+  const LstmCall& op_;
+  const int64_t workers_;
+  int64_t x_, h_, tiles_, transpose_;
+  char* base_ = nullptr;
+};
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA
