@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tests.arrays import DTYPES, Array
+from tests.lstm_case import NOISE, ROWS
 from tests.lstm_cases import ONE_BIAS, LstmProblem, build
-from tests.lstm_problem import ROWS
 from tests.rule import bits
 
 Arrays = dict[str, Array]
@@ -22,6 +22,7 @@ TABLE = [case for case in ONE_BIAS if not case.lengths and not (case.cell and ca
 
 
 GIVEN = {"output": "grad_output", "h_n": "grad_h", "c_n": "grad_c"}
+EXTRAS = ("peephole", "norm", *NOISE)
 ACTIVATIONS = ("tanh", "sigmoid", "relu", "hard_sigmoid")
 
 
@@ -51,9 +52,8 @@ def through_torch(problem: LstmProblem) -> Arrays:
     first = ("input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
     outputs = op(
         *map(named.get, first),
-        peephole=named.get("peephole"),
-        zoneout_hidden=named.get("zoneout_hidden"),
-        zoneout_cell=named.get("zoneout_cell"),
+        **{name: named.get(name) for name in EXTRAS},
+        norm_epsilon=case.norm_epsilon,
         activation=ACTIVATIONS.index(case.activation),
         recurrent_activation=ACTIVATIONS.index(case.recurrent_activation),
         **options,
@@ -94,10 +94,8 @@ def through_tensorflow(problem: LstmProblem) -> Arrays:
 
     named = {n: constant(turned(n, a.contiguous)) for n, a in problem.operands.items()}
     leaves = {name: named[name] for name in problem.leaves}
-    options = {
-        "peephole": named.get("peephole"),
-        "zoneout_hidden": named.get("zoneout_hidden"),
-        "zoneout_cell": named.get("zoneout_cell"),
+    options = {name: named.get(name) for name in EXTRAS} | {
+        "norm_epsilon": case.norm_epsilon,
         "activation": case.activation,
         "recurrent_activation": case.recurrent_activation,
     }

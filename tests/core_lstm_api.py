@@ -23,7 +23,7 @@ from tests.core_api import (
     operand_tensor,
 )
 from tests.core_api import load as load_core
-from tests.lstm_problem import LEAVES, ROWS, WEIGHTS, LstmCase, LstmProblem
+from tests.lstm_problem import LEAVES, NOISE, ROWS, WEIGHTS, LstmCase, LstmProblem
 
 ACTIVATIONS = {"tanh": 0, "sigmoid": 1, "relu": 2, "hard_sigmoid": 3}
 TENSOR = ctypes.POINTER(CTensor)
@@ -37,11 +37,11 @@ class CState(ctypes.Structure):
 
 
 class CWeights(ctypes.Structure):
-    _fields_ = [(name, TENSOR) for name in ("ih", "hh", "bias_ih", "bias_hh", "hr", "peephole")]
+    _fields_ = [(name.removeprefix("weight_"), TENSOR) for name in WEIGHTS]
 
 
-class CZoneout(ctypes.Structure):
-    _fields_ = [("hidden", TENSOR), ("cell", TENSOR)]
+class CNoise(ctypes.Structure):
+    _fields_ = [(name, TENSOR) for name in NOISE]
 
 
 class CSaved(ctypes.Structure):
@@ -59,15 +59,16 @@ class CLstm(ctypes.Structure):
         ("mask", ctypes.c_void_p),
         ("mask_stride", ctypes.c_int64 * 2),
         ("zero_masked_output", ctypes.c_int32),
+        ("norm_epsilon", ctypes.c_double),
     ]
 
 
 POINTERS = {
-    kind: ctypes.POINTER(kind) for kind in (CState, CWeights, CZoneout, CSaved, CLstm, CContext)
+    kind: ctypes.POINTER(kind) for kind in (CState, CWeights, CNoise, CSaved, CLstm, CContext)
 }
-_INPUTS = [TENSOR, *(POINTERS[k] for k in (CState, CWeights, CZoneout, CLstm, CContext))]
+_INPUTS = [TENSOR, *(POINTERS[k] for k in (CState, CWeights, CNoise, CLstm, CContext))]
 _GRADS = [TENSOR, POINTERS[CState], POINTERS[CWeights]]
-_WEIGHTS = [POINTERS[k] for k in (CWeights, CZoneout, CLstm, CContext)]
+_WEIGHTS = [POINTERS[k] for k in (CWeights, CNoise, CLstm, CContext)]
 SIGNATURES: dict[str, list[Any]] = {
     "lstm_forward": [TENSOR, POINTERS[CState], POINTERS[CSaved], *_INPUTS],
     "lstm_backward": [*_GRADS, TENSOR, POINTERS[CState], POINTERS[CSaved], TENSOR, *_WEIGHTS],
@@ -125,6 +126,7 @@ def settings(
         None,
         (ctypes.c_int64 * 2)(-(1 << 62), 1 << 62),
         0,
+        case.norm_epsilon,
     )
     if case.cell:
         lstm.batch_sizes = ctypes.cast(garbage, ctypes.POINTER(ctypes.c_int64))
@@ -158,7 +160,8 @@ def row_count(case: LstmCase) -> int:
 
 
 def saved_sizes(case: LstmCase) -> dict[str, tuple[int, ...]]:
-    widths = {"gates": 4 * case.units, "cells": case.units, "hidden": case.outputs}
+    gates = (12 if case.norm else 4) * case.units
+    widths = {"gates": gates, "cells": case.units, "hidden": case.outputs}
     return {name: (row_count(case), width) for name, width in widths.items()}
 
 
@@ -209,7 +212,7 @@ def forward(
         tensors["input"],
         group(CState, ("h0", "c0"), tensors),
         weights_of(tensors),
-        group(CZoneout, ("zoneout_hidden", "zoneout_cell"), tensors),
+        group(CNoise, NOISE, tensors),
         called.lstm,
         lender.context(),
     )
@@ -264,7 +267,7 @@ def backward(
         *written,
         *read,
         weights_of(tensors),
-        group(CZoneout, ("zoneout_hidden", "zoneout_cell"), tensors),
+        group(CNoise, NOISE, tensors),
         called.lstm,
         lender.context(),
     )

@@ -12,10 +12,10 @@ from tests.core_api import OK, CTensor, Lender, Output
 from tests.core_lstm_api import (
     ACTIVATIONS,
     CLstm,
+    CNoise,
     CSaved,
     CState,
     CWeights,
-    CZoneout,
     function,
     group,
 )
@@ -32,11 +32,14 @@ WEIGHTS = {
     "bias_hh": (4 * H,),
     "weight_hr": (R, H),
     "peephole": (3, H),
+    "norm": (2, 4 * H),
 }
 WIDTHS = {"zoneout_hidden": R, "zoneout_cell": H, "input": N, "output": R}
-SAVED = {"gates": (T * B, 4 * H), "cells": (T * B, H), "hidden": (T * B, R)}
+DROPOUTS = {"dropout_input": (4, B, N), "dropout_hidden": (4, B, R)}
+GATES = 12 * H  # with a norm
+SAVED = {"gates": (T * B, GATES), "cells": (T * B, H), "hidden": (T * B, R)}
 STATE_NAMES = [f"initial_{s}" for s in STATES]
-ZONEOUTS = ["zoneout_hidden", "zoneout_cell"]
+NOISE = ["zoneout_hidden", "zoneout_cell", *DROPOUTS]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Op:
 
     @property
     def reads(self) -> list[str]:
-        names = ["input", *WEIGHTS, *ZONEOUTS]
+        names = ["input", *WEIGHTS, *NOISE]
         if not self.backward:
             return [*names, *STATE_NAMES]
         given = [f"grad_final_{s}" for s in STATES]
@@ -82,18 +85,18 @@ class Op:
     @property
     def optional(self) -> list[str]:
         """What may be NULL, each alone; of what is saved all or none."""
-        required = {"input", "weight_ih", "weight_hh"}
+        required = {"input", "weight_ih", "weight_hh", "norm"}
         if self.backward:
             required |= {*SAVED, *STATE_NAMES, "peephole", "weight_hr"}
         return [name for name in self.names if name not in required | set(SAVED) | {"weight_hr"}]
 
     def sizes(self, name: str) -> tuple[int, ...]:
         if name in SAVED:
-            return (B, 4 * H) if self.cell else SAVED[name]
+            return (B, GATES) if self.cell else SAVED[name]
         name = name.removeprefix("grad_")
         if name in WIDTHS:
             return (B, WIDTHS[name]) if self.cell else (T, B, WIDTHS[name])
-        return WEIGHTS.get(name) or STATES[name[-1]]
+        return WEIGHTS.get(name) or DROPOUTS.get(name) or STATES[name[-1]]
 
 
 OPS = [Op(cell, backward) for cell in (False, True) for backward in (False, True)]
@@ -120,11 +123,11 @@ def call(op: Op, changes: dict[str, CTensor | None], **given: Any) -> int:
         return group(CState, [f"{prefix}_{s}" for s in STATES], tensors)
 
     weights = None if given.pop("no_weights", False) else group(CWeights, WEIGHTS, tensors)
-    zoneout = group(CZoneout, ZONEOUTS, tensors)
+    noise = group(CNoise, NOISE, tensors)
     grads = group(CWeights, [f"grad_{name}" for name in WEIGHTS], tensors)
     saved = group(CSaved, SAVED, tensors)
     given.setdefault("settings", settings())
-    rest = [weights, zoneout, given.pop("settings")]
+    rest = [weights, noise, given.pop("settings")]
     rest.append(None if given.pop("no_context", False) else Lender(**given).context())
     x = tensors["input"]
     arguments = {

@@ -7,10 +7,9 @@ sequences, CELLS are single steps; CASES is both, and ONE_BIAS all of them with 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
+from tests.lstm_pairs import OPTIONS, pairs
 from tests.lstm_problem import (
     LstmCase,
     LstmProblem,
@@ -29,6 +28,7 @@ __all__ = [
     "CELLS",
     "LAYERS",
     "ONE_BIAS",
+    "OPTIONS",
     "LstmCase",
     "LstmProblem",
     "assert_close",
@@ -43,74 +43,6 @@ __all__ = [
 def _case(id: str, *sizes: int, **options: Any) -> LstmCase:
     """Steps, batch, inputs, units."""
     return LstmCase(id, *sizes, **options)
-
-
-# What options may be together with what others: every pair of values of two options is in a case.
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "sequence": [
-        {},
-        {"reverse": True, "batch_first": True},
-        {"lengths": (5, 3, 3, 1)},
-        {"lengths": (5, 4, 2, 2), "reverse": True},
-        {"mask": "right", "batch_first": True},
-        {"mask": "left", "zero_masked_output": True},
-        {"mask": "interior", "reverse": True, "batch_first": True},
-        {"mask": "rows"},
-    ],
-    "bias": [{"bias": name} for name in ("both", "one", "none")],
-    "initial": [{"initial": name} for name in ("both", "hidden", "cell", "none")],
-    "grads": [{"grads": name} for name in ("all", "output", "hidden", "cell")],
-    "zoneout": [{"zoneout": name} for name in ("", "draws", "means", "cell", "hidden")],
-    "activations": [
-        {},
-        {"recurrent_activation": "hard_sigmoid"},
-        {"activation": "relu"},
-        {"activation": "sigmoid", "recurrent_activation": "tanh"},
-    ],
-    "layouts": [
-        {},
-        {"input_layout": "padded", "grad_layout": "strided"},
-        {"weight_layout": "transposed", "bias_layout": "strided"},
-        {"weight_layout": "padded", "input_layout": "strided", "state_layout": "transposed"},
-    ],
-    "projection": [{}, {"projection": 3}, {"projection": 9}],
-    "peephole": [{}, {"peephole": True}],
-}
-
-
-def _pairs() -> Iterator[LstmCase]:
-    """A greedy choice: each case takes as many pairs as it can that no case before has."""
-    names = list(OPTIONS)
-    missing = {
-        (a, i, b, j)
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(OPTIONS[a]))
-        for j in range(len(OPTIONS[b]))
-    }
-    count = 0
-    while missing:
-        a, i, b, j = min(missing)
-        chosen = {a: i, b: j}
-        for name in names:
-            if name not in chosen:
-                chosen[name] = max(
-                    range(len(OPTIONS[name])), key=lambda k: len(missing & _taken(chosen, name, k))
-                )
-        for name in names:
-            missing -= _taken({n: k for n, k in chosen.items() if n != name}, name, chosen[name])
-        options: dict[str, Any] = {}
-        for name, k in chosen.items():
-            options |= OPTIONS[name][k]
-        yield _case(f"pairs_{count}", 5, 4, 6, 7, **options)
-        count += 1
-
-
-def _taken(chosen: dict[str, int], name: str, k: int) -> set[tuple[str, int, str, int]]:
-    order = list(OPTIONS)
-    return {
-        (other, i, name, k) if order.index(other) < order.index(name) else (name, k, other, i)
-        for other, i in chosen.items()
-    }
 
 
 KERAS = {"weight_layout": "transposed", "bias": "one", "batch_first": True}
@@ -239,6 +171,115 @@ LAYERS = (
     ),
     _case("zoneout_projection", 6, 3, 5, 17, zoneout="draws", projection=5, batch_first=True),
     _case("zoneout_mask", 6, 5, 5, 17, zoneout="means", mask="interior"),
+    # Norms. What a single input gets back is a sum that cancels, but for the epsilon.
+    *(
+        _case(f"norm_{name}", *sizes, norm=True, norm_epsilon=1.0 if sizes[2] == 1 else 1e-3)
+        for name, sizes in (
+            ("one_element", (1, 1, 1, 1)), ("no_steps", (0, 3, 5, 4)), ("no_batch", (3, 0, 5, 4)),
+            ("plain", (4, 3, 5, 17)), ("one_unit", (4, 3, 5, 1)), ("one_input", (4, 3, 1, 3)),
+            ("at_vector", (3, 4, 64, 16)), ("at_tile", (3, 8, 64, 64)),
+            ("above_tile", (3, 7, 64, 65)), ("digits", (4, 16, 28, 128)),
+            ("odd_everywhere", (3, 13, 131, 130)), ("deep_inputs", (2, 3, 1030, 9)),
+            ("many_sequences", (2, 150, 5, 17)), ("many_steps", (70, 2, 5, 17)),
+        )
+    ),
+    _case("norm_one_bias", 4, 3, 5, 17, norm=True, bias="one"),
+    _case("norm_no_bias", 4, 3, 5, 17, norm=True, bias="none"),
+    # Nothing to normalise in the first step.
+    _case("norm_no_state", 4, 3, 5, 17, norm=True, initial="none"),
+    _case("norm_grad_output", 4, 3, 5, 7, norm=True, grads="output"),
+    _case("norm_grad_cell", 4, 3, 5, 7, norm=True, grads="cell", reverse=True),
+    _case("norm_batch_first_reverse", 5, 3, 5, 17, norm=True, batch_first=True, reverse=True),
+    _case("norm_keras", 5, 3, 5, 17, norm=True, **KERAS),
+    _case("norm_keras_tile", 3, 7, 64, 65, norm=True, **KERAS),
+    _case("norm_strided", 4, 3, 6, 17, norm=True, bias_layout="strided", input_layout="padded"),
+    _case("norm_transposed_strided", 4, 3, 6, 17, norm=True, bias_layout="transposed",
+          weight_layout="strided"),
+    _case("norm_same", 4, 3, 6, 17, norm=True, bias_layout="broadcast_columns"),
+    _case("norm_packed", 6, 6, 5, 17, norm=True, lengths=(6, 5, 4, 3, 2, 1)),
+    _case("norm_packed_reverse", 7, 4, 5, 9, norm=True, lengths=(7, 3, 3, 1), reverse=True,
+          initial="none"),
+    *(
+        _case(f"norm_mask_{mask}", 6, 5, 5, 9, norm=True, mask=mask, reverse=mask == "interior",
+              zero_masked_output=mask == "left")
+        for mask in ("right", "left", "interior", "rows")
+    ),
+    _case("norm_projection", 4, 3, 5, 17, norm=True, projection=9),
+    _case("norm_projection_tile", 3, 7, 64, 130, norm=True, projection=65, reverse=True),
+    _case("norm_peephole", 4, 3, 5, 17, norm=True, peephole=True),
+    _case("norm_zoneout", 6, 3, 5, 17, norm=True, zoneout="draws"),
+    _case("norm_relu", 3, 2, 4, 5, norm=True, activation="relu",
+          recurrent_activation="hard_sigmoid"),
+    *(
+        _case(f"norm_{values}", 5, 5, 6, 9, norm=True, values=values,
+              norm_epsilon=1.0 if values == "tiny" else 1e-3)
+        for values in ("wide", "tiny", "saturated", "large", "nonfinite")
+    ),
+    _case("norm_no_epsilon", 4, 3, 5, 17, norm=True, norm_epsilon=0.0),
+    _case("norm_large_epsilon", 4, 3, 5, 17, norm=True, norm_epsilon=2.0),
+    # Rows of equal numbers: all that is left of them are the biases.
+    _case("norm_equal", 4, 3, 5, 1, norm=True, weight_layout="broadcast_rows"),
+    _case("norm_equal_units", 4, 3, 5, 9, norm=True, weight_layout="broadcast_rows",
+          norm_epsilon=1.0),
+    # Dropout.
+    *(
+        _case(f"dropout_{dropout}", 4, 3, 5, 17, dropout=dropout)
+        for dropout in ("both", "input", "hidden")
+    ),
+    *(
+        _case(f"dropout_{name}", *sizes, dropout="both")
+        for name, sizes in (
+            ("one_element", (3, 1, 1, 1)), ("no_steps", (0, 3, 5, 4)), ("no_batch", (3, 0, 5, 4)),
+            ("one_unit", (4, 3, 5, 1)), ("one_input", (4, 3, 1, 3)),
+            ("at_vector", (3, 4, 64, 16)), ("at_tile", (3, 8, 64, 64)),
+            ("above_tile", (3, 7, 64, 65)), ("digits", (4, 16, 28, 128)),
+            ("odd_everywhere", (3, 13, 131, 130)), ("deep_inputs", (2, 3, 1030, 9)),
+            ("many_sequences", (2, 150, 5, 17)), ("many_steps", (70, 2, 5, 17)),
+        )
+    ),
+    _case("dropout_input_tile", 3, 7, 64, 65, dropout="input", bias="none"),
+    _case("dropout_hidden_tile", 3, 7, 64, 65, dropout="hidden", initial="none"),
+    _case("dropout_grad_output", 4, 3, 5, 7, dropout="both", grads="output", initial="none"),
+    _case("dropout_grad_cell", 4, 3, 5, 7, dropout="both", grads="cell", reverse=True),
+    _case("dropout_batch_first_reverse", 5, 3, 5, 17, dropout="both", batch_first=True,
+          reverse=True),
+    _case("dropout_keras", 5, 3, 5, 17, dropout="both", **KERAS),
+    _case("dropout_keras_tile", 3, 7, 64, 65, dropout="both", **KERAS),
+    *(
+        _case(f"dropout_{way}", 4, 5, 6, 17, dropout="both", dropout_layout=way,
+              input_layout="padded", weight_layout="transposed")
+        for way in ("strided", "transposed", "misaligned", "broadcast_batch", "broadcast_rows")
+    ),
+    _case("dropout_weight_strided", 3, 4, 64, 16, dropout="both", weight_layout="strided"),
+    _case("dropout_packed", 6, 6, 5, 17, dropout="both", lengths=(6, 5, 4, 3, 2, 1)),
+    _case("dropout_packed_reverse", 7, 4, 5, 9, dropout="both", lengths=(7, 3, 3, 1),
+          reverse=True, initial="none"),
+    _case("dropout_packed_tile", 4, 20, 17, 64, dropout="both",
+          lengths=(4,) * 9 + (3,) * 5 + (1,) * 6),
+    *(
+        _case(f"dropout_mask_{mask}", 6, 5, 5, 9, dropout="both", mask=mask,
+              reverse=mask == "interior", zero_masked_output=mask == "left", bias="one")
+        for mask in ("right", "left", "interior", "rows")
+    ),
+    _case("dropout_projection", 4, 3, 5, 17, dropout="both", projection=9),
+    _case("dropout_projection_tile", 3, 7, 64, 130, dropout="both", projection=65, reverse=True),
+    _case("dropout_peephole_zoneout", 6, 3, 5, 17, dropout="both", peephole=True, zoneout="draws"),
+    *(
+        _case(f"dropout_{values}", 5, 5, 6, 9, dropout="both", values=values)
+        for values in ("wide", "tiny", "large", "nonfinite")
+    ),
+    # Both.
+    *(
+        _case(f"norm_dropout_{name}", *sizes, norm=True, dropout="both", **options)
+        for name, sizes, options in (
+            ("plain", (4, 3, 5, 17), {}), ("one_unit", (4, 3, 5, 1), {}),
+            ("tile", (3, 7, 64, 65), {}), ("odd_everywhere", (3, 13, 131, 130), {}),
+            ("keras", (5, 3, 5, 17), KERAS), ("packed", (5, 3, 6, 9), {"lengths": (5, 2, 1)}),
+            ("mask", (6, 5, 5, 9), {"mask": "interior"}),
+            ("tiny", (5, 5, 6, 9), {"values": "tiny", "norm_epsilon": 1.0}),
+            ("extras", (5, 4, 5, 17), {"projection": 7, "peephole": True, "zoneout": "draws"}),
+        )
+    ),
     # Activations.
     *(
         _case(f"{cell}_{gate}", 3, 2, 4, 5, activation=cell, recurrent_activation=gate,
@@ -259,7 +300,7 @@ LAYERS = (
     _case("nonfinite", 4, 6, 5, 9, values="nonfinite"),
     _case("nonfinite_reverse", 4, 6, 5, 17, values="nonfinite", reverse=True, batch_first=True),
     # Options together.
-    *_pairs(),
+    *pairs(),
 )  # fmt: skip
 
 
@@ -292,6 +333,33 @@ CELLS = (
         _case(f"cell_{cell}_{gate}", 1, 4, 6, 9, activation=cell, recurrent_activation=gate,
               cell=True, peephole=(cell != gate))
         for cell in ACTIVATIONS for gate in ACTIVATIONS
+    ),
+    *(
+        _case(f"cell_{name}_{batch}_{inputs}_{units}", 1, batch, inputs, units, cell=True,
+              norm_epsilon=1.0 if inputs == 1 else 1e-3, **options)
+        for name, options in (
+            ("norm", {"norm": True}), ("dropout", {"dropout": "both"}),
+            ("norm_dropout", {"norm": True, "dropout": "both"}),
+        )
+        for batch, inputs, units in (
+            (1, 1, 1), (0, 5, 4), (3, 5, 17), (7, 64, 65), (13, 131, 130), (150, 5, 3),
+        )
+    ),
+    *(
+        _case(f"cell_norm_{way}", 1, 5, 6, 17, cell=True, norm=True, dropout="both",
+              bias_layout=way, dropout_layout=way, weight_layout=way, state_layout=way)
+        for way in ("transposed", "strided", "misaligned")
+    ),
+    _case("cell_norm_extras", 1, 3, 5, 17, cell=True, norm=True, projection=5, peephole=True,
+          zoneout="draws", bias="one"),
+    _case("cell_dropout_extras", 1, 3, 5, 17, cell=True, dropout="both", projection=33,
+          peephole=True, zoneout="means", bias="none"),
+    _case("cell_norm_hidden", 1, 3, 5, 17, cell=True, norm=True, dropout="input", grads="hidden"),
+    _case("cell_norm_cell", 1, 3, 5, 17, cell=True, norm=True, dropout="hidden", grads="cell"),
+    *(
+        _case(f"cell_norm_{values}", 1, 5, 5, 9, cell=True, norm=True, values=values,
+              norm_epsilon=1.0 if values == "tiny" else 1e-3)
+        for values in ("wide", "tiny", "saturated", "large")
     ),
     *(
         _case(f"cell_{values}", 1, 5, 5, 9, cell=True, values=values)

@@ -17,145 +17,14 @@ import functools
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from tests.arrays import LARGEST, ROUNDOFF, SMALLEST, Operand, decode, encode, flushed, lay_out
+from tests.lstm_case import GIVEN, LEAVES, NOISE, ROWS, WEIGHTS, LstmCase
 from tests.lstm_reference import KINKS, Bools, Lstm, Numbers
 from tests.rule import assert_within_twice
-
-WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "peephole")
-LEAVES = ("input", "h0", "c0", *WEIGHTS)
-GIVEN = ("grad_output", "grad_h", "grad_c")
-# What has a row for every step of every sequence.
-ROWS = ("input", "zoneout_hidden", "zoneout_cell", "grad_output", "output", "grad_input")
-
-
-@dataclass(frozen=True)
-class LstmCase:
-    """`steps` x `batch` vectors of `inputs` through `units`; 0 for `projection` is none.
-
-    `bias` is "both", "one" (bias_ih) or "none"; `initial` and `grads` say which of two or three are
-    given: "both", "hidden", "cell" or "none", and "all", "output", "final", "hidden" or "cell".
-    `zoneout` is "", "draws" (zeros and ones), "means" (one number for all) or "hidden", "cell"
-    (draws for this one). `mask` is "" or a key of MASKS; `lengths`, longest first, makes it packed.
-    """
-
-    op: ClassVar[str] = "lstm"
-
-    id: str
-    steps: int
-    batch: int
-    inputs: int
-    units: int
-    projection: int = 0
-    bias: str = "both"
-    initial: str = "both"
-    peephole: bool = False
-    zoneout: str = ""
-    mask: str = ""
-    zero_masked_output: bool = False
-    lengths: tuple[int, ...] = ()
-    reverse: bool = False
-    activation: str = "tanh"
-    recurrent_activation: str = "sigmoid"
-    grads: str = "all"
-    batch_first: bool = False
-    input_layout: str = "contiguous"
-    state_layout: str = "contiguous"
-    weight_layout: str = "contiguous"
-    bias_layout: str = "contiguous"
-    grad_layout: str = "contiguous"
-    values: str = "normal"
-    cell: bool = False
-
-    @property
-    def outputs(self) -> int:
-        return self.projection or self.units
-
-    @property
-    def in_torch(self) -> bool:
-        """Whether nn.LSTM (nn.LSTMCell) computes it, given both biases or none."""
-        usual = (self.activation, self.recurrent_activation) == ("tanh", "sigmoid")
-        extras = self.mask or self.peephole or self.zoneout or self.bias == "one"
-        projected = self.projection and (self.cell or self.projection >= self.units)
-        given = self.initial in ("both", "none")
-        return usual and given and not extras and not projected
-
-    @property
-    def in_keras(self) -> bool:
-        """Whether a Keras layer computes it (or LSTMCell), given one bias or none."""
-        extras = self.projection or self.peephole or self.zoneout or self.lengths
-        return not extras and self.bias != "both"
-
-    def sizes(self, name: str) -> tuple[int, ...]:
-        """Of an operand, a result or a gradient, by name."""
-        if name in ROWS or name == "mask":
-            last = {"input": self.inputs, "grad_input": self.inputs, "zoneout_cell": self.units}
-            rows = (self.batch,) if self.cell else (self.steps, self.batch)
-            rows = (sum(self.lengths),) if self.lengths else rows
-            return rows if name == "mask" else (*rows, last.get(name, self.outputs))
-        name, gates = name.removeprefix("grad_"), 4 * self.units
-        return {
-            "weight_ih": (gates, self.inputs),
-            "weight_hh": (gates, self.outputs),
-            "bias_ih": (gates,),
-            "bias_hh": (gates,),
-            "weight_hr": (self.projection, self.units),
-            "peephole": (3, self.units),
-        }.get(name) or (self.batch, self.units if name[0] == "c" else self.outputs)
-
-    def has(self, name: str) -> bool:
-        """Whether the operand is there."""
-        states, final = ("both", "hidden"), ("all", "final", "hidden")
-        return {
-            "h0": self.initial in states,
-            "c0": self.initial in ("both", "cell"),
-            "bias_ih": self.bias != "none",
-            "bias_hh": self.bias == "both",
-            "weight_hr": self.projection > 0,
-            "peephole": self.peephole,
-            "zoneout_hidden": self.zoneout not in ("", "cell"),
-            "zoneout_cell": self.zoneout not in ("", "hidden"),
-            "grad_output": self.grads in ("all", "output") and not self.cell,
-            "grad_h": self.grads in final,
-            "grad_c": self.grads in ("all", "final", "cell"),
-        }.get(name, True)
-
-    def layout(self, name: str) -> str:
-        if name.startswith("zoneout"):
-            way = "scalar" if self.zoneout == "means" else "contiguous"
-        elif name == "input":
-            way = self.input_layout
-        elif name in GIVEN:
-            way = self.grad_layout
-        elif name in ("h0", "c0"):
-            way = self.state_layout
-        else:
-            way = self.weight_layout if name.startswith("weight") else self.bias_layout
-        return f"permuted {way}" if self.batch_first and name in ROWS else way
-
-    def row(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """[T, B, ...] as operands of this case have it."""
-        if self.lengths:
-            return values[self.live_steps]
-        return values[0] if self.cell else values
-
-    def unrow(self, values: Numbers) -> Numbers:
-        """[T, B, ...], with zeros where a packed sequence has ended."""
-        if not self.lengths:
-            return values[None] if self.cell else values
-        padded = np.zeros((self.steps, self.batch, *values.shape[1:]), values.dtype)
-        padded[self.live_steps] = values
-        return padded
-
-    @property
-    def live_steps(self) -> Bools:
-        """[T, B]: steps that the sequences have; masks are another matter."""
-        lengths = np.array(self.lengths or [self.steps] * self.batch, np.int64)
-        return np.arange(self.steps)[:, None] < lengths
 
 
 @dataclass(frozen=True)
@@ -224,32 +93,38 @@ def _values(case: LstmCase, dtype: str) -> tuple[dict[str, Numbers], Bools | Non
 
 
 def _draw(case: LstmCase, dtype: str, random: np.random.Generator) -> dict[str, Numbers]:
-    names = (*LEAVES, *GIVEN, "zoneout_hidden", "zoneout_cell")
+    names = (*LEAVES, *GIVEN, *NOISE)
     values = {name: random.standard_normal(case.sizes(name)) for name in names if case.has(name)}
     for name in WEIGHTS:
         if name in values:
             # Uneven operands make a swapped pair or a lost bias visible.
             fan = values[name].shape[1] if name.startswith("weight") else 4
-            values[name] = values[name] / np.sqrt(max(fan, 1)) + 0.1 * (name[0] == "b")
-    for name in ("zoneout_hidden", "zoneout_cell"):
+            mean = {"b": 0.1, "n": 1.0}.get(name[0], 0.0)
+            values[name] = values[name] / np.sqrt(max(fan, 1)) + mean
+    for name, mean in NOISE.items():
         if name in values:
-            mean = {"zoneout_hidden": 0.15, "zoneout_cell": 0.4}[name]
             drawn = random.random(values[name].shape) < mean
-            values[name] = np.where(case.zoneout == "means", mean, drawn)
-    x, kept = values["input"], ("zoneout_hidden", "zoneout_cell")
+            means = case.zoneout == "means" and name.startswith("zoneout")
+            values[name] = np.where(means, mean, drawn)
+            if name.startswith("dropout"):
+                values[name] = (1 - values[name]) / (1 - mean)
+    x = values["input"]
     if case.values == "wide":
         values["weight_ih"] *= 12
     elif case.values == "tiny":
         # States and pre-activations lie around the smallest normal number, the outputs below.
         small = SMALLEST[dtype] / ROUNDOFF[dtype] / 8
         scales = {"input": np.sqrt(small), "weight_ih": np.sqrt(small), "weight_hh": 1.0}
-        scales |= dict.fromkeys(("peephole", "weight_hr", *GIVEN, *kept), 1.0)
+        scales |= dict.fromkeys(("peephole", "norm", "weight_hr", *GIVEN, *NOISE), 1.0)
         values = {name: a * scales.get(name, small) for name, a in values.items()}
     elif case.values == "saturated":
         # One input decides about every gate: pre-activations of 2e3 to 2e4.
         w = values["weight_ih"]
         x[..., 0] = np.copysign(0.5 + np.abs(x[..., 0]) % 1, x[..., 0])
         w[:, 0] = np.copysign(4000 + np.abs(w[:, 0] * 1e4) % 9000, w[:, 0])
+        if case.norm:
+            n = values["norm"][0]
+            n[...] = np.copysign(9000 + np.abs(n * 1e4) % 9000, n)
     elif case.values == "large":
         # Cells close to overflow, and so are the gradients of gates that multiply them.
         values["c0"] = LARGEST[dtype] / 64 * np.sign(values["c0"])
@@ -269,6 +144,7 @@ def computed(
     kind: type[np.floating] = np.float64,
     rounded: Callable[[Numbers], Numbers] = lambda x: x,
     product: Callable[[Numbers, Numbers], Numbers] = np.matmul,
+    inner: Callable[[Numbers], Numbers] = lambda x: x,
 ) -> tuple[Lstm, dict[str, Numbers]]:
     """The equations in `kind`, with `rounded` after every operation; and what they gave."""
     case, arrays = problem.case, {}
@@ -282,8 +158,10 @@ def computed(
         case.recurrent_activation,
         case.reverse,
         case.zero_masked_output,
+        case.norm_epsilon,
         rounded,
         product,
+        inner,
     )
     with np.errstate(all="ignore"):
         results = lstm.forward()
@@ -331,10 +209,13 @@ def noise(case: LstmCase, dtype: str) -> dict[str, float]:
     def product(a: Numbers, b: Numbers) -> Numbers:
         return moved(a @ b, ROUNDOFF[sums] * (np.abs(a) @ np.abs(b)))
 
+    def inner(values: Numbers) -> Numbers:
+        return moved(values, ROUNDOFF[sums] * np.abs(values))
+
     exact, largest = reference(problem), {}
     with np.errstate(invalid="ignore"):
         for _ in range(5):
-            for name, array in computed(problem, kind, rounded, product)[1].items():
+            for name, array in computed(problem, kind, rounded, product, inner)[1].items():
                 error = np.abs(array - exact[name])
                 error = error[np.isfinite(error)].max(initial=0)
                 largest[name] = max(float(error), largest.get(name, 0.0))

@@ -25,11 +25,22 @@ LARGE = [
     LstmCase("large_steps", 120, 3, 17, 40, batch_first=True, weight_layout="transposed"),
     LstmCase("large_packed", 9, 40, 17, 66, lengths=(9,) * 3 + (6,) * 20 + (2,) * 17),
     LstmCase("large_mask", 6, 40, 17, 66, mask="interior", reverse=True),
+    LstmCase("large_norm", 3, 70, 28, 65, norm=True, projection=33),
+    LstmCase("large_norm_units", 3, 2, 64, 300, norm=True, reverse=True),
+    LstmCase(
+        "large_norm_packed", 9, 40, 17, 66, norm=True, lengths=(9,) * 3 + (6,) * 20 + (2,) * 17
+    ),
+    LstmCase("large_dropout", 3, 70, 28, 65, dropout="both", projection=33),
+    LstmCase("large_dropout_units", 3, 2, 64, 300, dropout="both", batch_first=True),
+    LstmCase("large_dropout_mask", 6, 40, 17, 66, dropout="both", norm=True, mask="interior"),
+    LstmCase("large_cell_norm", 1, 70, 64, 128, cell=True, norm=True, dropout="both"),
     LstmCase("large_cell", 1, 70, 64, 128, cell=True),
     LstmCase("large_cell_projection", 1, 70, 64, 128, cell=True, projection=65, peephole=True),
 ]
 every_large = pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
 
+# Over the rows, in the order in which the rows are saved.
+SUMS = ("grad_weight", "grad_bias", "grad_peephole", "grad_norm")
 LAYOUTS = ("contiguous", "transposed", "strided", "misaligned", "padded", "permuted")
 
 
@@ -49,9 +60,8 @@ def test_bits_do_not_depend_on_layout(case: LstmCase, dtype: str) -> None:
                 what = f"{name}, {layout}"
                 if name in SAVED:
                     assert_same_bits(in_order(problem, array, major), rows[name], what)
-                elif not name.startswith(("grad_weight", "grad_bias", "grad_peephole")):
+                elif not name.startswith(SUMS):
                     assert_same_bits(array, expected[name], what)
-            # Sums over the rows run in the order in which the rows are saved.
             same = both_ways(variant, layout=layout, mask_layout=mask)
             for name in GRADIENTS:
                 if name in same:
@@ -92,6 +102,8 @@ def of_sequence(problem: LstmProblem, b: int) -> LstmProblem:
     for name, operand in problem.operands.items():
         if name in ("h0", "c0", "grad_h", "grad_c"):
             operands[name] = part(operand, (b + 1, operand.sizes[1]), (b, 0))
+        elif name.startswith("dropout"):
+            operands[name] = part(operand, (4, b + 1, operand.sizes[2]), (0, b, 0))
         elif name not in ROWS:
             operands[name] = operand
         elif not case.lengths:
@@ -137,7 +149,19 @@ def test_bits_of_a_sequence_do_not_depend_on_its_batch(case: LstmCase, dtype: st
 @every_dtype
 @pytest.mark.parametrize("mode", [FLUSH, ROUND_UP], ids=["flush_denormals", "round_up"])
 @pytest.mark.parametrize(
-    "name", ["tiny", "tiny_extras", "odd_everywhere", "mask_rows", "cell_tiny", "cell_7_64_65"]
+    "name",
+    [
+        "tiny",
+        "tiny_extras",
+        "norm_dropout_tiny",
+        "odd_everywhere",
+        "norm_odd_everywhere",
+        "dropout_odd_everywhere",
+        "mask_rows",
+        "cell_tiny",
+        "cell_norm_tiny",
+        "cell_7_64_65",
+    ],
 )
 def test_bits_do_not_depend_on_the_floating_point_mode(name: str, mode: int, dtype: str) -> None:
     """Neither the caller's nor the workers', and every thread finds its own mode back."""

@@ -11,7 +11,7 @@ import pytest
 
 from tests.core_api import INVALID_ARGUMENT, OK, UNSUPPORTED, CTensor, last_error, load, tensor
 from tests.core_lstm_api import CLstm
-from tests.core_lstm_arguments import OPS, SAVED, WIDTHS, B, H, N, Op, call, settings
+from tests.core_lstm_arguments import GATES, OPS, SAVED, WIDTHS, B, H, N, Op, call, settings
 from tests.test_core_errors import dense
 from twinfuse import _core
 
@@ -36,7 +36,7 @@ def test_right_arguments_are_taken(op: Op) -> None:
 
 @every_op
 def test_missing_tensor(op: Op) -> None:
-    required = set(op.reads) - set(op.optional) - {"weight_hr", "peephole"}
+    required = set(op.reads) - set(op.optional) - {"weight_hr", "peephole", "norm"}
     assert {"input", "weight_ih", "weight_hh"} <= required
     for name in required:
         wanted = "cells|hidden|saved" if name in SAVED and op.backward else name
@@ -80,15 +80,25 @@ def test_wrong_size(op: Op, name: str) -> None:
         (OPS[0], "initial_c", (1, 3, 7), r"initial_c: expected \[3, 7\], got \[1, 3, 7\]"),
         (OPS[0], "output", (4, 3, 7), r"output: expected \[4, 3, 2\], got \[4, 3, 7\]"),
         (OPS[0], "peephole", (21,), r"peephole: expected \[3, 7\], got \[21\]"),
+        (OPS[0], "norm", (2, 2, 14), r"norm: expected \[2, 28\], got \[2, 2, 14\]"),
         (OPS[0], "zoneout_cell", (12, 7), r"zoneout_cell: expected \[4, 3, 7\], got \[12, 7\]"),
-        (OPS[0], "gates", (4, 3, 28), r"gates: expected \[12, 28\], got \[4, 3, 28\]"),
+        (OPS[0], "dropout_input", (3, 5), r"dropout_input: expected \[4, 3, 5\], got \[3, 5\]"),
+        (OPS[0], "gates", (12, 28), r"gates: expected \[12, 84\], got \[12, 28\]"),
+        (OPS[0], "gates", (4, 3, 84), r"gates: expected \[12, 84\], got \[4, 3, 84\]"),
         (OPS[0], "weight_ih", (27, 5), r"weight_ih: expected .*4.*, got 27"),
         (OPS[1], "grad_weight_hr", (7, 2), r"grad_weight_hr: expected \[2, 7\], got \[7, 2\]"),
+        (OPS[1], "grad_norm", (56,), r"grad_norm: expected \[2, 28\], got \[56\]"),
+        (OPS[1], "gates", (12, 28), r"gates: expected \[12, 84\], got \[12, 28\]"),
+        (OPS[1], "dropout_hidden", (4, 4, 3, 2),
+         r"dropout_hidden: expected \[4, 3, 2\], got \[4, 4, 3, 2\]"),
         (OPS[1], "grad_output", (3, 4, 2), r"grad_output: expected \[4, 3, 2\], got \[3, 4, 2\]"),
         (OPS[1], "grad_initial_c", (3, 2), r"grad_initial_c: expected \[3, 7\], got \[3, 2\]"),
         (OPS[2], "input", (4, 3, 5), r"input: expected \[B, .*\], got \[4, 3, 5\]"),
         (OPS[2], "final_c", (3, 2), r"final_c: expected \[3, 7\], got \[3, 2\]"),
-        (OPS[3], "gates", (3, 27), r"gates: expected \[3, 28\], got \[3, 27\]"),
+        (OPS[2], "dropout_hidden", (4, 3, 7),
+         r"dropout_hidden: expected \[4, 3, 2\], got \[4, 3, 7\]"),
+        (OPS[3], "gates", (3, 28), r"gates: expected \[3, 84\], got \[3, 28\]"),
+        (OPS[3], "gates", (3, 83), r"gates: expected \[3, 84\], got \[3, 83\]"),
         (OPS[3], "initial_h", (3, 7), r"initial_h: expected \[3, 2\], got \[3, 7\]"),
     ],
 )  # fmt: skip
@@ -140,6 +150,22 @@ def test_unknown_dtype_of_all(op: Op, number: int) -> None:
 @every_op
 def test_unknown_activation(op: Op, value: int, name: str) -> None:
     refused(op, {}, f"{name}: expected .*, got {value}", settings=settings(**{name: value}))
+
+
+@pytest.mark.parametrize(("value", "got"), [(-1e-3, "-0.001"), (-np.inf, "-inf"), (np.nan, "nan")])
+@every_op
+def test_a_bad_epsilon_of_the_norm(op: Op, value: float, got: str) -> None:
+    lstm = settings(norm_epsilon=value)
+    refused(op, {}, f"norm_epsilon: expected .*not negative.*, got {got}", settings=lstm)
+
+
+@every_op
+def test_without_a_norm_fewer_gates_are_saved(op: Op) -> None:
+    rows = op.sizes("gates")[0] if "gates" in op.names else 0
+    changes: dict[str, CTensor | None] = {"norm": None, "grad_norm": None}
+    assert call(op, changes | {"gates": dense((rows, 4 * H))}) == OK, last_error()
+    text = rf"gates: expected \[{rows}, {4 * H}\], got \[{rows}, {GATES}\]"
+    refused(op, changes, text)
 
 
 def packed(sizes: list[int], steps: int | None = None, **changes: Any) -> CLstm:
@@ -213,11 +239,13 @@ def test_a_gradient_of_what_is_absent() -> None:
     for op in OPS:
         if op.backward:
             refused(op, {"peephole": None}, "(grad_)?peephole: expected ")
+            gates = dense((op.sizes("gates")[0], 4 * H))
+            refused(op, {"norm": None, "gates": gates}, "(grad_)?norm: expected ")
     # Without a projection the state is as wide as the units.
     wide = {"weight_hh": (4 * H, H), "grad_weight_hh": (4 * H, H), "grad_weight_hr": (H, H)}
     wide |= {"grad_final_h": (B, H), "grad_initial_h": (B, H), "initial_h": (B, H)}
     changes: dict[str, CTensor | None] = {name: dense(sizes) for name, sizes in wide.items()}
-    changes |= {"weight_hr": None, "zoneout_hidden": None}
+    changes |= {"weight_hr": None, "zoneout_hidden": None, "dropout_hidden": None}
     refused(OPS[3], changes, "(grad_)?weight_hr: expected ")
 
 
@@ -226,7 +254,11 @@ def test_more_elements_than_63_bits_count() -> None:
     huge = 1 << 32
     one = dense((1,)).data
     changes: dict[str, CTensor | None] = dict.fromkeys(OPS[0].optional)
-    changes |= dict.fromkeys(SAVED) | {"weight_hr": None, "weight_hh": dense((4 * H, H))}
+    changes |= dict.fromkeys(SAVED) | {
+        "norm": None,
+        "weight_hr": None,
+        "weight_hh": dense((4 * H, H)),
+    }
     changes["input"] = tensor(one, "float32", (huge, huge, N), (0, 0, 1))
     assert call(OPS[0], changes) == INVALID_ARGUMENT, "the call was taken"
     assert re.search(r"^lstm: input: expected .*, got .*4294967296", last_error()), last_error()

@@ -55,7 +55,7 @@ def test_packed_sequences_have_the_bits_of_the_core(case: LstmCase, dtype: str) 
 
 
 @every_dtype
-@pytest.mark.parametrize("name", ["tiny", "tiny_extras", "cell_tiny"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_extras", "norm_dropout_tiny", "cell_tiny"])
 def test_denormals_survive_in_both(name: str, dtype: str) -> None:
     """TensorFlow runs kernels with denormals flushed, torch when told to: neither reaches ours."""
     import torch
@@ -78,6 +78,7 @@ def test_denormals_survive_in_both(name: str, dtype: str) -> None:
 def test_concurrent_calls_from_both() -> None:
     """16 threads, torch and TensorFlow calls mixed."""
     names = ("above_tile", "keras", "mask_interior", "projection_9", "tiny", "cell_wide")
+    names += ("norm_above_tile", "dropout_keras_tile")
     problems = [build(BY_ID[name], dtype) for name in names for dtype in DTYPES]
     expected = [through_torch(problem) for problem in problems]
     failures: list[BaseException] = []

@@ -184,28 +184,6 @@ def test_stateful(policy: str, launched: Launched) -> None:
         ours(data(B + 1, T, N))
 
 
-@pytest.mark.parametrize("graph", [False, True])
-@pytest.mark.parametrize("training", [False, True])
-def test_dropout(graph: bool, training: bool, launched: Launched) -> None:
-    ours, theirs = pair(dropout=0.5, seed=3)
-    results = []
-    for layer in (ours, theirs):
-        run = tf.function(gradients) if graph else gradients
-        with launched("lstm_forward_", times=2 if layer is ours else 0):
-            # Two calls: each draws its own mask.
-            results.append([run(layer, data(B, T, N), training=training) for _ in range(2)])
-    assert_close(*results)
-    assert np.array_equal(results[0][0][0], results[0][1][0]) != training
-
-
-@pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_dropout_of_none_and_of_all_is_that_of_the_native_cell(rate: float) -> None:
-    ours, theirs = pair(dropout=rate, use_cudnn=False)
-    assert_close(
-        ours(data(B, T, N), training=True), theirs(data(B, T, N), training=True), "float32"
-    )
-
-
 ACTIVATIONS = ("tanh", "sigmoid", "relu", "hard_sigmoid")
 
 
@@ -233,11 +211,6 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "activation": ("its activation is linear", {"activation": None}),
     "gates": ("its recurrent_activation is gelu", {"recurrent_activation": "gelu"}),
     "callable": ("its activation is <lambda>", {"activation": lambda x: x / 2}),
-    "recurrent": ("recurrent_dropout", {"recurrent_dropout": 0.5, "seed": 1}),
-    "implementation": (
-        "implementation=1",
-        {"dropout": 0.5, "implementation": 1, "seed": 1, "use_cudnn": False},
-    ),
     "unrolled": (
         "an unrolled loop",
         {"unroll": True, "go_backwards": True, "zero_output_for_mask": True},
@@ -257,14 +230,6 @@ def test_what_is_native(name: str, launched: Launched) -> None:
     for a, b in zip(tf.nest.flatten(got), tf.nest.flatten(expected), strict=True):
         np.testing.assert_array_equal(a, b)
     assert ours.supports_jit == (name in ("activation", "gates", "callable"))
-
-
-@pytest.mark.parametrize("config", [{"recurrent_dropout": 0.5}, {"implementation": 1}])
-def test_inference_is_fused_whatever_training_is(config: Any, launched: Launched) -> None:
-    ours, theirs = pair(**config)
-    with launched("lstm_forward_", times=1):
-        got = ours(data(B, T, N))
-    assert_close(got, theirs(data(B, T, N)))
 
 
 def test_mixed_dtypes_and_integers(launched: Launched) -> None:

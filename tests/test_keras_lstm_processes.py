@@ -113,6 +113,48 @@ def test_torch_backend_cells_dtypes_and_models() -> None:
     )
 
 
+def test_torch_backend_dropout() -> None:
+    require("torch")
+    run(
+        TORCH
+        + """
+    def compare(ours, theirs, x, times, **arguments):
+        before = launches("lstm_")
+        got = gradients(ours, x, training=True, **arguments)
+        assert launches("lstm_") == before + times, launches("lstm_") - before
+        check(got, gradients(theirs, x, training=True, **arguments))
+        for layer in (ours, theirs):
+            for weight in layer.trainable_weights: weight.value.grad = None
+        return got[0]
+    for config in (
+        {"recurrent_dropout": 0.5},
+        {"dropout": 0.25, "recurrent_dropout": 0.5, "go_backwards": True},
+        {"dropout": 0.5, "implementation": 1, "use_cudnn": False},
+        {"recurrent_dropout": 0.5, "stateful": True, "return_sequences": True},
+    ):
+        ours, theirs = pair(seed=1, **config)
+        x = data(B, T, N)
+        first, second = (compare(ours, theirs, x, 2, mask=mask) for _ in range(2))
+        assert not np.array_equal(first.detach(), second.detach())
+    cells = pair("LSTMCell", (B, N), seed=1, dropout=0.25, recurrent_dropout=0.5)
+    ours, theirs = (keras.layers.RNN(cell) for cell in cells)
+    # Keras' loop calls the cell once more, to see what it returns.
+    compare(ours, theirs, data(B, T, N), 2 * T + 1)
+
+    def losses(lstm):
+        keras.utils.set_random_seed(0)
+        x, y = np.random.default_rng(1).standard_normal((2, 32, 6, 5)).astype("f")
+        model = keras.Sequential(
+            [keras.Input((6, 5)), lstm(5, seed=1, dropout=0.25, recurrent_dropout=0.5)])
+        model.compile("sgd", "mse")
+        history = model.fit(x, y[:, 0], batch_size=8, epochs=2, verbose=0, shuffle=False)
+        return history.history["loss"]
+    np.testing.assert_allclose(*map(losses, (tfk.layers.LSTM, keras.layers.LSTM)), rtol=1e-5)
+    """,
+        KERAS_BACKEND="torch",
+    )
+
+
 def test_other_backends_are_native_and_say_so() -> None:
     require("jax")  # which Keras imports on its NumPy backend too
     run(

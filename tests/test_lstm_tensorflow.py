@@ -24,7 +24,10 @@ CASES = [case for case in ONE_BIAS if not case.lengths and not (case.cell and ca
 BY_ID = {case.id: case for case in CASES}
 SOME = [
     BY_ID[i]
-    for i in ("mask_interior_reverse", "zoneout_projection", "peephole_tile", "cell_peephole")
+    for i in (
+        *("mask_interior_reverse", "zoneout_projection", "peephole_tile", "norm_dropout_extras"),
+        *("cell_peephole", "cell_norm_dropout_3_5_17"),
+    )
 ]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -38,10 +41,13 @@ NAMES = {
     "bias_ih": "bias",
     "weight_hr": "projection",
     "peephole": "peephole",
+    "norm": "norm",
     "h0": "h",
     "c0": "c",
     "zoneout_hidden": "zoneout_hidden",
     "zoneout_cell": "zoneout_cell",
+    "dropout_input": "dropout_input",
+    "dropout_hidden": "dropout_hidden",
 }
 GRADS = {"output": "grad_output", "h_n": "grad_h", "c_n": "grad_c"}
 
@@ -74,6 +80,7 @@ def call(problem: LstmProblem, given: dict[str, Any]) -> dict[str, Any]:
     named |= {
         "activation": case.activation,
         "recurrent_activation": case.recurrent_activation,
+        "norm_epsilon": case.norm_epsilon,
     }
     if case.cell:
         del named["projection"]
@@ -173,6 +180,13 @@ def operands(steps: int = 4, batch: int = 3, inputs: int = 5, units: int = 6) ->
     return {n: tf_cases.random(*s, seed=i) / 2 for i, (n, s) in enumerate(shapes.items())}
 
 
+def factors(*shape: int, seed: int = 0) -> Any:
+    """Of a dropout."""
+    return tf.cast(tf.random.stateless_uniform(shape, [5, seed]) < 0.75, tf.float64) / 0.75
+
+
+NORM = {"norm": 1 + tf_cases.random(2, 24) / 2, "norm_epsilon": 0.1}
+DROPOUT = {"dropout_input": factors(4, 3, 5), "dropout_hidden": factors(4, 3, 6, seed=1)}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "mask": {"mask": [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]]},
@@ -188,6 +202,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "zoneout_cell": tf.cast(tf.random.stateless_uniform((3, 4, 6), [1, 2]) < 0.5, tf.float64),
     },
     "activations": {"activation": "sigmoid", "recurrent_activation": "tanh"},
+    "norm": NORM,
+    "dropout": {**DROPOUT, "mask": [[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]]},
 }
 
 
@@ -210,6 +226,8 @@ def cell(options: dict[str, Any]) -> Any:
 FUNCTIONS = {name: layer(options) for name, options in OPTIONS.items()} | {
     "cell": cell({}),
     "cell_extras": cell({"peephole": tf_cases.random(3, 6), "zoneout_cell": np.float64(0.25)}),
+    "cell_norm": cell(NORM),
+    "cell_dropout": cell(DROPOUT),
 }
 
 
@@ -232,12 +250,12 @@ def test_higher_gradients(name: str, graph: str) -> None:
 
 
 def test_gradients_of_extras_are_those_of_the_reference() -> None:
-    options = dict(OPTIONS["extras"])
-    values = [*operands().values(), options.pop("peephole"), options.pop("projection")]
+    options = OPTIONS["extras"] | NORM | DROPOUT
+    names = ("peephole", "projection", "norm")
+    values = [*operands().values(), *(options.pop(name) for name in names)]
 
     def function(*values: Any) -> Any:
-        *rest, peephole, projection = values
-        return layer({**options, "peephole": peephole, "projection": projection})(*rest)
+        return layer({**options, **dict(zip(names, values[-3:], strict=True))})(*values[:-3])
 
     ours = tf_cases.derivatives(function, values)[:2]
     with twinfuse.use_backend("reference"):

@@ -18,6 +18,7 @@ import twinfuse.tensorflow as tftf  # noqa: E402
 from tests import tf_cases  # noqa: E402
 from tests.test_lstm_tensorflow import FUNCTIONS, OPTIONS, operands  # noqa: E402
 from twinfuse.tensorflow import _binding  # noqa: E402
+from twinfuse.tensorflow._lstm_gradients import LAYER  # noqa: E402
 
 NAMES = ("x", "kernel", "recurrent_kernel", "bias", "h", "c")
 
@@ -157,7 +158,7 @@ def test_inside_a_loop(launched: Launched) -> None:
 # Transformations
 
 
-@pytest.mark.parametrize("name", ["plain", "mask", "cell"])
+@pytest.mark.parametrize("name", ["plain", "mask", "norm", "dropout", "cell"])
 def test_forward_accumulator(name: str) -> None:
     values = list(operands().values())
     ours = tf_cases.forward_mode(FUNCTIONS[name], values)
@@ -166,7 +167,7 @@ def test_forward_accumulator(name: str) -> None:
     tf_cases.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["mask", "cell"])
+@pytest.mark.parametrize("name", ["mask", "norm", "cell"])
 @pytest.mark.parametrize("graph", [False, True])
 def test_jacobian(name: str, graph: bool, launched: Launched) -> None:
     values = list(operands(steps=4, batch=3, inputs=2, units=6).values())
@@ -182,7 +183,7 @@ def test_jacobian(name: str, graph: bool, launched: Launched) -> None:
     tf_cases.assert_close(ours, by_reference(run, *values))
 
 
-@pytest.mark.parametrize("name", ["plain", "mask", "cell", "extras"])
+@pytest.mark.parametrize("name", ["plain", "mask", "norm", "cell", "extras", "dropout"])
 @pytest.mark.parametrize("stacked", ["x", "x h c", "h", "kernel"])
 def test_vectorized_map(name: str, stacked: str, launched: Launched) -> None:
     values = operands()
@@ -193,8 +194,8 @@ def test_vectorized_map(name: str, stacked: str, launched: Launched) -> None:
     def one(given: dict[str, Any]) -> Any:
         return FUNCTIONS[name](*{**values, **given}.values())
 
-    # Iterations with kernels of their own, or with zoneouts, take one call each.
-    together = stacked != "kernel" and name != "extras"
+    # Iterations with kernels of their own, or with noise, take one call each.
+    together = stacked != "kernel" and name not in ("extras", "dropout")
     with launched("lstm_", times=1 if together else 4):
         ours = tf.vectorized_map(one, more)
     with twinfuse.use_backend("reference"):
@@ -227,7 +228,7 @@ def test_gradients_of_a_graph_that_saves_nothing(launched: Launched) -> None:
 
     @tf.function
     def function(x: Any, kernel: Any) -> Any:
-        absent = ("projection", "peephole", "h", "c", "mask", "zoneout_hidden", "zoneout_cell")
+        absent = {*LAYER.operands} - {*LAYER.required, "bias"}
         flags = ("go_backwards", "time_major", "zero_output_for_mask")
         outputs = _binding.ops.twinfuse_lstm(
             x=x,
@@ -236,6 +237,7 @@ def test_gradients_of_a_graph_that_saves_nothing(launched: Launched) -> None:
             bias=[o["bias"]],
             activation=0,
             recurrent_activation=1,
+            norm_epsilon="0.001",
             num_outputs=1,
             num_saved=0,
             **{name: [] for name in absent},
@@ -263,13 +265,14 @@ def test_explain() -> None:
         assert twinfuse.explain(tftf.lstm, *arguments)[0].backend == "reference"
 
 
-def test_saved_model(tmp_path: Path, launched: Launched) -> None:
-    o = operands()
+@pytest.mark.parametrize("name", ["plain", "norm"])
+def test_saved_model(name: str, tmp_path: Path, launched: Launched) -> None:
+    o, options = operands(), OPTIONS[name]
 
     class Module(tf.Module):
         @tf.function(input_signature=[tf.TensorSpec([None, None, 5], tf.float64)])
         def __call__(self, x: Any) -> Any:
-            return tftf.lstm(x, o["kernel"], o["recurrent_kernel"], o["bias"])
+            return tftf.lstm(x, o["kernel"], o["recurrent_kernel"], o["bias"], **options)
 
     module = Module()
     tf.saved_model.save(module, str(tmp_path))

@@ -14,7 +14,7 @@ tf = require("tensorflow")
 import twinfuse  # noqa: E402
 import twinfuse.tensorflow as tftf  # noqa: E402
 from tests import tf_cases  # noqa: E402
-from tests.test_lstm_tensorflow import FUNCTIONS, operands  # noqa: E402
+from tests.test_lstm_tensorflow import FUNCTIONS, NORM, factors, operands  # noqa: E402
 from tests.test_lstm_tensorflow_calls import gradients  # noqa: E402
 from twinfuse.tensorflow import _binding  # noqa: E402
 
@@ -53,6 +53,26 @@ def test_zoneouts_that_broadcast() -> None:
         tftf.lstm(*arguments, zoneout_hidden=tf.ones((5, 1, 1), tf.float64))
 
 
+@pytest.mark.parametrize("name", ["dropout_input", "dropout_hidden"])
+def test_dropouts_that_broadcast(name: str) -> None:
+    o = operands()
+    weights = (o["kernel"], o["recurrent_kernel"], o["bias"])
+    of_layer, of_cell = (o["x"], *weights), (o["x"][:, 0], (o["h"], o["c"]), *weights)
+    size = 5 if name == "dropout_input" else 6
+    full = factors(4, 3, size)
+    for same in (full[:1], full[0], full[:, :1], tf.constant(0.5, tf.float64)):
+        every = tf.broadcast_to(same, full.shape)
+        for function, arguments in ((tftf.lstm, of_layer), (tftf.lstm_cell, of_cell)):
+            found = function(*arguments, **{name: same})
+            for a, b in zip(found, function(*arguments, **{name: every}), strict=True):
+                np.testing.assert_array_equal(a, b)
+    expected = rf"{name}: expected what broadcasts to \[4,3,{size}\], got \[3,3,{size}\]"
+    with pytest.raises(tf.errors.InvalidArgumentError, match=expected):
+        tftf.lstm(*of_layer, **{name: full[:3]})
+    with pytest.raises(tf.errors.InvalidArgumentError, match=expected):
+        tftf.lstm_cell(*of_cell, **{name: full[:3]})
+
+
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "x": ("x: expected", {"x": tf.ones((3, 4, 6), tf.float64)}),
     "rank": ("x: expected", {"x": tf.ones((3, 5), tf.float64)}),
@@ -60,6 +80,8 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "recurrent": ("recurrent_kernel: expected", {"recurrent_kernel": tf.ones((6, 20), tf.float64)}),
     "bias": ("bias: expected", {"bias": tf.ones(6, tf.float64)}),
     "peephole": ("peephole: expected", {"peephole": tf.ones((4, 6), tf.float64)}),
+    "norm": ("norm: expected", {"norm": tf.ones((2, 20), tf.float64)}),
+    "norms": ("norm: expected", {"norm": tf.ones((1, 24), tf.float64)}),
     "state": ("h: expected", {"initial_state": [tf.ones((2, 6), tf.float64)] * 2}),
     "mask": ("mask: expected", {"mask": tf.ones((4, 3), tf.bool)}),
     "projection": ("projection: expected", {"projection": tf.ones((5, 6), tf.float64)}),
@@ -98,6 +120,12 @@ def test_errors_of_types_and_names() -> None:
         tf.function(tftf.lstm)(x, tf.cast(kernel, tf.float32), recurrent)
     with pytest.raises(ValueError, match='activation: expected "tanh", "sigmoid"'):
         tftf.lstm(x, kernel, recurrent, activation="gelu")
+    with pytest.raises(
+        tf.errors.InvalidArgumentError, match="norm_epsilon: expected a number that"
+    ):
+        tftf.lstm(x, kernel, recurrent, norm=NORM["norm"], norm_epsilon=-1e-3)
+    with pytest.raises(ValueError, match="norm_epsilon: expected a number that"):
+        tf.function(tftf.lstm)(x, kernel, recurrent, norm_epsilon=float("nan"))
     with pytest.raises(tf.errors.InvalidArgumentError, match="pair"):
         tftf.lstm(x, kernel, recurrent, initial_state=[o["h"]])
     with pytest.raises(tf.errors.InvalidArgumentError, match="lstm_cell: c: expected"):
@@ -122,7 +150,7 @@ def test_other_activations(activation: Any, launched: Launched) -> None:
 
 
 @pytest.mark.allow_fallback
-@pytest.mark.parametrize("name", ["mask", "cell"])
+@pytest.mark.parametrize("name", ["mask", "norm", "dropout", "cell"])
 def test_xla_takes_the_reference(name: str, launched: Launched) -> None:
     values = list(operands().values())
     function = tf.function(lambda *v: gradients(FUNCTIONS[name], list(v)), jit_compile=True)

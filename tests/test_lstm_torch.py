@@ -10,8 +10,9 @@ import pytest
 
 from tests.arrays import DTYPES
 from tests.conftest import Launched, require
+from tests.lstm_case import NOISE, ROWS
 from tests.lstm_cases import BY_ID, CASES, LstmCase, LstmProblem, build
-from tests.lstm_problem import ROWS, assert_close
+from tests.lstm_problem import assert_close
 from tests.rule import assert_same_bits
 
 torch = require("torch")
@@ -53,24 +54,26 @@ def operand(problem: LstmProblem, name: str) -> Any:
 def fused(problem: LstmProblem, leaves: dict[str, Any]) -> dict[str, Any]:
     case = problem.case
     names = ["input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
-    zoneouts = [operand(problem, name) for name in ("zoneout_hidden", "zoneout_cell")]
+    scales = (leaves.get("peephole"), leaves.get("norm"))
+    noise = [operand(problem, name) for name in NOISE]
     activations = [ACTIVATIONS[case.activation], ACTIVATIONS[case.recurrent_activation]]
     first = [leaves.get(name) for name in names]
     if case.cell:
-        call = (*first[:7], leaves.get("peephole"), *zoneouts, *activations)
+        call = (*first[:7], *scales, *noise, *activations, case.norm_epsilon)
         return dict(zip(("h_n", "c_n"), torch.ops.twinfuse.lstm_cell(*call)))
     sizes = problem.batch_sizes
     mask = None if problem.mask is None else torch.from_numpy(problem.mask)
     output, h, c = torch.ops.twinfuse.lstm(
         *first,
-        leaves.get("peephole"),
+        *scales,
         None if sizes is None else torch.from_numpy(sizes),
         mask.t() if case.batch_first and mask is not None else mask,
-        *zoneouts,
-        *activations,
-        case.reverse,
+        *noise,
         case.batch_first,
+        case.reverse,
+        *activations,
         case.zero_masked_output,
+        case.norm_epsilon,
     )
     return {"output": output, "h_n": h, "c_n": c}
 
@@ -141,6 +144,10 @@ REFERENCE = [
         "cell_zoneout_draws",
     ),
     *("cell_relu_hard_sigmoid", "cell_cell"),
+    *("norm_plain", "norm_packed_reverse", "norm_mask_interior", "norm_projection", "norm_relu"),
+    *("norm_no_state", "norm_no_bias", "norm_grad_cell", "norm_peephole", "dropout_both"),
+    *("dropout_packed", "dropout_input_tile", "dropout_hidden_tile", "dropout_batch_first_reverse"),
+    *("norm_dropout_extras", "cell_norm_hidden", "cell_norm_cell", "cell_dropout_3_5_17"),
 ]
 
 

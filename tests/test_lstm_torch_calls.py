@@ -12,6 +12,7 @@ from tests.conftest import Launched, require
 torch = require("torch")
 
 import torch._dynamo.testing  # noqa: E402, F811
+import torch.nn.functional as F  # noqa: E402
 
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
@@ -29,9 +30,33 @@ def cell_function(x: Any, h: Any, c: Any, *weights: Any) -> Any:
     return tft.lstm_cell(x, (h, c), *weights)
 
 
-def composed_cell(x: Any, h: Any, c: Any, ih: Any, hh: Any, b: Any, d: Any) -> Any:
+def norm_function(x: Any, h: Any, c: Any, *params: Any) -> Any:
+    """A layer whose scales are its bias, with dropout."""
+    options = {name: value.to(x.dtype) for name, value in NOISE.items()}
+    return torch.ops.twinfuse.lstm(x, h, c, *params, norm=params[2].expand(2, 20), **options)
+
+
+def composed_norm_layer(x: Any, h: Any, c: Any, ih: Any, hh: Any, b: Any, d: Any) -> Any:
+    return composed_layer(x, h, c, ih, hh, b, d, b)
+
+
+def composed_cell(
+    x: Any, h: Any, c: Any, ih: Any, hh: Any, b: Any, d: Any, norm: Any = None
+) -> Any:
     """Native's own has no rule for vmap."""
-    i, f, g, o = (x @ ih.t() + b + h @ hh.t() + d).chunk(4, -1)
+    if norm is None:
+        sums = x @ ih.t(), h @ hh.t()
+    else:
+        pairs = zip((x, h), (ih, hh), NOISE.values())
+        sums = tuple(
+            F.layer_norm(
+                torch.cat([(v * m.to(v.dtype)) @ w.t() for m, w in zip(ms, weight.chunk(4))], -1),
+                (20,),
+                norm,
+            )
+            for v, weight, ms in pairs
+        )
+    i, f, g, o = (sums[0] + b + sums[1] + d).chunk(4, -1)
     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
     return o.sigmoid() * c.tanh(), c
 
@@ -44,7 +69,13 @@ def composed_layer(x: Any, h: Any, c: Any, *weights: Any) -> Any:
     return torch.stack(outputs), h, c
 
 
+# The same for all samples.
+NOISE = {
+    "dropout_input": torch.linspace(0, 2, 16).view(4, 1, 4),
+    "dropout_hidden": torch.linspace(2, 0, 20).view(4, 1, 5),
+}
 OPS: dict[str, tuple[Op, Op]] = {
+    "norm_layer": (norm_function, composed_norm_layer),
     "layer_function": (layer_function, composed_layer),
     "layer_operator": (torch.ops.twinfuse.lstm, composed_layer),
     "cell_function": (cell_function, composed_cell),
@@ -145,15 +176,20 @@ def test_vmap_with_options(batch_first: bool) -> None:
     x = x.transpose(0, 1) if batch_first else x
     mask = torch.rand(2, *x.shape[:2]) < 0.5
     share = torch.rand(2, *x.shape[:2], 5, dtype=torch.float64)
-    options = (0, 1, True, batch_first, True)
+    options = {"reverse": True, "batch_first": batch_first, "zero_masked_output": True}
 
-    def op(x: Any, mask: Any, share: Any) -> Any:
-        return torch.ops.twinfuse.lstm(
-            x, h, None, *params, None, None, None, mask, share, None, *options
-        )
+    def op(x: Any, mask: Any, **noise: Any) -> Any:
+        return torch.ops.twinfuse.lstm(x, h, None, *params, mask=mask, **noise, **options)
 
     two = torch.stack([x, -x])
-    for call, args in ((op, (two, mask, share)), (lambda x, m: op(x, m, None), (two, mask))):
+    norm, kept = torch.rand(2, 2, 20).double(), torch.rand(2, 4, 2, 4).double()
+    for call, args in (
+        (op, (two, mask)),
+        (lambda x, m, share: op(x, m, zoneout_hidden=share), (two, mask, share)),
+        (lambda x, m, kept: op(x, m, dropout_input=kept), (two, mask, kept)),
+        (lambda x, m, norm: op(x, m, norm=norm), (two, mask, norm)),
+        (lambda x, m: op(x, m, norm=norm[0]), (two, mask)),
+    ):
         expected = [call(*sample) for sample in zip(*args)]
         assert_same(torch.func.vmap(call)(*args), tuple(map(torch.stack, zip(*expected))))
 
@@ -295,18 +331,22 @@ def options() -> dict[str, Any]:
     x, h, c, ih, hh, b, d = arguments("layer_operator")
     packed = random(6, 4)
     sizes = torch.tensor([3, 2, 1])
-    rest = (random(3, 5), random(3, 5), None, torch.rand(2, 3) < 0.5)
+    hr, peephole, norm = random(3, 5), random(3, 5), random(2, 20)
+    extras = (hr, peephole, norm, None, torch.rand(2, 3) < 0.5)
+    noise = [torch.rand(shape).double() for shape in ((), (5,), (4, 2, 1), (2, 3))]
+    numbers = (True, True, 2, 3, True, 0.1, True)
     states = random(3, 5), random(3, 5)
     return {
         "plain": (x, h, c, ih, hh, b, d),
         "no_state": (x, None, None, ih, hh),
         "one_bias": (x, h, None, ih, hh, b),
-        "packed": (packed, *states, ih, hh, b, d, None, None, sizes),
-        "packed_no_state": (packed, None, None, ih, hh, b, d, None, None, sizes),
+        "packed": (packed, *states, ih, hh, b, d, None, None, None, sizes),
+        "packed_no_state": (packed, None, None, ih, hh, b, d, None, None, None, sizes),
         "extras": (
-            *(x.transpose(0, 1), random(2, 3), c, ih, hh[:, :3], b, d, *rest),
-            *(torch.rand(()).double(), torch.rand(5).double(), 2, 3, True, True, True, True),
+            *(x.transpose(0, 1), random(2, 3), c, ih, hh[:, :3], b, d),
+            *(*extras, *noise, *numbers),
         ),
+        "norm": (x, h, c, ih, hh, b, d, None, None, norm),
         "no_batch": (x[:, :0], h[:0], c[:0], ih, hh, b, d),
     }
 
@@ -320,29 +360,28 @@ def leaf(value: Any) -> Any:
 def test_opcheck(name: str) -> None:
     args = tuple(map(leaf, options()[name]))
     torch.library.opcheck(torch.ops.twinfuse.lstm.default, args)
-    # Without the defaults, and with what the private forms have in place of `recompute`.
-    full = (*args, *(None,) * (13 - len(args)), 0, 1, False, False, False)[:18]
-    full = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in full)
+    # The private forms have no `recompute`.
+    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args[:22])
     for save in (False, True):
-        torch.library.opcheck(torch.ops.twinfuse._lstm.default, (*full, save))
-    output, h, c, *rows = torch.ops.twinfuse._lstm(*full, True)
+        torch.library.opcheck(torch.ops.twinfuse._lstm.default, (save, *args))
+    output, h, c, *rows = torch.ops.twinfuse._lstm(True, *args)
     for grads, needs in (((output, h, c), 63), ((output, None, None), 8), ((None, h, c), 1 + 32)):
-        needs |= 64 + 128 if name == "extras" and needs == 63 else 0
-        call = (*grads, *rows, full[0], *full[3:5], *full[7:18], needs)
+        needs |= {"extras": 64 + 128 + 256, "norm": 256}.get(name, 0) if needs == 63 else 0
+        call = (needs, *grads, *rows, args[0], *args[3:5], *args[7:])
         torch.library.opcheck(torch.ops.twinfuse._lstm_backward.default, call)
 
 
-@pytest.mark.parametrize("peephole", [False, True])
-def test_opcheck_of_the_cell(peephole: bool) -> None:
-    args = arguments("cell_operator")
-    extras = (random(3, 5), torch.rand(()).double(), torch.rand(2, 1).double(), 1, 2)
-    args = [leaf(a) for a in (*args, *(extras if peephole else ()))]
+@pytest.mark.parametrize("extras", [0, 1, 9], ids=["plain", "peephole", "all"])
+def test_opcheck_of_the_cell(extras: int) -> None:
+    shares = [torch.rand(shape).double() for shape in ((), (2, 1), (4, 2, 4), (4, 1, 5))]
+    options = (random(3, 5), random(2, 20), *shares, 1, 2, 0.1)[:extras]
+    args = [leaf(a) for a in (*arguments("cell_operator"), *options)]
     torch.library.opcheck(torch.ops.twinfuse.lstm_cell.default, args)
-    full = (*args, *(None,) * 3, 0, 1) if not peephole else args
-    full = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in full)
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
     for save in (False, True):
-        torch.library.opcheck(torch.ops.twinfuse._lstm_cell.default, (*full, save))
-    h, c, gates = torch.ops.twinfuse._lstm_cell(*full, True)
-    for grads, needs in (((h, c), 127 if peephole else 63), ((h, None), 8), ((None, c), 33)):
-        call = (*grads, gates, *full[:5], *full[7:], needs)
+        torch.library.opcheck(torch.ops.twinfuse._lstm_cell.default, (save, *args))
+    h, c, gates = torch.ops.twinfuse._lstm_cell(True, *args)
+    every = {0: 63, 1: 127, 9: 255}[extras]
+    for grads, needs in (((h, c), every), ((h, None), 8), ((None, c), 33)):
+        call = (needs, *grads, gates, *args[:5], *args[7:])
         torch.library.opcheck(torch.ops.twinfuse._lstm_cell_backward.default, call)

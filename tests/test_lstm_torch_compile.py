@@ -130,6 +130,9 @@ def test_compile_packed(in_order: bool, state: bool, backend: str) -> None:
 
 EXTRAS: dict[str, Any] = {
     "peephole": True,
+    "layer_norm": True,
+    "norm_epsilon": 0.1,
+    "recurrent_dropout": 0.25,
     "zoneout_cell": 0.25,
     "activation": "sigmoid",
     "recurrent_activation": "hard_sigmoid",
@@ -148,6 +151,25 @@ def test_compile_with_options(recompute: bool, backend: str) -> None:
     assert_same(got, trained(layer, parameters, x, mask=mask))
     layer.train()
     assert not torch.equal(data(compiled(x))[0], data(compiled(x))[0])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("state", [False, True], ids=["no_state", "state"])
+def test_compile_packed_with_dropout(state: bool, backend: str, launched: Launched) -> None:
+    """As many masks are drawn as there are sequences, or more where that is data."""
+    layer = tft.nn.LSTM(4, 5, dtype=torch.float64, recurrent_dropout=1.0, layer_norm=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for lengths in PACKED:
+        x = pack_padded_sequence(random(5, 3, 4, grad=False), lengths, enforce_sorted=False)
+        hx = (random(1, 3, 5), random(1, 3, 5)) if state else None
+        parameters = [*(hx or ()), *layer.parameters()]
+        with launched("lstm_forward_f64", times=1), launched("lstm_backward_f64", times=1):
+            got = trained(compiled, parameters, x, hx)
+        assert_same(got, trained(layer, parameters, x, hx))
+    layer.recurrent_dropout = 0.5
+    outputs = [data(compiled(x, hx))[0] for _ in range(2)]
+    assert not torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -236,7 +258,7 @@ def test_export_with_dynamic_batch_and_time(name: str, strict: bool, launched: L
 
 @pytest.mark.parametrize("strict", [False, True], ids=["not_strict", "strict"])
 def test_export_of_the_cell(strict: bool) -> None:
-    cell = tft.nn.LSTMCell(4, 5, dtype=torch.float64)
+    cell = tft.nn.LSTMCell(4, 5, dtype=torch.float64, layer_norm=True)
     batch = torch.export.Dim("batch")
     args = (random(3, 4, grad=False), (random(3, 5, grad=False), random(3, 5, grad=False)))
     shapes = {"input": {0: batch}, "hx": ({0: batch}, {0: batch})}

@@ -1,15 +1,13 @@
-"""`twinfuse.torch.lstm` and `lstm_cell`: wrong calls, and calls that only torch itself serves."""
+"""`twinfuse.torch.lstm` and `lstm_cell`: wrong calls."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.conftest import Launched, require
+from tests.conftest import require
 
 torch = require("torch")
 
@@ -17,16 +15,10 @@ from torch.nn.utils.rnn import PackedSequence  # noqa: E402
 
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
+from tests.torch_lstm_arguments import cell, layer, packed  # noqa: E402
 
 Call = tuple[Callable[[], tuple[Any, ...]], str]
 r = torch.randn
-
-
-def cell(**other: Any) -> tuple[Any, ...]:
-    """Arguments of a good call, but for those that are given."""
-    weights = {"weight_ih": r(20, 4), "weight_hh": r(20, 5), "bias_ih": r(20), "bias_hh": r(20)}
-    arguments: dict[str, Any] = {"input": r(2, 4), "hx": (r(2, 5), r(2, 5))} | weights
-    return tuple((arguments | other).values())
 
 
 WRONG_CELLS: dict[str, Call] = {
@@ -75,14 +67,6 @@ def test_wrong_cells_raise_what_native_raises(name: str, requires_grad: bool) ->
     assert type(got.value) is type(expected.value)
     assert str(got.value).startswith("lstm_cell: ") or name == "list"
     assert text in str(got.value)
-
-
-def layer(**other: Any) -> tuple[Any, ...]:
-    """As `cell`; of a layer without options."""
-    weights = {"weight_ih": r(20, 4), "weight_hh": r(20, 5), "bias_ih": r(20), "bias_hh": r(20)}
-    params = [other.pop(name, weight) for name, weight in weights.items()]
-    arguments = {"input": r(3, 2, 4), "hx": (r(1, 2, 5), r(1, 2, 5)), "params": params} | other
-    return (*arguments.values(), *(True, 1, 0.0, False, False, False)[len(arguments) - 3 :])
 
 
 WRONG_LAYERS: dict[str, Call] = {
@@ -139,10 +123,6 @@ def test_wrong_sizes_never_reach_native(name: str) -> None:
     assert text in str(got.value)
 
 
-def packed(sizes: list[int], rows: int) -> PackedSequence:
-    return PackedSequence(r(rows, 4), torch.tensor(sizes))
-
-
 OPTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "activation": (
         lambda: tft.lstm(*layer(), activation="swish"),
@@ -189,6 +169,66 @@ OPTIONS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         RuntimeError,
         "lstm: peepholes[0]: expected [3, 5], got shape [3, 4]",
     ),
+    "norms": (
+        lambda: tft.lstm(*layer(), norms=[r(2, 20), r(2, 20)]),
+        RuntimeError,
+        "lstm: norms: expected 1 tensors, got 2",
+    ),
+    "norm": (
+        lambda: tft.lstm(*layer(), norms=[r(20)]),
+        RuntimeError,
+        "lstm: norms[0]: expected [2, 20], got shape [20]",
+    ),
+    "norm_of_cell": (
+        lambda: tft.lstm_cell(*cell(), norm=r(2, 5)),
+        RuntimeError,
+        "lstm_cell: norm: expected [2, 20], got shape [2, 5]",
+    ),
+    "norm_dtype": (
+        lambda: tft.lstm(*layer(), norms=[r(2, 20).double()]),
+        RuntimeError,
+        "lstm: norms[0]: expected torch.float32 like input, got torch.float64",
+    ),
+    "epsilon": (
+        lambda: tft.lstm(*layer(), norms=[r(2, 20)], norm_epsilon=-1e-5),
+        ValueError,
+        "lstm: norm_epsilon: expected 0 or more, got -1e-05",
+    ),
+    "epsilon_of_cell": (
+        lambda: tft.lstm_cell(*cell(), norm=r(2, 20), norm_epsilon=float("nan")),
+        ValueError,
+        "lstm_cell: norm_epsilon: expected 0 or more, got nan",
+    ),
+    "recurrent_dropout": (
+        lambda: tft.lstm(*layer(), recurrent_dropout=-0.5),
+        ValueError,
+        "lstm: recurrent_dropout: expected a number from 0 to 1, got -0.5",
+    ),
+    "two_dropouts": (
+        lambda: tft.lstm(*layer(), recurrent_dropout=0.5, dropouts_hidden=[r(4, 2, 5)]),
+        ValueError,
+        "lstm: recurrent_dropout: expected 0 with dropouts_hidden, got 0.5",
+    ),
+    "dropouts": (
+        lambda: tft.lstm(*layer(), dropouts_input=[r(4, 2, 4)] * 2),
+        RuntimeError,
+        "lstm: dropouts_input: expected 1 tensors, got 2",
+    ),
+    "dropout": (
+        lambda: tft.lstm(*layer(), dropouts_hidden=[r(4, 2, 4)]),
+        RuntimeError,
+        "lstm: dropouts_hidden[0]: expected what broadcasts to [4, 2, 5], got shape [4, 2, 4]",
+    ),
+    "dropout_of_cell": (
+        lambda: tft.lstm_cell(*cell(), dropout_input=r(2, 2, 4)),
+        RuntimeError,
+        "lstm_cell: dropout_input: expected what broadcasts to [4, 2, 4], got shape [2, 2, 4]",
+    ),
+    "packed_dropout": (
+        lambda: tft.lstm(packed([3, 1], 4), None, *layer()[2:], dropouts_input=[r(4, 2, 4)]),
+        RuntimeError,
+        "lstm: dropouts_input[0]: expected what broadcasts to [4, 3, 4], got shape [4, 2, 4]",
+    ),
     "packed_state": (
         lambda: tft.lstm(packed([3, 1], 4), *layer()[1:]),
         RuntimeError,
@@ -221,55 +261,6 @@ def test_wrong_options(name: str) -> None:
     assert text in str(got.value)
 
 
-SERVED_BY_NATIVE: dict[str, tuple[Any, Callable[[], tuple[Any, ...]], str]] = {
-    "wide_cell_state": (
-        "lstm_cell",
-        lambda: cell(hx=(r(2, 5), r(2, 5).double())),
-        "hx[1]: expected torch.float32 like input, got torch.float64",
-    ),
-    "bias_of_one": ("lstm_cell", lambda: cell(bias_ih=r(1)), "bias_ih: expected [20], got"),
-    "sparse": ("lstm_cell", lambda: cell(input=r(2, 4).to_sparse()), "input: expected a dense"),
-}
-
-
-@pytest.mark.allow_fallback
-@pytest.mark.parametrize("name", SERVED_BY_NATIVE)
-def test_unusual_calls_take_the_native_path(name: str, launched: Launched) -> None:
-    op, make, reason = SERVED_BY_NATIVE[name]
-    ours, native, arguments = getattr(tft, op), getattr(torch, op), make()
-    with pytest.warns(twinfuse.FallbackWarning) as warned, launched(op, times=0):
-        got = ours(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(got, native(*arguments)))
-    fallbacks = [w for w in warned if w.category is twinfuse.FallbackWarning]
-    assert len(fallbacks) == 1 and reason in str(fallbacks[0].message)
-    with twinfuse.strict(), pytest.raises(twinfuse.FallbackError, match=op):
-        ours(*arguments)
-
-
-@pytest.mark.allow_fallback
-def test_gradients_of_zoneouts() -> None:
-    share = torch.full((5,), 0.25, dtype=torch.float64, requires_grad=True)
-    arguments = tuple(
-        tuple(t.double() for t in a) if isinstance(a, tuple) else a.double() for a in cell()
-    )
-    with pytest.warns(twinfuse.FallbackWarning, match="zoneout_cell: no kernel computes its"):
-        assert torch.autograd.gradcheck(
-            lambda share: tft.lstm_cell(*arguments, zoneout_cell=share), (share,)
-        )
-    x, (h, c), *weights = arguments
-    op = torch.ops.twinfuse.lstm_cell
-    with pytest.warns(twinfuse.FallbackWarning, match="zoneout_hidden: no kernel computes its"):
-        assert torch.autograd.gradcheck(lambda share: op(x, h, c, *weights, None, share), (share,))
-    sequence = x.unsqueeze(0)
-    with pytest.warns(twinfuse.FallbackWarning, match="zoneout_hidden: no kernel computes its"):
-        assert torch.autograd.gradcheck(
-            lambda share: torch.ops.twinfuse.lstm(
-                sequence, h, c, *weights, None, None, None, None, share
-            ),
-            (share,),
-        )
-
-
 def test_operators_and_their_traces_raise() -> None:
     x, (h, c), *weights = cell()
     for arguments in (
@@ -285,88 +276,3 @@ def test_operators_and_their_traces_raise() -> None:
             moved[0] = moved[0].unsqueeze(0)
             with pytest.raises(RuntimeError, match=r"lstm: [a-z_]+: expected"):
                 torch.ops.twinfuse.lstm(*moved)
-
-
-def test_reference_backend_launches_nothing(launched: Launched) -> None:
-    arguments, one = layer(), cell()
-    with twinfuse.use_backend("reference"), launched("lstm", times=0):
-        output, (h, c) = tft.lstm(*arguments)
-        step = tft.lstm_cell(*one)
-    for got, expected in zip((output, h, c), torch.lstm(*arguments)):
-        assert torch.equal(got, expected)
-    assert all(torch.equal(a, b) for a, b in zip(step, torch.lstm_cell(*one)))
-    with twinfuse.use_backend("cpu"), launched("lstm_forward_f32", times=1):
-        tft.lstm(*arguments)
-
-
-def test_meta_tensors() -> None:
-    layer = tft.nn.LSTM(4, 5, num_layers=2, bidirectional=True, device="meta")
-    output, (h, c) = layer(r(3, 2, 4, device="meta"))
-    assert output.device.type == "meta" and output.shape == (3, 2, 10)
-    assert h.shape == c.shape == (4, 2, 5)
-
-
-@pytest.mark.allow_fallback
-@pytest.mark.parametrize("name", ["lstm_cell", "lstm"])
-def test_binding_has_its_own_reference(name: str) -> None:
-    """Below Python, what no kernel takes runs on torch's operators too, and is reported."""
-    x, (h, c), *weights = cell()
-    ops = torch.ops.twinfuse
-    if name == "lstm_cell":
-        forward, backward = ops._lstm_cell, ops._lstm_cell_backward
-        options: tuple[Any, ...] = (*(None,) * 3, 0, 1)
-    else:
-        forward, backward = ops._lstm, ops._lstm_backward
-        x, options = x.unsqueeze(0), (*(None,) * 6, 0, 1, False, False, False)
-
-    def wide(tensors: Any) -> list[Any]:
-        return [tensor.to(torch.complex64) for tensor in tensors]
-
-    call = (x, h, c, *weights)
-    expected = forward(*call, *options, True)
-    with pytest.warns(twinfuse.FallbackWarning, match="no kernel takes this dtype"):
-        got = forward(*wide(call), *options, True)
-    for a, b in zip(got, expected):
-        torch.testing.assert_close(a.real, b)
-
-    state = (h, c) if name == "lstm_cell" else ()
-    call = (*expected, x, *state, *weights[:2])
-    got = backward(*wide(call), *options, 63)
-    for a, b in zip(got[:6], backward(*call, *options, 63)):
-        torch.testing.assert_close(a.real, b)
-    assert all(each is None for each in got[6:])
-    with twinfuse.strict(), pytest.raises(RuntimeError, match="runs on the framework's own layers"):
-        backward(*wide(call), *options, 63)
-
-
-WITHOUT_BINDING = """
-import warnings
-import torch
-from twinfuse import _core
-_core.LIBRARY = _core.LIBRARY.with_name("absent.so")
-import twinfuse, twinfuse.torch as tft
-layer = tft.nn.LSTM(4, 5, dtype=torch.double)
-native = torch.nn.LSTM(4, 5, dtype=torch.double)
-native.load_state_dict(layer.state_dict())
-x = torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True)
-params = list(layer.parameters())
-with warnings.catch_warnings(record=True) as warned:
-    warnings.simplefilter("always")
-    assert torch.equal(layer(x)[0], native(x)[0])
-    output, h, c = torch.ops.twinfuse.lstm(x, None, None, *params)
-    torch.testing.assert_close(output, native(x)[0])
-    op = lambda *a: torch.ops.twinfuse.lstm(a[0], None, None, *a[1:])
-    assert torch.autograd.gradcheck(op, (x, *params), fast_mode=True)
-    assert torch.equal(tft.lstm_cell(x[0], (h, c), *params)[0],
-                       torch.lstm_cell(x[0], (h, c), *params)[0])
-messages = [str(w.message) for w in warned if w.category is twinfuse.FallbackWarning]
-assert len(messages) == 2 and all("compiled core is missing" in m for m in messages), messages
-output = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0]
-torch.testing.assert_close(output, native(x)[0])
-assert twinfuse.explain(tft.lstm, x, None, params)[0].backend == "reference"
-"""
-
-
-@pytest.mark.slow
-def test_everything_works_without_the_compiled_core() -> None:
-    subprocess.run([sys.executable, "-c", WITHOUT_BINDING], check=True)

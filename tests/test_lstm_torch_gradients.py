@@ -94,6 +94,62 @@ def test_gradients_of_gradients_of_the_options() -> None:
     assert torch.autograd.gradgradcheck(step, tensors)
 
 
+def options_of(name: str, kind: str) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Keywords with norms, dropouts or both; the norm is behind the other leaves."""
+    leaves, (x, *_) = PAIRS[name][2](), arguments()
+    kept = torch.rand(4, 2, x.shape[-1]).double(), torch.rand(4, 1, 3).double()
+    dropouts = {"dropouts_input": [kept[0]], "dropouts_hidden": [kept[1]]}
+    if name == "cell":
+        dropouts = dict(zip(("dropout_input", "dropout_hidden"), kept))
+    options: dict[str, Any] = dropouts if "dropout" in kind else {}
+    return options | {"norm_epsilon": 0.1}, (*leaves, *([random(2, 12)] if "norm" in kind else ()))
+
+
+@every_pair
+@pytest.mark.parametrize("kind", ["norm", "dropout", "norm_dropout"])
+def test_gradients_of_gradients_of_norm_and_dropout(name: str, kind: str) -> None:
+    ours, (options, tensors) = PAIRS[name][0], options_of(name, kind)
+
+    def op(*tensors: Any) -> Any:
+        if name == "cell":
+            return ours(*tensors[:7], norm=tensors[7] if "norm" in kind else None, **options)
+        return ours(*tensors[:7], norms=tensors[7:], **options)
+
+    assert torch.autograd.gradcheck(op, tensors)
+    assert torch.autograd.gradgradcheck(op, tensors)
+    if "norm" in kind:
+        only = (*(t.detach() for t in tensors[:7]), tensors[7])
+        assert torch.autograd.gradgradcheck(op, only)
+
+
+def test_gradients_of_norms_with_other_options() -> None:
+    tensors = (*arguments(), random(3, 3), random(2, 12))
+    mask = torch.tensor([[True, True], [True, False], [False, True]])
+    kept = torch.rand(4, 2, 3).double()
+    sizes = torch.tensor([3, 2, 1])
+
+    def masked(*tensors: Any) -> Any:
+        *rest, peephole, norm = tensors
+        return layer(
+            *rest, peepholes=[peephole], norms=[norm], mask=mask, zoneout_hidden=0.2,
+            zoneout_cell=0.3, dropouts_hidden=[kept], activation="sigmoid", recompute=True,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(masked, tensors)
+    assert torch.autograd.gradgradcheck(masked, tensors, fast_mode=True)
+
+    def packed(x: Any, h: Any, c: Any, hr: Any, norm: Any, *weights: Any) -> Any:
+        return torch.ops.twinfuse.lstm(
+            x, h, c, *weights, hr, norm=norm, batch_sizes=sizes, reverse=True,
+            dropout_input=kept[:, [0, 1, 0], :1], dropout_hidden=kept[:, [1, 0, 1], :2],
+        )  # fmt: skip
+
+    shapes = (6, 4), (3, 2), (3, 3), (2, 3), (2, 12), (12, 4), (12, 2), (12,), (12,)
+    tensors = tuple(random(*shape) for shape in shapes)
+    assert torch.autograd.gradcheck(packed, tensors)
+    assert torch.autograd.gradgradcheck(packed, tensors, fast_mode=True)
+
+
 @every_pair
 def test_third_order(name: str) -> None:
     ours, theirs, make = PAIRS[name]
@@ -173,9 +229,10 @@ def test_gradients_fit_their_leaves(name: str) -> None:
 def test_what_is_kept_for_backward() -> None:
     x, h, c, *params = arguments()
 
+    own = {t.untyped_storage().data_ptr() for t in (x, h, c, *params)}
+
     def kept(**options: Any) -> int:
         sizes: dict[int, int] = {}
-        own = {t.untyped_storage().data_ptr() for t in (x, h, c, *params)}
 
         def pack(tensor: Any) -> Any:
             storage = tensor.untyped_storage()
@@ -189,6 +246,10 @@ def test_what_is_kept_for_backward() -> None:
 
     assert kept() == 3 * 2 * (5 * 3 + 3)  # rows of 5H + R
     assert kept(recompute=True) == 0
+    norms = [random(2, 12)]
+    own.add(norms[0].untyped_storage().data_ptr())
+    assert kept(norms=norms) == 3 * 2 * (13 * 3 + 3)
+    assert kept(norms=norms, recompute=True) == 0
 
 
 def test_recompute_gives_the_same_bits(launched: Launched) -> None:

@@ -34,20 +34,27 @@ def lstm_cases(draw: st.DrawFn) -> LstmCase:
         others = draw(st.lists(st.integers(1, steps), min_size=batch - 1, max_size=batch - 1))
         lengths = tuple(sorted([steps, *others], reverse=True))
     units = draw(sizes)
-    # Derivatives of the others jump, close to which many numbers are likely to come.
-    small = steps * batch * units < 100
+    norm, dropout = draw(st.booleans()), draw(st.sampled_from(["", "", "both", "input", "hidden"]))
+    # Derivatives of the others jump, close to which many numbers are likely to come, and all where
+    # nothing is left of a product.
+    small = steps * batch * units < 100 and not norm and not dropout
     functions = st.sampled_from(list(ACTIVATIONS)) if small else smooth
+    inputs, projection = draw(sizes), draw(st.one_of(st.just(0), sizes))
     return LstmCase(
         f"property_{draw(st.integers(0, 3))}",
         steps,
         batch,
-        draw(sizes),
+        inputs,
         units,
-        projection=draw(st.one_of(st.just(0), sizes)),
+        projection=projection,
         bias=draw(st.sampled_from(["both", "one", "none"])),
         initial="both" if cell else draw(st.sampled_from(["both", "hidden", "cell", "none"])),
         peephole=draw(st.booleans()),
         zoneout=draw(st.sampled_from(["", "", "draws", "means", "hidden", "cell"])),
+        norm=norm,
+        # A small one makes much of errors where a row has little variance.
+        norm_epsilon=draw(st.sampled_from([0.1, 1.0])),
+        dropout=dropout,
         mask=draw(st.sampled_from(["right", "left", "interior", "rows"])) * (kind == "mask"),
         zero_masked_output=draw(st.booleans()),
         lengths=lengths,
@@ -58,8 +65,10 @@ def lstm_cases(draw: st.DrawFn) -> LstmCase:
         batch_first=not lengths and not cell and draw(st.booleans()),
         input_layout=draw(read_layouts),
         state_layout=draw(read_layouts),
-        weight_layout=draw(read_layouts),
+        # Equal rows of weights leave nothing to a norm but errors.
+        weight_layout=draw(read_layouts.filter(lambda way: not norm or way != "broadcast_rows")),
         bias_layout=draw(st.sampled_from(["contiguous", "strided", "broadcast_columns"])),
+        dropout_layout=draw(read_layouts),
         grad_layout=draw(read_layouts),
         cell=cell,
     )

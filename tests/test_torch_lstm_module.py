@@ -331,5 +331,9 @@ def test_wrong_options_of_modules() -> None:
             kind(4, 5, activation="gelu")
         with pytest.raises(ValueError, match="zoneout_cell: expected 0 to 1, got -1"):
             kind(4, 5, zoneout_cell=-1)
+        with pytest.raises(ValueError, match="norm_epsilon: expected 0 or more, got -1"):
+            kind(4, 5, norm_epsilon=-1)
         with pytest.raises(TypeError):
             kind(4, 5, mode="GRU")
+    with pytest.raises(ValueError, match=r"recurrent_dropout: expected 0 to 1, got 1\.5"):
+        tft.nn.LSTM(4, 5, recurrent_dropout=1.5)

@@ -72,12 +72,15 @@ class LstmGradients {
     const bool waits = drops_input() && op.grad_input_rows.data;
     by_gate_ = space_.take_of<T>(waits * kGates * min64(op.rows, kBlock), op.inputs);
     int64_t most = 0;
-    each_product([&](const LinearReluBackward& product, const Sequence*, int) {
+    each_product([&](LinearReluBackward product, const Sequence* dropout, int) {
+      if (dropout) product.input = dense(product.input, nullptr);
       most = max64(most, LinearBackward<T>(product, context).bytes());
     });
     if (to.hr.data) most = max64(most, LinearBackward<T>(of_projection(), context).bytes());
     if (waits) {
-      const auto product = grad_dropped_block(0, min64(op.rows, kBlock), 0, nullptr);
+      // What it is written to does not matter yet, but that it is.
+      T* to_plan = static_cast<T*>(op.grad_input_rows.data);
+      const auto product = grad_dropped_block(0, min64(op.rows, kBlock), 0, to_plan);
       most = max64(most, LinearBackward<T>(product, context).bytes());
     }
     products_ = space_.take(most);
@@ -190,6 +193,8 @@ class LstmGradients {
     });
   }
 
+  static Matrix dense(const Matrix& m, T* to) { return {to, m.rows, m.cols, m.cols, 1}; }
+
   // Replaces all rows by what forward multiplied for one gate.
   void drop(const Steps& steps, const Sequence& dropout, int gate, const TwinfuseContext& context,
             Matrix* rows) const {
@@ -201,7 +206,7 @@ class LstmGradients {
                    factors(dropout, gate, steps.sequence(row)), dropout.col, from.cols,
                    to + row * from.cols);
     });
-    *rows = {to, from.rows, from.cols, from.cols, 1};
+    *rows = dense(from, to);
   }
 
   LinearReluBackward grad_dropped_block(int64_t first, int64_t rows, int gate, T* to) const {

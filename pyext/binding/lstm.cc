@@ -10,7 +10,7 @@ namespace {
 
 constexpr const char* kOp = "lstm";
 
-// Of the forward operators.
+// Of the forward operators, behind `save` in the private one.
 enum Argument {
   kInput,
   kH,
@@ -21,18 +21,34 @@ enum Argument {
   kBiasHh,
   kWeightHr,
   kPeephole,
+  kNorm,
   kBatchSizes,
   kMask,
-  kZoneoutHidden,
-  kZoneoutCell,
-  kArguments
+  kNoise,  // four
+  kArguments = kNoise + 4
 };
-constexpr std::array<const char*, kArguments> kNames = {
-    "input",     "h",        "c",           "weight_ih", "weight_hh",      "bias_ih",     "bias_hh",
-    "weight_hr", "peephole", "batch_sizes", "mask",      "zoneout_hidden", "zoneout_cell"};
+constexpr std::array<const char*, kArguments> kNames = {"input",
+                                                        "h",
+                                                        "c",
+                                                        "weight_ih",
+                                                        "weight_hh",
+                                                        "bias_ih",
+                                                        "bias_hh",
+                                                        "weight_hr",
+                                                        "peephole",
+                                                        "norm",
+                                                        "batch_sizes",
+                                                        "mask",
+                                                        "zoneout_hidden",
+                                                        "zoneout_cell",
+                                                        "dropout_input",
+                                                        "dropout_hidden"};
 constexpr uint32_t kOptional = ((1u << kArguments) - 1) & ~(1u << kInput | 3u << kWeightIh);
+// Numbers behind the tensors; in private forms `save` or `needs` is before them.
+constexpr int kOptions = 6;
 
-// Of the backward operator: incoming gradients, what forward saved, and arguments of forward.
+// Of the backward operator, behind `needs`: incoming gradients, what forward saved, and arguments
+// of forward.
 enum BackwardArgument {
   kGradOutput,
   kGradH,
@@ -42,13 +58,14 @@ enum BackwardArgument {
   kHidden,
   kLayer,  // input, weight_ih, weight_hh, and from here on as in forward:
   kLayerHr = kLayer + 3,
-  kBackwardArguments = kLayerHr + 6
+  kBackwardArguments = kLayerHr + 9
 };
 constexpr std::array<const char*, kBackwardArguments> kBackwardNames = {
-    "grad_output", "grad_h",      "grad_c",    "gates",          "cells",
-    "hidden",      "input",       "weight_ih", "weight_hh",      "weight_hr",
-    "peephole",    "batch_sizes", "mask",      "zoneout_hidden", "zoneout_cell"};
-constexpr uint32_t kBackwardOptional = 7u << kGradOutput | 63u << kLayerHr;
+    "grad_output",  "grad_h",        "grad_c",        "gates",     "cells",
+    "hidden",       "input",         "weight_ih",     "weight_hh", "weight_hr",
+    "peephole",     "norm",          "batch_sizes",   "mask",      "zoneout_hidden",
+    "zoneout_cell", "dropout_input", "dropout_hidden"};
+constexpr uint32_t kBackwardOptional = 7u << kGradOutput | 511u << kLayerHr;
 
 // Sizes and options that both directions of a call have.
 class Layer : public TwinfuseLstm {
@@ -56,18 +73,19 @@ class Layer : public TwinfuseLstm {
   int64_t units, state, batch;
   std::vector<int64_t> leading;  // of the sequences: [T, B], [B, T] or [N]
   bool batch_first;
-  Sequence zoneout_hidden, zoneout_cell;
+  Noise noise;
 
   // `options` are the numbers behind the tensors on the stack.
   Layer(const View& input, const View& weight_ih, const View& weight_hh, const View* weight_hr,
-        const View* batch_sizes, const View* mask, const View* hidden, const View* cell,
+        const View* batch_sizes, const View* mask, const Noise::Views& views,
         const StableIValue* options)
       : TwinfuseLstm{}, leading(input.sizes, input.sizes + input.ndim - 1) {
-    cell_activation = static_cast<int32_t>(PopInt(options[0]));
-    gate_activation = static_cast<int32_t>(PopInt(options[1]));
-    reverse = PopBool(options[2]);
-    batch_first = PopBool(options[3]) && batch_sizes == nullptr;
+    batch_first = PopBool(options[0]) && batch_sizes == nullptr;
+    reverse = PopBool(options[1]);
+    cell_activation = static_cast<int32_t>(PopInt(options[2]));
+    gate_activation = static_cast<int32_t>(PopInt(options[3]));
     zero_masked_output = PopBool(options[4]);
+    norm_epsilon = PopDouble(options[5]);
     batch_major = batch_first;
     units = weight_ih.sizes[0] / 4;
     state = weight_hr != nullptr ? weight_hh.sizes[1] : units;
@@ -77,8 +95,9 @@ class Layer : public TwinfuseLstm {
       batch = leading[batch_first ? 0 : 1];
     }
     if (mask != nullptr) ReadMask(*mask);
-    if (hidden != nullptr) zoneout_hidden.Set(kOp, *hidden, Rows(state), batch_first);
-    if (cell != nullptr) zoneout_cell.Set(kOp, *cell, Rows(units), batch_first);
+    const auto sizes = [this](int64_t width) { return Rows(width); };
+    noise.SetZoneout(kOp, views, units, state, sizes, batch_first);
+    noise.SetDropout(kOp, views, batch, input.last_size(), state, batch_sizes != nullptr);
   }
 
   std::vector<int64_t> Rows(int64_t width) const {
@@ -131,14 +150,14 @@ void CheckInput(const View& input, const View* batch_sizes) {
   }
 }
 
-// The results are left on the stack: output, h, c, and with `save` gates, cells and hidden.
-void Forward(StableIValue* stack, bool save, bool push_saved) {
-  const Tensors<kArguments> tensors(kOp, kNames, kOptional, stack);
+// Leaves the first `pushed` results on the stack: output, h, c, and with `save` gates, cells and
+// hidden.
+void Forward(const StableIValue* arguments, bool save, int pushed, StableIValue* stack) {
+  const Tensors<kArguments> tensors(kOp, kNames, kOptional, arguments);
+  const StableIValue* const options = arguments + kArguments;
   const auto fall_back = [&](const std::string& reason) {
-    auto numbers = Numbers<6>(stack + kArguments);
-    numbers[5] = torch::stable::detail::from(save);  // in the public form this is `recompute`
-    RunReference<6>(kOp, "twinfuse::_lstm_reference", tensors, numbers, reason, push_saved ? 6 : 3,
-                    stack);
+    RunReference<6, kOptions>(kOp, "twinfuse::_lstm_reference", torch::stable::detail::from(save),
+                              tensors, options, reason, pushed, stack);
   };
   const View& x = *tensors[kInput];
   tensors.CheckDevices(kInput, kBatchSizes);
@@ -147,7 +166,7 @@ void Forward(StableIValue* stack, bool save, bool push_saved) {
   tensors.CheckRank(kWeightIh, 2, "[4H, I]");
   tensors.CheckRank(kWeightHh, 2, "[4H, R]");
   Layer layer(x, *tensors[kWeightIh], *tensors[kWeightHh], tensors[kWeightHr], tensors[kBatchSizes],
-              tensors[kMask], tensors[kZoneoutHidden], tensors[kZoneoutCell], stack + kArguments);
+              tensors[kMask], tensors.Views<4>(kNoise), options);
 
   Result results[6];
   const std::vector<int64_t> sizes = layer.Rows(layer.state);
@@ -156,7 +175,8 @@ void Forward(StableIValue* stack, bool save, bool push_saved) {
   results[2].Take("c_n", Empty(kOp, "c_n", x, {layer.batch, layer.units}));
   if (save) {
     const int64_t rows = layer.rows();
-    results[3].Take("gates", Empty(kOp, "gates", x, {rows, 4 * layer.units}));
+    const int64_t gates = (tensors[kNorm] != nullptr ? 12 : 4) * layer.units;
+    results[3].Take("gates", Empty(kOp, "gates", x, {rows, gates}));
     results[4].Take("cells", Empty(kOp, "cells", x, {rows, layer.units}));
     results[5].Take("hidden", Empty(kOp, "hidden", x, {rows, layer.state}));
   }
@@ -167,48 +187,52 @@ void Forward(StableIValue* stack, bool save, bool push_saved) {
   const TwinfuseLstmSaved saved = {results[3].view(), results[4].view(), results[5].view()};
   const TwinfuseLstmState initial = {tensors[kH], tensors[kC]};
   const TwinfuseLstmWeights weights = {tensors[kWeightIh], tensors[kWeightHh], tensors[kBiasIh],
-                                       tensors[kBiasHh],   tensors[kWeightHr], tensors[kPeephole]};
-  const TwinfuseLstmZoneout zoneout = {layer.zoneout_hidden.get(), layer.zoneout_cell.get()};
+                                       tensors[kBiasHh],   tensors[kWeightHr], tensors[kPeephole],
+                                       tensors[kNorm]};
+  const TwinfuseLstmNoise noise = layer.noise.get();
   Context context(x, /*convolution=*/false);
-  const TwinfuseStatus status = twinfuse_lstm_forward(
-      output.get(), &final, &saved, input.get(), &initial, &weights, &zoneout, &layer, &context);
+  const TwinfuseStatus status = twinfuse_lstm_forward(output.get(), &final, &saved, input.get(),
+                                                      &initial, &weights, &noise, &layer, &context);
   if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
-  for (int i = 0; i < (push_saved ? 6 : 3); ++i) stack[i] = results[i].Release();
+  for (int i = 0; i < pushed; ++i) stack[i] = results[i].Release();
 }
 
 void BoxedPublic(StableIValue* stack, uint64_t, uint64_t) {
-  Forward(stack, /*save=*/false, /*push_saved=*/false);
+  Forward(stack, /*save=*/false, 3, stack);
 }
 
 void BoxedForward(StableIValue* stack, uint64_t, uint64_t) {
-  Forward(stack, PopBool(stack[kArguments + 5]), /*push_saved=*/true);
+  Forward(stack + 1, PopBool(stack[0]), 6, stack);
 }
 
 void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
-  constexpr int kGradients = 8;
-  const Tensors<kBackwardArguments> tensors(kOp, kBackwardNames, kBackwardOptional, stack);
-  const StableIValue* const options = stack + kBackwardArguments;
-  const int64_t needs = PopInt(options[5]);
+  constexpr int kGradients = 9;
+  const int64_t needs = PopInt(stack[0]);
+  const Tensors<kBackwardArguments> tensors(kOp, kBackwardNames, kBackwardOptional, stack + 1);
+  const StableIValue* const options = stack + 1 + kBackwardArguments;
   const auto fall_back = [&](const std::string& reason) {
-    RunReference<kGradients>(kOp, "twinfuse::_lstm_reference_backward", tensors,
-                             Numbers<6>(options), reason, kGradients, stack);
+    RunReference<kGradients, kOptions>(kOp, "twinfuse::_lstm_reference_backward",
+                                       torch::stable::detail::from(needs), tensors, options, reason,
+                                       kGradients, stack);
   };
   const View& x = *tensors[kLayer];
   const View& ih = *tensors[kLayer + 1];
   const View& hh = *tensors[kLayer + 2];
   const View* const hr = tensors[kLayerHr];
   const View* const peephole = tensors[kLayerHr + 1];
-  const View* const batch_sizes = tensors[kLayerHr + 2];
-  tensors.CheckDevices(kLayer, kLayerHr + 2);
+  const View* const norm = tensors[kLayerHr + 2];
+  const View* const batch_sizes = tensors[kLayerHr + 3];
+  tensors.CheckDevices(kLayer, kLayerHr + 3);
   if (x.dtype < 0) return fall_back(kDtypeReason);
-  if ((needs & kNeedsHr && hr == nullptr) || (needs & kNeedsPeephole && peephole == nullptr)) {
+  if ((needs & kNeedsHr && hr == nullptr) || (needs & kNeedsPeephole && peephole == nullptr) ||
+      (needs & kNeedsNorm && norm == nullptr)) {
     throw std::runtime_error("lstm: needs: expected no gradient of a tensor that is None");
   }
   CheckInput(x, batch_sizes);
   tensors.CheckRank(kLayer + 1, 2, "[4H, I]");
   tensors.CheckRank(kLayer + 2, 2, "[4H, R]");
-  Layer layer(x, ih, hh, hr, batch_sizes, tensors[kLayerHr + 3], tensors[kLayerHr + 4],
-              tensors[kLayerHr + 5], options);
+  Layer layer(x, ih, hh, hr, batch_sizes, tensors[kLayerHr + 4], tensors.Views<4>(kLayerHr + 5),
+              options);
 
   Result results[kGradients];
   if (needs & kNeedsInput) results[0].Take("grad_input", EmptyLike(kOp, "grad_input", x));
@@ -227,6 +251,7 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
   if (needs & kNeedsPeephole) {
     results[7].Take("grad_peephole", EmptyLike(kOp, "grad_peephole", *peephole));
   }
+  if (needs & kNeedsNorm) results[8].Take("grad_norm", EmptyLike(kOp, "grad_norm", *norm));
 
   Sequence input, grad_input, grad_output;
   const std::vector<int64_t> sizes = layer.Rows(x.last_size());
@@ -236,17 +261,17 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
     grad_output.Set(kOp, *grad, layer.Rows(layer.state), layer.batch_first);
   }
   const TwinfuseLstmState grad_initial = {results[1].view(), results[2].view()};
-  const TwinfuseLstmWeights grad_weights = {results[3].view(), results[4].view(),
-                                            results[5].view(), nullptr,
-                                            results[6].view(), results[7].view()};
+  const TwinfuseLstmWeights grad_weights = {results[3].view(), results[4].view(), results[5].view(),
+                                            nullptr,           results[6].view(), results[7].view(),
+                                            results[8].view()};
   const TwinfuseLstmState grad_final = {tensors[kGradH], tensors[kGradC]};
   const TwinfuseLstmSaved saved = {tensors[kGates], tensors[kCells], tensors[kHidden]};
-  const TwinfuseLstmWeights weights = {&ih, &hh, nullptr, nullptr, hr, peephole};
-  const TwinfuseLstmZoneout zoneout = {layer.zoneout_hidden.get(), layer.zoneout_cell.get()};
+  const TwinfuseLstmWeights weights = {&ih, &hh, nullptr, nullptr, hr, peephole, norm};
+  const TwinfuseLstmNoise noise = layer.noise.get();
   Context context(x, /*convolution=*/false);
-  const TwinfuseStatus status = twinfuse_lstm_backward(
-      grad_input.get(), &grad_initial, &grad_weights, grad_output.get(), &grad_final, &saved,
-      input.get(), &weights, &zoneout, &layer, &context);
+  const TwinfuseStatus status =
+      twinfuse_lstm_backward(grad_input.get(), &grad_initial, &grad_weights, grad_output.get(),
+                             &grad_final, &saved, input.get(), &weights, &noise, &layer, &context);
   if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
   for (int i = 0; i < kGradients; ++i) stack[i] = results[i].Release();
 }
@@ -265,27 +290,35 @@ STABLE_TORCH_LIBRARY_FRAGMENT(twinfuse, library) {
   library.def(
       "lstm(Tensor input, Tensor? h, Tensor? c, Tensor weight_ih, Tensor weight_hh, "
       "Tensor? bias_ih=None, Tensor? bias_hh=None, Tensor? weight_hr=None, Tensor? peephole=None, "
-      "Tensor? batch_sizes=None, Tensor? mask=None, Tensor? zoneout_hidden=None, "
-      "Tensor? zoneout_cell=None, int activation=0, int recurrent_activation=1, "
-      "bool reverse=False, bool batch_first=False, bool zero_masked_output=False, "
-      "bool recompute=False) -> (Tensor output, Tensor h_n, Tensor c_n)");
-  // Also gates, cells and hidden of every step, which are undefined unless `save`.
+      "Tensor? norm=None, Tensor? batch_sizes=None, Tensor? mask=None, "
+      "Tensor? zoneout_hidden=None, Tensor? zoneout_cell=None, Tensor? dropout_input=None, "
+      "Tensor? dropout_hidden=None, bool batch_first=False, bool reverse=False, "
+      "int activation=0, int recurrent_activation=1, bool zero_masked_output=False, "
+      "float norm_epsilon=1e-05, bool recompute=False) "
+      "-> (Tensor output, Tensor h_n, Tensor c_n)");
+  // Also gates, cells and hidden of every step, which are undefined unless `save`. What is rare is
+  // last in the private forms too: an argument that is left out costs less.
   library.def(
-      "_lstm(Tensor input, Tensor? h, Tensor? c, Tensor weight_ih, Tensor weight_hh, "
-      "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? peephole, "
-      "Tensor? batch_sizes, Tensor? mask, Tensor? zoneout_hidden, Tensor? zoneout_cell, "
-      "int activation, int recurrent_activation, bool reverse, bool batch_first, "
-      "bool zero_masked_output, bool save) "
+      "_lstm(bool save, Tensor input, Tensor? h, Tensor? c, Tensor weight_ih, Tensor weight_hh, "
+      "Tensor? bias_ih=None, Tensor? bias_hh=None, Tensor? weight_hr=None, Tensor? peephole=None, "
+      "Tensor? norm=None, Tensor? batch_sizes=None, Tensor? mask=None, "
+      "Tensor? zoneout_hidden=None, Tensor? zoneout_cell=None, Tensor? dropout_input=None, "
+      "Tensor? dropout_hidden=None, bool batch_first=False, bool reverse=False, "
+      "int activation=0, int recurrent_activation=1, bool zero_masked_output=False, "
+      "float norm_epsilon=1e-05) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // Gradients of input, h, c, weight_ih, weight_hh, either bias, weight_hr and peephole; one whose
-  // bit is not in `needs` (input: 1, h: 2, ...) is undefined (None in Python).
+  // Gradients of input, h, c, weight_ih, weight_hh, either bias, weight_hr, peephole and norm; one
+  // whose bit is not in `needs` (input: 1, h: 2, ...) is undefined (None in Python).
   library.def(
-      "_lstm_backward(Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, Tensor gates, "
-      "Tensor cells, Tensor hidden, Tensor input, Tensor weight_ih, Tensor weight_hh, "
-      "Tensor? weight_hr, Tensor? peephole, Tensor? batch_sizes, Tensor? mask, "
-      "Tensor? zoneout_hidden, Tensor? zoneout_cell, int activation, int recurrent_activation, "
-      "bool reverse, bool batch_first, bool zero_masked_output, int needs) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "_lstm_backward(int needs, Tensor? grad_output, Tensor? grad_h, Tensor? grad_c, "
+      "Tensor gates, Tensor cells, Tensor hidden, Tensor input, Tensor weight_ih, "
+      "Tensor weight_hh, Tensor? weight_hr=None, Tensor? peephole=None, "
+      "Tensor? norm=None, Tensor? batch_sizes=None, Tensor? mask=None, "
+      "Tensor? zoneout_hidden=None, Tensor? zoneout_cell=None, Tensor? dropout_input=None, "
+      "Tensor? dropout_hidden=None, bool batch_first=False, bool reverse=False, "
+      "int activation=0, int recurrent_activation=1, bool zero_masked_output=False, "
+      "float norm_epsilon=1e-05) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(twinfuse, CPU, library) { twinfuse::Implement(library); }

@@ -10,6 +10,7 @@
 namespace twinfuse {
 
 inline int64_t PopInt(StableIValue value) { return torch::stable::detail::to<int64_t>(value); }
+inline double PopDouble(StableIValue value) { return torch::stable::detail::to<double>(value); }
 
 // The tensor arguments of a call in the order of its schema, with their views. An optional tensor
 // that is None has none.
@@ -30,6 +31,13 @@ class Tensors {
   }
 
   const View* operator[](size_t i) const { return views_[i] ? &*views_[i] : nullptr; }
+
+  template <size_t kViews>
+  std::array<const View*, kViews> Views(size_t first) const {
+    std::array<const View*, kViews> views;
+    for (size_t i = 0; i < kViews; ++i) views[i] = (*this)[first + i];
+    return views;
+  }
 
   void CheckRank(size_t i, int32_t rank, const char* expected) const {
     if (views_[i]) twinfuse::CheckRank(op_, *views_[i], views_[i]->ndim == rank, expected);
@@ -90,6 +98,9 @@ class Sequence {
     tensor_ = {view.data, view.dtype, ndim, sizes_, strides_};
   }
 
+  // Leaves out what is behind the first `count` of the second dimension.
+  void Narrow(int64_t count) { sizes_[1] = count; }
+
   // NULL before `Set`.
   const TwinfuseTensor* get() const { return tensor_.ndim != 0 ? &tensor_ : nullptr; }
 
@@ -97,6 +108,43 @@ class Sequence {
   static constexpr int kRank = 3;
   int64_t sizes_[kRank] = {}, strides_[kRank] = {};
   TwinfuseTensor tensor_{};
+};
+
+// The zoneouts and dropouts of a call.
+class Noise {
+ public:
+  // hidden and cell of zoneout, input and hidden of dropout, in the order of the schema.
+  using Views = std::array<const View*, 4>;
+
+  void SetDropout(const char* op, const Views& views, int64_t batch, int64_t inputs,
+                  int64_t outputs, bool packed) {
+    SetDropout(op, views[2], &tensors_[2], batch, inputs, packed);
+    SetDropout(op, views[3], &tensors_[3], batch, outputs, packed);
+  }
+
+  // `sizes` makes those of a tensor out of its last one.
+  template <typename Sizes>
+  void SetZoneout(const char* op, const Views& views, int64_t units, int64_t outputs,
+                  const Sizes& sizes, bool batch_first) {
+    if (views[0] != nullptr) tensors_[0].Set(op, *views[0], sizes(outputs), batch_first);
+    if (views[1] != nullptr) tensors_[1].Set(op, *views[1], sizes(units), batch_first);
+  }
+
+  TwinfuseLstmNoise get() const {
+    return {tensors_[0].get(), tensors_[1].get(), tensors_[2].get(), tensors_[3].get()};
+  }
+
+ private:
+  // A tracer does not know how many sequences are packed, and draws for more.
+  static void SetDropout(const char* op, const View* view, Sequence* tensor, int64_t batch,
+                         int64_t width, bool packed) {
+    if (view == nullptr) return;
+    const int64_t given = view->ndim > 1 ? view->sizes[view->ndim - 2] : 1;
+    tensor->Set(op, *view, {4, packed && given > batch ? given : batch, width}, false);
+    tensor->Narrow(batch);
+  }
+
+  Sequence tensors_[4];
 };
 
 // A tensor that the call makes; empty, and pushed as an undefined one, unless it is wanted.
@@ -117,15 +165,17 @@ class Result {
   std::optional<View> view_;
 };
 
-// Runs the operator `name`, which Python defines by torch's own, instead of a kernel: with the same
-// tensors and the numbers behind them. Leaves the first `pushed` of its results on the stack.
-template <int kResults, size_t kCount, size_t kNumbers>
-void RunReference(const char* op, const char* name, const Tensors<kCount>& tensors,
-                  const std::array<StableIValue, kNumbers>& numbers, const std::string& reason,
-                  int pushed, StableIValue* stack) {
-  StableIValue call[kCount + kNumbers];
-  tensors.Share(call);
-  for (size_t i = 0; i < kNumbers; ++i) call[kCount + i] = numbers[i];
+// Runs the operator `name`, which Python defines by torch's own, instead of a kernel: with `first`,
+// the same tensors and the numbers behind them. Leaves the first `pushed` of its results on the
+// stack.
+template <int kResults, int kOptions, size_t kCount>
+void RunReference(const char* op, const char* name, StableIValue first,
+                  const Tensors<kCount>& tensors, const StableIValue* options,
+                  const std::string& reason, int pushed, StableIValue* stack) {
+  StableIValue call[1 + kCount + kOptions];
+  call[0] = first;
+  tensors.Share(call + 1);
+  for (size_t i = 0; i < kOptions; ++i) call[1 + kCount + i] = options[i];
   if (torch_call_dispatcher(name, "", call, TORCH_ABI_VERSION) != TORCH_SUCCESS) {
     throw std::runtime_error(std::string(op) + ": torch's own operators refused the call");
   }
@@ -136,16 +186,8 @@ void RunReference(const char* op, const char* name, const Tensors<kCount>& tenso
   for (int i = 0; i < pushed; ++i) stack[i] = results[i].release();
 }
 
-// The first values of the stack from `first` on.
-template <size_t kNumbers>
-std::array<StableIValue, kNumbers> Numbers(const StableIValue* first) {
-  std::array<StableIValue, kNumbers> numbers;
-  for (size_t i = 0; i < kNumbers; ++i) numbers[i] = first[i];
-  return numbers;
-}
-
 // Bits of `needs`, in the order in which gradients are returned. A cell has no `kNeedsHr`, and its
-// peephole has that bit.
+// peephole has that bit, its norm that of the peephole.
 enum Needs {
   kNeedsInput = 1,
   kNeedsH = 2,
@@ -154,7 +196,8 @@ enum Needs {
   kNeedsHh = 16,
   kNeedsBias = 32,
   kNeedsHr = 64,
-  kNeedsPeephole = 128
+  kNeedsPeephole = 128,
+  kNeedsNorm = 256
 };
 
 }  // namespace twinfuse

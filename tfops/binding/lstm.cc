@@ -3,16 +3,18 @@
 //   x, grad_x                  [B, T, I]     time_major: [T, B, I], and so all that has steps
 //   kernel, recurrent_kernel   [I, 4H], [R, 4H]   Keras layout: the core takes both transposed
 //   bias, projection, peephole [4H], [H, R], [3, H]
+//   norm                       [2, 4H]       of kernel and recurrent kernel
 //   h, h_n, c, c_n             [B, R], [B, H]
 //   mask                       [B, T]        false where a sequence skips a step
 //   zoneout_hidden, _cell      whatever broadcasts to [B, T, R], [B, T, H]
+//   dropout_input, _hidden     whatever broadcasts to [4, B, I], [4, B, R]
 //   outputs                    [B, T, R]     by time, also with go_backwards
 //   gates, cells, hidden       [B * T, 4H], [B * T, H], [B * T, R]: what the gradient needs
 //
-// Optional tensors are lists of length 0 or 1. In a graph `gates`, `cells` and `hidden` are outputs
-// always, and computed where something reads them, which is where a gradient is taken; in eager
-// calls the length of these lists decides. `h`, `c` and `bias` go into the gradient for the sake of
-// the gradient of that.
+// With a norm `gates` are [B * T, 12H]. Optional tensors are lists of length 0 or 1. In a graph
+// `gates`, `cells` and `hidden` are outputs always, and computed where something reads them, which
+// is where a gradient is taken; in eager calls the length of these lists decides. `h`, `c` and
+// `bias` go into the gradient for the sake of the gradient of that.
 #include <limits>
 #include <utility>
 
@@ -69,7 +71,7 @@ absl::Status ForwardShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(shapes.Set(c, "outputs", shapes.outputs));
   TF_RETURN_IF_ERROR(shapes.Set(c, "h_n", shapes.h));
   TF_RETURN_IF_ERROR(shapes.Set(c, "c_n", shapes.c));
-  TF_RETURN_IF_ERROR(shapes.Set(c, "gates", c->Matrix(rows, shapes.gates)));
+  TF_RETURN_IF_ERROR(shapes.Set(c, "gates", c->Matrix(rows, shapes.saved_gates)));
   TF_RETURN_IF_ERROR(shapes.Set(c, "cells", c->Matrix(rows, shapes.units)));
   return shapes.Set(c, "hidden", c->Matrix(rows, shapes.hidden));
 }
@@ -84,6 +86,7 @@ absl::Status BackwardShape(InferenceContext* c) {
   TF_RETURN_IF_ERROR(shapes.Set(c, "grad_bias", c->Vector(shapes.gates)));
   TF_RETURN_IF_ERROR(shapes.Set(c, "grad_projection", c->Matrix(shapes.units, shapes.hidden)));
   TF_RETURN_IF_ERROR(shapes.Set(c, "grad_peephole", c->Matrix(3, shapes.units)));
+  TF_RETURN_IF_ERROR(shapes.Set(c, "grad_norm", c->Matrix(2, shapes.gates)));
   TF_RETURN_IF_ERROR(shapes.Set(c, "grad_h", shapes.h));
   return shapes.Set(c, "grad_c", shapes.c);
 }
@@ -95,28 +98,36 @@ absl::Status BackwardShape(InferenceContext* c) {
       .Input("bias: num_bias * T")                     \
       .Input("projection: num_projection * T")         \
       .Input("peephole: num_peephole * T")             \
+      .Input("norm: num_norm * T")                     \
       .Input("h: num_h * T")                           \
       .Input("c: num_c * T")                           \
       .Input("mask: num_mask * bool")                  \
       .Input("zoneout_hidden: num_zoneout_hidden * T") \
       .Input("zoneout_cell: num_zoneout_cell * T")     \
+      .Input("dropout_input: num_dropout_input * T")   \
+      .Input("dropout_hidden: num_dropout_hidden * T") \
       .Attr("T: {float, double, bfloat16, half}")      \
       .Attr("num_bias: int >= 0")                      \
       .Attr("num_projection: int >= 0")                \
       .Attr("num_peephole: int >= 0")                  \
+      .Attr("num_norm: int >= 0")                      \
       .Attr("num_h: int >= 0")                         \
       .Attr("num_c: int >= 0")                         \
       .Attr("num_mask: int >= 0")                      \
       .Attr("num_zoneout_hidden: int >= 0")            \
       .Attr("num_zoneout_cell: int >= 0")              \
+      .Attr("num_dropout_input: int >= 0")             \
+      .Attr("num_dropout_hidden: int >= 0")            \
       .Attr("activation: int")                         \
       .Attr("recurrent_activation: int")               \
+      .Attr("norm_epsilon: string")                    \
       .Attr("go_backwards: bool")                      \
       .Attr("time_major: bool")                        \
       .Attr("zero_output_for_mask: bool")
 
-constexpr const char* kOptional[] = {"bias", "projection", "peephole",       "h",
-                                     "c",    "mask",       "zoneout_hidden", "zoneout_cell"};
+constexpr const char* kOptional[] = {
+    "bias",           "projection",   "peephole",      "norm",          "h", "c", "mask",
+    "zoneout_hidden", "zoneout_cell", "dropout_input", "dropout_hidden"};
 
 REGISTER_OP("TwinfuseLstm")
     .OPERANDS.Output("outputs: num_outputs * T")
@@ -142,6 +153,7 @@ REGISTER_OP("TwinfuseLstmGrad")
     .Output("grad_bias: num_grad_bias * T")
     .Output("grad_projection: num_grad_projection * T")
     .Output("grad_peephole: num_grad_peephole * T")
+    .Output("grad_norm: num_grad_norm * T")
     .Output("grad_h: num_grad_h * T")
     .Output("grad_c: num_grad_c * T")
     .Attr("num_grad_outputs: int >= 0")
@@ -153,6 +165,7 @@ REGISTER_OP("TwinfuseLstmGrad")
     .Attr("num_grad_bias: int >= 0")
     .Attr("num_grad_projection: int >= 0")
     .Attr("num_grad_peephole: int >= 0")
+    .Attr("num_grad_norm: int >= 0")
     .Attr("num_grad_h: int >= 0")
     .Attr("num_grad_c: int >= 0")
     .SetShapeFn(BackwardShape);
@@ -164,7 +177,7 @@ constexpr int kBatchMajor[] = {1, 0, 2}, kTimeMajor[] = {0, 1, 2};
 class LstmOpKernel : public CoreOpKernel {
  public:
   explicit LstmOpKernel(OpKernelConstruction* construction) : CoreOpKernel(construction) {
-    OP_REQUIRES_OK(construction, ReadActivations(construction, &attributes_));
+    OP_REQUIRES_OK(construction, ReadAttributes(construction, kOp, &attributes_));
     bool go_backwards, time_major, zero_output;
     OP_REQUIRES_OK(construction, construction->GetAttr("go_backwards", &go_backwards));
     OP_REQUIRES_OK(construction, construction->GetAttr("time_major", &time_major));
@@ -179,16 +192,16 @@ class LstmOpKernel : public CoreOpKernel {
   // The operands of one call as the core takes them. Views live as long as this does.
   struct Call {
     TwinfuseLstm lstm;
-    TensorView x, kernel, recurrent, bias, projection, peephole, h, c;
-    BroadcastView zoneout_hidden, zoneout_cell;
+    TensorView x, kernel, recurrent, bias, projection, peephole, norm, h, c;
+    NoiseViews noise;
     Sizes of_x, of_outputs, of_h, of_c;
-    int64_t rows, gates, units, hidden;
+    int64_t rows, gates, saved_gates, units, hidden;
 
     TwinfuseLstmState initial() { return {h.get(), c.get()}; }
     TwinfuseLstmWeights weights() {
-      return {kernel.get(), recurrent.get(), bias.get(), nullptr, projection.get(), peephole.get()};
+      return {kernel.get(),     recurrent.get(), bias.get(), nullptr,
+              projection.get(), peephole.get(),  norm.get()};
     }
-    TwinfuseLstmZoneout zoneout() const { return {zoneout_hidden.get(), zoneout_cell.get()}; }
   };
 
   bool time_major() const { return !attributes_.batch_major; }
@@ -220,7 +233,7 @@ class LstmOpKernel : public CoreOpKernel {
     call->of_h = {batch, call->hidden};
     call->of_c = {batch, call->units};
 
-    const Tensor* projection = Optional(op, "projection");
+    const Tensor *projection = Optional(op, "projection"), *norm = Optional(op, "norm");
     if (projection != nullptr && projection->dims() != 2) {
       return Mismatch(kOp, "projection", Text({call->units, call->hidden}), projection->shape());
     }
@@ -230,13 +243,13 @@ class LstmOpKernel : public CoreOpKernel {
     call->bias = TensorView::Dense(Optional(op, "bias"));
     call->projection = TensorView::Permuted(projection, kTransposed);
     call->peephole = TensorView::Dense(Optional(op, "peephole"));
+    call->norm = TensorView::Dense(norm);
+    call->saved_gates = norm == nullptr ? call->gates : 3 * call->gates;
     call->h = TensorView::Dense(Optional(op, "h"));
     call->c = TensorView::Dense(Optional(op, "c"));
-    TF_RETURN_IF_ERROR(call->zoneout_hidden.Set(
-        kOp, "zoneout_hidden", Optional(op, "zoneout_hidden"), call->of_outputs, order()));
     const int64_t of_cells[] = {x->dim_size(0), x->dim_size(1), call->units};
-    TF_RETURN_IF_ERROR(call->zoneout_cell.Set(kOp, "zoneout_cell", Optional(op, "zoneout_cell"),
-                                              of_cells, order()));
+    TF_RETURN_IF_ERROR(
+        call->noise.Set(kOp, op, call->of_outputs, of_cells, order(), batch, x->dim_size(2)));
 
     call->lstm = attributes_;
     call->lstm.steps = steps;
@@ -269,7 +282,7 @@ class LstmOp : public LstmOpKernel {
     OP_REQUIRES_OK(op, AllocateWanted(op, "h_n", call.of_h, &h_n));
     OP_REQUIRES_OK(op, AllocateWanted(op, "c_n", call.of_c, &c_n));
     if (Wanted(op, "gates") || Wanted(op, "cells") || Wanted(op, "hidden")) {
-      OP_REQUIRES_OK(op, Allocate(op, "gates", {call.rows, call.gates}, &gates));
+      OP_REQUIRES_OK(op, Allocate(op, "gates", {call.rows, call.saved_gates}, &gates));
       OP_REQUIRES_OK(op, Allocate(op, "cells", {call.rows, call.units}, &cells));
       OP_REQUIRES_OK(op, Allocate(op, "hidden", {call.rows, call.hidden}, &hidden));
     }
@@ -280,11 +293,11 @@ class LstmOp : public LstmOpKernel {
     const TwinfuseLstmState initial = call.initial(), last = {last_h.get(), last_c.get()};
     const TwinfuseLstmSaved saved = {saved_gates.get(), saved_cells.get(), saved_hidden.get()};
     const TwinfuseLstmWeights weights = call.weights();
-    const TwinfuseLstmZoneout zoneout = call.zoneout();
+    const TwinfuseLstmNoise noise = call.noise.get();
     CoreCall core(op);
     OP_REQUIRES_OK(
         op, core.Finish(twinfuse_lstm_forward(sequence.get(), &last, &saved, call.x.get(), &initial,
-                                              &weights, &zoneout, &call.lstm, core.context())));
+                                              &weights, &noise, &call.lstm, core.context())));
   }
 };
 
@@ -295,7 +308,7 @@ class LstmGradOp : public LstmOpKernel {
                    CheckLists(construction, kOp,
                               {{"grad_outputs", "grad_h_n", "grad_c_n", "grad_x", "grad_kernel",
                                 "grad_recurrent_kernel", "grad_bias", "grad_projection",
-                                "grad_peephole", "grad_h", "grad_c"}}));
+                                "grad_peephole", "grad_norm", "grad_h", "grad_c"}}));
   }
 
   void Compute(OpKernelContext* op) override {
@@ -309,7 +322,7 @@ class LstmGradOp : public LstmOpKernel {
                 Mismatch(kOp, "grad_outputs", Text(call.of_outputs), grad_outputs->shape()));
 
     Tensor *x = nullptr, *kernel = nullptr, *recurrent = nullptr, *bias = nullptr;
-    Tensor *projection = nullptr, *peephole = nullptr, *h = nullptr, *c = nullptr;
+    Tensor *projection = nullptr, *peephole = nullptr, *norm = nullptr, *h = nullptr, *c = nullptr;
     OP_REQUIRES_OK(op, AllocateWanted(op, "grad_x", call.of_x, &x));
     OP_REQUIRES_OK(op, AllocateWanted(op, "grad_kernel", {call.of_x[2], call.gates}, &kernel));
     OP_REQUIRES_OK(
@@ -318,6 +331,7 @@ class LstmGradOp : public LstmOpKernel {
     OP_REQUIRES_OK(op,
                    AllocateWanted(op, "grad_projection", {call.units, call.hidden}, &projection));
     OP_REQUIRES_OK(op, AllocateWanted(op, "grad_peephole", {3, call.units}, &peephole));
+    OP_REQUIRES_OK(op, AllocateWanted(op, "grad_norm", {2, call.gates}, &norm));
     OP_REQUIRES_OK(op, AllocateWanted(op, "grad_h", call.of_h, &h));
     OP_REQUIRES_OK(op, AllocateWanted(op, "grad_c", call.of_c, &c));
 
@@ -325,8 +339,9 @@ class LstmGradOp : public LstmOpKernel {
                grad_recurrent = TensorView::Permuted(recurrent, kTransposed),
                grad_bias = TensorView::Dense(bias),
                grad_projection = TensorView::Permuted(projection, kTransposed),
-               grad_peephole = TensorView::Dense(peephole), grad_h = TensorView::Dense(h),
-               grad_c = TensorView::Dense(c), sequence = Sequence(grad_outputs),
+               grad_peephole = TensorView::Dense(peephole), grad_norm = TensorView::Dense(norm),
+               grad_h = TensorView::Dense(h), grad_c = TensorView::Dense(c),
+               sequence = Sequence(grad_outputs),
                last_h = TensorView::Dense(Optional(op, "grad_h_n")),
                last_c = TensorView::Dense(Optional(op, "grad_c_n")),
                saved_gates = TensorView::Dense(gates), saved_cells = TensorView::Dense(cells),
@@ -334,15 +349,15 @@ class LstmGradOp : public LstmOpKernel {
     const TwinfuseLstmState grad_initial = {grad_h.get(), grad_c.get()};
     const TwinfuseLstmState grad_last = {last_h.get(), last_c.get()};
     const TwinfuseLstmSaved saved = {saved_gates.get(), saved_cells.get(), saved_hidden.get()};
-    const TwinfuseLstmWeights grad_weights = {grad_kernel.get(),     grad_recurrent.get(),
-                                              grad_bias.get(),       nullptr,
-                                              grad_projection.get(), grad_peephole.get()};
+    const TwinfuseLstmWeights grad_weights = {
+        grad_kernel.get(),     grad_recurrent.get(), grad_bias.get(), nullptr,
+        grad_projection.get(), grad_peephole.get(),  grad_norm.get()};
     const TwinfuseLstmWeights weights = call.weights();
-    const TwinfuseLstmZoneout zoneout = call.zoneout();
+    const TwinfuseLstmNoise noise = call.noise.get();
     CoreCall core(op);
     OP_REQUIRES_OK(op, core.Finish(twinfuse_lstm_backward(
                            grad_x.get(), &grad_initial, &grad_weights, sequence.get(), &grad_last,
-                           &saved, call.x.get(), &weights, &zoneout, &call.lstm, core.context())));
+                           &saved, call.x.get(), &weights, &noise, &call.lstm, core.context())));
   }
 };
 

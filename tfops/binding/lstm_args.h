@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "core_call.h"
@@ -100,6 +101,33 @@ class BroadcastView {
   TwinfuseTensor tensor_{};
 };
 
+// What is drawn at random, each of it optional.
+class NoiseViews {
+ public:
+  // `hidden` and `cells` are the sizes of zoneouts, `order` that of theirs.
+  absl::Status Set(const char* op, OpKernelContext* context, absl::Span<const int64_t> hidden,
+                   absl::Span<const int64_t> cells, absl::Span<const int> order, int64_t batch,
+                   int64_t inputs) {
+    const auto set = [&](BroadcastView* view, const char* name, absl::Span<const int64_t> sizes,
+                         absl::Span<const int> order) {
+      return view->Set(op, name, Optional(context, name), sizes, order);
+    };
+    constexpr int in_order[] = {0, 1, 2};
+    TF_RETURN_IF_ERROR(set(&zoneout_hidden_, "zoneout_hidden", hidden, order));
+    TF_RETURN_IF_ERROR(set(&zoneout_cell_, "zoneout_cell", cells, order));
+    TF_RETURN_IF_ERROR(set(&dropout_input_, "dropout_input", {{4, batch, inputs}}, in_order));
+    return set(&dropout_hidden_, "dropout_hidden", {{4, batch, hidden.back()}}, in_order);
+  }
+
+  TwinfuseLstmNoise get() const {
+    return {zoneout_hidden_.get(), zoneout_cell_.get(), dropout_input_.get(),
+            dropout_hidden_.get()};
+  }
+
+ private:
+  BroadcastView zoneout_hidden_, zoneout_cell_, dropout_input_, dropout_hidden_;
+};
+
 // Optional tensors of both ops that are lists of length 0 or 1.
 inline absl::Status CheckLists(OpKernelConstruction* construction, const char* op,
                                absl::Span<const char* const> names) {
@@ -113,9 +141,15 @@ inline absl::Status CheckLists(OpKernelConstruction* construction, const char* o
   return absl::OkStatus();
 }
 
-inline absl::Status ReadActivations(OpKernelConstruction* construction, TwinfuseLstm* lstm) {
+inline absl::Status ReadAttributes(OpKernelConstruction* construction, const char* op,
+                                   TwinfuseLstm* lstm) {
   TF_RETURN_IF_ERROR(construction->GetAttr("activation", &lstm->cell_activation));
-  return construction->GetAttr("recurrent_activation", &lstm->gate_activation);
+  TF_RETURN_IF_ERROR(construction->GetAttr("recurrent_activation", &lstm->gate_activation));
+  // A text, as numbers in attributes have 32 bits.
+  std::string epsilon;
+  TF_RETURN_IF_ERROR(construction->GetAttr("norm_epsilon", &epsilon));
+  if (absl::SimpleAtod(epsilon, &lstm->norm_epsilon)) return absl::OkStatus();
+  return Mismatch(op, "norm_epsilon", "a number", epsilon);
 }
 
 // [I, 4H] and [R, 4H].
@@ -133,7 +167,7 @@ inline absl::Status CheckKernels(const char* op, const Tensor& kernel, const Ten
 // Shape functions: the operands of both ops that have a shape of their own, merged.
 struct LstmShapes {
   ShapeHandle kernel, recurrent;
-  DimensionHandle inputs, gates, units, hidden;
+  DimensionHandle inputs, gates, saved_gates, units, hidden;
 
   absl::Status Read(InferenceContext* c, DimensionHandle of_x) {
     ShapeHandle shape;
@@ -143,6 +177,11 @@ struct LstmShapes {
     TF_RETURN_IF_ERROR(c->Merge(c->Dim(kernel, 1), c->Dim(recurrent, 1), &gates));
     TF_RETURN_IF_ERROR(One(c, "bias", 1, &shape));
     TF_RETURN_IF_ERROR(c->Merge(gates, c->Dim(shape, 0), &gates));
+    TF_RETURN_IF_ERROR(One(c, "norm", 2, &shape));
+    TF_RETURN_IF_ERROR(c->Merge(gates, c->Dim(shape, 1), &gates));
+    int norms;
+    TF_RETURN_IF_ERROR(c->GetAttr("num_norm", &norms));
+    TF_RETURN_IF_ERROR(c->Multiply(gates, norms > 0 ? 3 : 1, &saved_gates));
     TF_RETURN_IF_ERROR(c->Divide(gates, 4, true, &units));
     TF_RETURN_IF_ERROR(One(c, "peephole", 2, &shape));
     TF_RETURN_IF_ERROR(c->Merge(units, c->Dim(shape, 1), &units));

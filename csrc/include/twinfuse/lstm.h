@@ -81,7 +81,7 @@ typedef struct TwinfuseLstm {
   int64_t mask_stride[2];
   int32_t zero_masked_output;
 
-  double norm_epsilon;  // not negative
+  double norm_epsilon;  // not negative; of no meaning without a norm
 } TwinfuseLstm;
 
 // NULL for zeros, or for what is not wanted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,10 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function
 
-from twinfuse.torch import _calls
+from twinfuse.torch import _calls, _lstm_call
 from twinfuse.torch import _lstm_ops as _ops
-from twinfuse.torch.lstm_cell import State, activation_numbers, expected, pair
+from twinfuse.torch._lstm_call import Call, check_counts
+from twinfuse.torch.lstm_cell import State
 
 __all__ = ["lstm"]
 
@@ -24,113 +25,18 @@ Results = tuple[Tensor, Tensor, Tensor]
 # Aliases, because a call on a tiny input costs as much as its guards.
 _are_unusual = _calls.are_unusual
 _Proxy = torch.fx.Proxy
+# Of the operator's arguments: those between the biases and `batch_first`, and the defaults of what
+# is behind `reverse`.
+_NO_TENSORS = (None,) * 9
+_USUAL = (0, 1, False, 1e-5, False)
 
 
-class _Call(NamedTuple):
-    """What `lstm` was called with, packed sequences taken apart and in order."""
-
-    input: Tensor
-    batch_sizes: Tensor | None
-    h: Tensor | None
-    c: Tensor | None
-    params: tuple[Tensor, ...]
-    has_biases: bool
-    num_layers: int
-    dropout: float
-    train: bool
-    bidirectional: bool
-    batch_first: bool
-    mask: Tensor | None
-    peepholes: tuple[Tensor, ...]
-    zoneout_hidden: float
-    zoneout_cell: float
-    activation: int
-    recurrent_activation: int
-    recompute: bool
-
-    @property
-    def layers(self) -> int:
-        """Layers of one direction each."""
-        return self.num_layers * (2 if self.bidirectional else 1)
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.input, self.h, self.c, self.mask, *self.params, *self.peepholes)
-
-
-def _refuse(name: str, wanted: str, got: object) -> None:
-    raise RuntimeError(f"lstm: {name}: expected {wanted}, got {got}")
-
-
-def _check_counts(call: _Call) -> None:
-    """What would be an error of Python's further on."""
-    count, given = call.layers, len(call.params)
-    least = 4 if call.has_biases else 2
-    if given not in (count * least, count * (least + 1)) or count < 1:
-        _refuse("params", f"{count * least} tensors, or {count * (least + 1)}", given)
-    if call.peepholes and len(call.peepholes) != count:
-        _refuse("peepholes", f"{count} tensors", len(call.peepholes))
-    for name, state in (("hx[0]", call.h), ("hx[1]", call.c)):
-        if state is not None and (state.dim() != 3 or state.shape[0] != count):
-            _refuse(name, f"[{count}, B, n]", f"shape {list(state.shape)}")
-    if call.input.dim() != (3 if call.batch_sizes is None else 2):
-        wanted = "[N, I]" if call.batch_sizes is not None else "[T, B, I]"
-        wanted = "[B, T, I]" if call.batch_first else wanted
-        _refuse("input", wanted, f"shape {list(call.input.shape)}")
-    if call.batch_sizes is None and call.input.shape[1 if call.batch_first else 0] == 0:
-        _refuse("input", "one step or more", f"shape {list(call.input.shape)}")
-    if call.mask is not None and call.batch_sizes is not None:
-        _refuse("mask", "None with a PackedSequence", f"shape {list(call.mask.shape)}")
-
-
-def _misfit(call: _Call) -> str:
-    """Raises for sizes that do not fit together: native looks at few of them, and reads beyond."""
-    _check_counts(call)
-    size, units = call.input.shape[-1], call.params[0].shape[0] // 4
-    per_layer = len(call.params) // call.layers
-    projected = per_layer % 2 == 1
-    width = call.params[per_layer - 1].shape[0] if projected else units
-    gates = 4 * units
-    sizes: list[tuple[int, ...]] = [(gates, width), (gates,), (gates,), (width, units)]
-    sizes = sizes[: 3 if call.has_biases else 1] + ([sizes[3]] if projected else [])
-    checks: list[str] = []
-    for start in range(0, len(call.params), per_layer):
-        if start == per_layer * (2 if call.bidirectional else 1):
-            size = width * (2 if call.bidirectional else 1)
-        wanted = [(gates, size), *sizes]
-        checks += [
-            expected(f"params[{i}]", tensor, *shape)
-            for i, (tensor, shape) in enumerate(zip(call.params[start:], wanted), start)
-        ]
-    for i, peephole in enumerate(call.peepholes):
-        checks.append(expected(f"peepholes[{i}]", peephole, 3, units))
-    if call.batch_sizes is None or not _is_traced(call.batch_sizes):
-        batch = _batch(call)
-        if call.h is not None:
-            checks.append(expected("hx[0]", call.h, call.layers, batch, width))
-        if call.c is not None:
-            checks.append(expected("hx[1]", call.c, call.layers, batch, units))
-    if call.mask is not None:
-        checks.append(expected("mask", call.mask, *call.input.shape[:2]))
-        if call.mask.dtype != torch.bool:
-            checks.append(f"mask: expected bool, got {call.mask.dtype}")
-    for misfit in checks:
-        if misfit:
-            raise RuntimeError(f"lstm: {misfit}")
-    return ""
-
-
-def _named(call: _Call) -> _calls.Named:
-    names = ("input", "hx[0]", "hx[1]")
-    named = [(n, t) for n, t in zip(names, (call.input, call.h, call.c)) if t is not None]
-    named += [(f"params[{i}]", tensor) for i, tensor in enumerate(call.params)]
-    return named + [(f"peepholes[{i}]", tensor) for i, tensor in enumerate(call.peepholes)]
-
-
-def _run(layer: Layer, call: _Call) -> Results:
+def _run(layer: Layer, call: Call) -> Results:
     """All layers, each direction of each by `layer`."""
     params, count = call.params, call.layers
     per_layer, directions = len(params) // count, count // call.num_layers
     projected = per_layer % 2 == 1
+    is_plain = call.is_plain and not projected
     hs, cs = _split(call.h, count), _split(call.c, count)
     input, last_h, last_c = call.input, [], []
     for first in range(0, count, directions):
@@ -141,16 +47,12 @@ def _run(layer: Layer, call: _Call) -> Results:
             weight_ih, weight_hh, *rest = params[i * per_layer : (i + 1) * per_layer]
             weight_hr = rest.pop() if projected else None
             bias_ih, bias_hh = rest if rest else (None, None)
-            output, h, c = layer(
-                *(input, hs[i], cs[i], weight_ih, weight_hh, bias_ih, bias_hh, weight_hr),
-                call.peepholes[i] if call.peepholes else None,
-                call.batch_sizes,
-                call.mask,
-                _zoneout(call, call.zoneout_hidden, input, weight_hh.shape[1]),
-                _zoneout(call, call.zoneout_cell, input, weight_ih.shape[0] // 4),
-                *(call.activation, call.recurrent_activation, i > first, call.batch_first),
-                *(False, call.recompute),
-            )
+            args: tuple[Any, ...] = (input, hs[i], cs[i], weight_ih, weight_hh, bias_ih, bias_hh)
+            if not is_plain:
+                args += _extras(call, i, input, weight_hh, weight_hr, i > first)
+            elif call.batch_first or i > first:
+                args += (*_NO_TENSORS, call.batch_first, i > first)
+            output, h, c = layer(*args)
             outputs.append(output)
             last_h.append(h)
             last_c.append(c)
@@ -166,7 +68,48 @@ def _split(state: Tensor | None, count: int) -> Sequence[Tensor | None]:
     return (state.squeeze(0),) if count == 1 else state.unbind(0)
 
 
-def _zoneout(call: _Call, share: float, input: Tensor, width: int) -> Tensor | None:
+def _extras(
+    call: Call,
+    layer: int,
+    input: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    reverse: bool,
+) -> tuple[Any, ...]:
+    """The operator's arguments behind the biases."""
+    width, units = weight_hh.shape[1], weight_hh.shape[0] // 4
+    rare = (call.activation, call.recurrent_activation, False, call.norm_epsilon, call.recompute)
+    return (
+        weight_hr,
+        _given(call, "peepholes", layer),
+        _given(call, "norms", layer),
+        call.batch_sizes,
+        call.mask,
+        _zoneout(call, call.zoneout_hidden, input, width),
+        _zoneout(call, call.zoneout_cell, input, units),
+        _given(call, "dropouts_input", layer),
+        _hidden_dropout(call, layer, input, width),
+        call.batch_first,
+        reverse,
+        *(() if rare == _USUAL else rare),
+    )
+
+
+def _given(call: Call, name: str, layer: int) -> Tensor | None:
+    return call.lists[name][layer] if name in call.lists else None
+
+
+def _hidden_dropout(call: Call, layer: int, input: Tensor, width: int) -> Tensor | None:
+    if not (call.recurrent_dropout and call.train):
+        return _given(call, "dropouts_hidden", layer)
+    if not call.batch_is_traced:
+        batch = call.batch
+    else:  # more than enough where the number of sequences is data
+        batch = input.shape[0] if call.h is None else call.h.shape[1]
+    return F.dropout(input.new_ones((4, batch, width)), call.recurrent_dropout)
+
+
+def _zoneout(call: Call, share: float, input: Tensor, width: int) -> Tensor | None:
     if not share:
         return None
     if not call.train:
@@ -174,18 +117,19 @@ def _zoneout(call: _Call, share: float, input: Tensor, width: int) -> Tensor | N
     return input.new_empty((*input.shape[:-1], width)).bernoulli_(share)
 
 
-def _public(call: _Call) -> Results:
+def _public(call: Call) -> Results:
     return _run(_ops.public, call)
 
 
-def _reference(call: _Call) -> Results:
-    if all(isinstance(tensor, Tensor) for _, tensor in _named(call)):
-        _misfit(call)  # for native knows what is no tensor
+def _reference(call: Call) -> Results:
+    if all(isinstance(tensor, Tensor) for _, tensor in _lstm_call.named(call)):
+        _lstm_call.misfit(call)  # for native knows what is no tensor
     extras = (
         call.mask is not None
-        or call.peepholes
+        or call.lists
         or call.zoneout_hidden
         or call.zoneout_cell
+        or (call.recurrent_dropout and call.train)
         or (call.activation, call.recurrent_activation) != (0, 1)
     )
     # Native has no rules for vmap and forward mode.
@@ -193,7 +137,7 @@ def _reference(call: _Call) -> Results:
         return _run(_ops.reference, call)
     h, c = call.h, call.c
     if h is None or c is None:
-        batch = _batch(call)
+        batch = call.batch
         units, width = call.params[0].shape[0] // 4, call.params[1].shape[1]
         h = call.input.new_zeros((call.layers, batch, width)) if h is None else h
         c = call.input.new_zeros((call.layers, batch, units)) if c is None else c
@@ -204,18 +148,9 @@ def _reference(call: _Call) -> Results:
     return torch.lstm(call.input, (h, c), params, *options, call.batch_first)
 
 
-def _is_traced(batch_sizes: Tensor) -> bool:
-    """Whether a tracer sees their numbers as data."""
-    return torch.compiler.is_compiling() or type(batch_sizes) is not Tensor
-
-
-def _batch(call: _Call) -> int:
-    if call.batch_sizes is None:
-        return call.input.shape[0 if call.batch_first else 1]
-    return int(call.batch_sizes[0]) if call.batch_sizes.numel() else 0
-
-
-_OP = _calls.Op("lstm", "lstm", _public, _reference, _misfit, _named, renamed=True)
+_OP = _calls.Op(
+    "lstm", "lstm", _public, _reference, _lstm_call.misfit, _lstm_call.named, renamed=True
+)
 # What the operator itself falls back to is slow: native has kernels of its own for GPUs.
 _native_on_gpu = not _OP.has_kernels("cuda")
 
@@ -233,8 +168,13 @@ def lstm(
     *,
     mask: Tensor | None = None,
     peepholes: Sequence[Tensor] | None = None,
+    norms: Sequence[Tensor] | None = None,
+    norm_epsilon: float = 1e-5,
     zoneout_hidden: float = 0.0,
     zoneout_cell: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    dropouts_input: Sequence[Tensor] | None = None,
+    dropouts_hidden: Sequence[Tensor] | None = None,
     activation: str = "tanh",
     recurrent_activation: str = "sigmoid",
     recompute: bool = False,
@@ -246,8 +186,8 @@ def lstm(
     `twinfuse.explain` and `twinfuse.strict`).
 
     For its gradient a layer keeps 5H + R elements of the input's dtype for every step of every
-    sequence, of H units and an output of R, besides its inputs and outputs. With `recompute` it
-    keeps nothing of these, and runs forward a second time in the backward pass.
+    sequence, of H units and an output of R, besides its inputs and outputs; 13H + R with a norm.
+    With `recompute` it keeps nothing of these, and runs forward a second time in the backward pass.
 
     Args:
         input: `[T, B, I]`, with `batch_first` `[B, T, I]`, any strides, as all of them; float32,
@@ -263,8 +203,17 @@ def lstm(
             step; the output there is that of the last step that it did not skip, or 0.
         peepholes: for each direction of each layer `[3, H]`, weights of the cell state in the gates
             i, f and o.
+        norms: for each direction of each layer `[2, 4H]`, scales of W_ih x and of W_hh h, each of
+            which is normalised over all of its 4H elements (less their mean, over the root of
+            their variance plus `norm_epsilon`) before biases are added.
         zoneout_hidden, zoneout_cell: how often an element of the state stays what it was when
             `train`; without it, their mean.
+        recurrent_dropout: the share of h that is zeroed when `train`, drawn for each gate, and for
+            all steps at once; what is left of h is divided by the share that is.
+        dropouts_input, dropouts_hidden: for each direction of each layer such factors that the
+            caller has drawn, 0 or `1 / (1 - rate)`: of what broadcasts to `[4, B, I]`, for the
+            input, and to `[4, B, R]`, for h. They are taken whatever `train` is, the second of
+            them in place of `recurrent_dropout`. The kernels have no gradient of them.
         activation, recurrent_activation: of g and the new cell state, and of the other gates:
             "tanh", "sigmoid", "relu" or "hard_sigmoid".
         recompute: time for memory, see above.
@@ -277,7 +226,7 @@ def lstm(
         RuntimeError: shapes, dtypes or devices do not fit together; the text names the argument,
             what was expected and what was got.
         TypeError: `hx` is no pair, or an argument is no tensor.
-        ValueError: an unknown activation, or a share that is none.
+        ValueError: an unknown activation, a share that is none, or an epsilon below 0.
     """
     if isinstance(input, _Proxy):
         return handle_torch_function(
@@ -287,18 +236,28 @@ def lstm(
             batch_first,
             mask=mask,
             peepholes=peepholes,
+            norms=norms,
+            norm_epsilon=norm_epsilon,
             zoneout_hidden=zoneout_hidden,
             zoneout_cell=zoneout_cell,
+            recurrent_dropout=recurrent_dropout,
+            dropouts_input=dropouts_input,
+            dropouts_hidden=dropouts_hidden,
             activation=activation,
             recurrent_activation=recurrent_activation,
             recompute=recompute,
         )
-    call = _call(
+    call = _lstm_call.make(
         *(input, hx, params, has_biases, num_layers, dropout, train, bidirectional, batch_first),
         mask=mask,
         peepholes=peepholes,
+        norms=norms,
+        norm_epsilon=norm_epsilon,
         zoneout_hidden=zoneout_hidden,
         zoneout_cell=zoneout_cell,
+        recurrent_dropout=recurrent_dropout,
+        dropouts_input=dropouts_input,
+        dropouts_hidden=dropouts_hidden,
         activation=activation,
         recurrent_activation=recurrent_activation,
         recompute=recompute,
@@ -311,11 +270,15 @@ def lstm(
     return PackedSequence(output, input.batch_sizes, input.sorted_indices, order), (h, c)
 
 
-def _serve(call: _Call) -> Results:
-    if _are_unusual(call.tensors()) or (_native_on_gpu and call.input.is_cuda):
+def _serve(call: Call) -> Results:
+    if (
+        _are_unusual(call.tensors())
+        or (_native_on_gpu and call.input.is_cuda)
+        or (call.lists and _lstm_call.needs_gradient(call))
+    ):
         return _OP.unusual(call)
     try:
-        _check_counts(call)
+        check_counts(call)
         return _run(_ops.call, call)
     except Exception as error:
         if str(error).startswith("lstm: batch_sizes: "):
@@ -323,42 +286,4 @@ def _serve(call: _Call) -> Results:
         return _OP.refused(error, call)
 
 
-def _call(
-    input: Tensor | PackedSequence,
-    hx: State | None,
-    params: Sequence[Tensor],
-    has_biases: bool,
-    num_layers: int,
-    dropout: float,
-    train: bool,
-    bidirectional: bool,
-    batch_first: bool,
-    *,
-    mask: Tensor | None,
-    peepholes: Sequence[Tensor] | None,
-    zoneout_hidden: float,
-    zoneout_cell: float,
-    activation: str,
-    recurrent_activation: str,
-    recompute: bool,
-) -> _Call:
-    h, c = (None, None) if hx is None else pair("lstm", hx)
-    data: Any = input
-    batch_sizes = None
-    if isinstance(input, PackedSequence):
-        data, batch_sizes, order, _ = input
-        batch_first = False
-        if order is not None:
-            h, c = (None if state is None else state.index_select(1, order) for state in (h, c))
-    for name, share in (("zoneout_hidden", zoneout_hidden), ("zoneout_cell", zoneout_cell)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"lstm: {name}: expected a number from 0 to 1, got {share}")
-    act, gate = activation_numbers("lstm", activation, recurrent_activation)
-    return _Call(
-        *(data, batch_sizes, h, c, tuple(params), has_biases, num_layers, dropout, train),
-        *(bidirectional, batch_first, mask, tuple(peepholes or ()), zoneout_hidden, zoneout_cell),
-        *(act, gate, recompute),
-    )
-
-
-_OP.serve(lstm, lambda *args, **options: (_call(*args, **options),))
+_OP.serve(lstm, lambda *args, **options: (_lstm_call.make(*args, **options),))

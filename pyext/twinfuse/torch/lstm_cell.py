@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function
 
 from twinfuse.torch import _calls
 from twinfuse.torch import _lstm_cell_ops as _ops
-from twinfuse.torch._lstm_reference import ACTIVATIONS, zoneout_needs_gradient
+from twinfuse.torch._lstm_reference import ACTIVATIONS, noise_needs_gradient
 
 __all__ = ["lstm_cell"]
 
@@ -27,7 +27,7 @@ _Proxy = torch.fx.Proxy
 
 _NAMES = (
     *("input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"),
-    *("peephole", "zoneout_hidden", "zoneout_cell"),
+    *("peephole", "norm", "zoneout_hidden", "zoneout_cell", "dropout_input", "dropout_hidden"),
 )
 
 
@@ -41,6 +41,11 @@ def activation_numbers(op: str, activation: str, recurrent_activation: str) -> t
             known = ", ".join(map(repr, ACTIVATIONS))
             raise ValueError(f"{op}: {name}: expected one of {known}, got {value!r}")
     return ACTIVATIONS[activation], ACTIVATIONS[recurrent_activation]
+
+
+def check_epsilon(op: str, norm_epsilon: float) -> None:
+    if not norm_epsilon >= 0:
+        raise ValueError(f"{op}: norm_epsilon: expected 0 or more, got {norm_epsilon}")
 
 
 def pair(op: str, hx: Any) -> Sequence[Any]:
@@ -63,7 +68,7 @@ def expected(name: str, tensor: Tensor, *sizes: int) -> str:
 
 
 def _misfit(*args: Any) -> str:
-    input, weight_ih, zoneouts = args[0], args[3], args[8:10]
+    input, weight_ih, noise = args[0], args[3], args[9:13]
     if input.dim() != 2:
         return f"input: expected [B, I], got shape {list(input.shape)}"
     if weight_ih.dim() != 2 or weight_ih.shape[0] % 4:
@@ -76,28 +81,28 @@ def _misfit(*args: Any) -> str:
         (gates, input.shape[1]),
         (gates, units),
     ]
-    wanted += [(gates,), (gates,), (3, units)]
-    for name, tensor, sizes in zip(_NAMES[1:], args[1:8], wanted):
+    wanted += [(gates,), (gates,), (3, units), (2, gates)]
+    for name, tensor, sizes in zip(_NAMES[1:], args[1:9], wanted):
         if tensor is not None and (misfit := expected(name, tensor, *sizes)):
             return misfit
-    for name, zoneout in zip(_NAMES[8:], zoneouts):
-        if zoneout is not None and not broadcasts(zoneout, (batch, units)):
-            return (
-                f"{name}: expected what broadcasts to [{batch}, {units}], got shape "
-                f"{list(zoneout.shape)}"
-            )
-    return zoneout_needs_gradient(*zoneouts)
+    wanted = [(batch, units), (batch, units), (4, batch, input.shape[1]), (4, batch, units)]
+    for name, tensor, sizes in zip(_NAMES[9:], noise, wanted):
+        if tensor is not None and (misfit := broadcast(name, tensor, *sizes)):
+            return misfit
+    return noise_needs_gradient(*noise)
 
 
-def broadcasts(tensor: Tensor, sizes: Sequence[int]) -> bool:
+def broadcast(name: str, tensor: Tensor, *sizes: int) -> str:
+    """As `expected`, for what may have any shape that broadcasts."""
     pairs = zip(reversed(tensor.shape), reversed(sizes))
-    return tensor.dim() <= len(sizes) and all(n in (1, size) for n, size in pairs)
+    if tensor.dim() <= len(sizes) and all(n in (1, size) for n, size in pairs):
+        return ""
+    return f"{name}: expected what broadcasts to {list(sizes)}, got shape {list(tensor.shape)}"
 
 
 def _reference(*args: Any) -> State:
-    extras = any(tensor is not None for tensor in args[7:10]) or args[10:] != (0, 1)
     # Native has no rule for vmap, neither of its own nor of its tangents.
-    if extras or _calls.inside_transform() or forward_ad._current_level >= 0:
+    if len(args) > _ops.PLAIN or _calls.inside_transform() or forward_ad._current_level >= 0:
         return _ops.reference(*args)
     input, h, c, *weights = args[:7]
     return torch.lstm_cell(input, (h, c), *weights)
@@ -116,8 +121,12 @@ def lstm_cell(
     bias_hh: Tensor | None = None,
     *,
     peephole: Tensor | None = None,
+    norm: Tensor | None = None,
+    norm_epsilon: float = 1e-5,
     zoneout_hidden: Tensor | None = None,
     zoneout_cell: Tensor | None = None,
+    dropout_input: Tensor | None = None,
+    dropout_hidden: Tensor | None = None,
     activation: str = "tanh",
     recurrent_activation: str = "sigmoid",
 ) -> State:
@@ -137,9 +146,15 @@ def lstm_cell(
         bias_ih, bias_hh: `[4H]`, or None.
         peephole: `[3, H]`, weights of the cell state in the gates i, f (of the old one) and o (of
             the new one).
+        norm: `[2, 4H]`, scales of W_ih x and of W_hh h, each of which is normalised over all of its
+            4H elements (less their mean, over the root of their variance plus `norm_epsilon`)
+            before biases are added.
         zoneout_hidden, zoneout_cell: the share of the old state that stays, of any shape that
             broadcasts to `[B, H]`: zeros and ones drawn at random in training, their mean
-            otherwise. The kernels have no gradient of them.
+            otherwise.
+        dropout_input, dropout_hidden: factors of the input and of h in the products of each gate,
+            of any shape that broadcasts to `[4, B, I]` and `[4, B, H]`: 0 or `1 / (1 - rate)`.
+            The kernels have no gradient of these four.
         activation, recurrent_activation: of g and the new cell state, and of the other gates:
             "tanh", "sigmoid", "relu" or "hard_sigmoid".
 
@@ -150,7 +165,7 @@ def lstm_cell(
         RuntimeError: shapes, dtypes or devices do not fit together; the text names the argument,
             what was expected and what was got.
         TypeError: `hx` is no pair, or an argument is no tensor.
-        ValueError: an unknown activation.
+        ValueError: an unknown activation, or an epsilon below 0.
     """
     if isinstance(input, _Proxy):
         return handle_torch_function(
@@ -158,18 +173,35 @@ def lstm_cell(
             (input,),
             *(input, hx, weight_ih, weight_hh, bias_ih, bias_hh),
             peephole=peephole,
+            norm=norm,
+            norm_epsilon=norm_epsilon,
             zoneout_hidden=zoneout_hidden,
             zoneout_cell=zoneout_cell,
+            dropout_input=dropout_input,
+            dropout_hidden=dropout_hidden,
             activation=activation,
             recurrent_activation=recurrent_activation,
         )
     h, c = hx if type(hx) is tuple and len(hx) == 2 else pair("lstm_cell", hx)
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh, peephole, zoneout_hidden, zoneout_cell)
-    act, gate = 0, 1
-    if activation != "tanh" or recurrent_activation != "sigmoid":
-        act, gate = activation_numbers("lstm_cell", activation, recurrent_activation)
-    args = (input, h, c, *weights, act, gate)
-    if _are_unusual(args[:10]) or (_native_on_gpu and input.is_cuda):
+    args: tuple[Any, ...] = (input, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
+    is_plain = True
+    if (
+        peephole is not None
+        or norm is not None
+        or zoneout_hidden is not None
+        or zoneout_cell is not None
+        or dropout_input is not None
+        or dropout_hidden is not None
+        or activation != "tanh"
+        or recurrent_activation != "sigmoid"
+    ):
+        is_plain = False
+        args += (peephole, norm, zoneout_hidden, zoneout_cell, dropout_input, dropout_hidden)
+        if norm is not None or activation != "tanh" or recurrent_activation != "sigmoid":
+            check_epsilon("lstm_cell", norm_epsilon)
+            numbers = activation_numbers("lstm_cell", activation, recurrent_activation)
+            args += (*numbers, norm_epsilon)
+    if _are_unusual(args[:13]) or (_native_on_gpu and input.is_cuda):
         return _OP.unusual(*args)
     try:
         if _grad_enabled() and (
@@ -180,14 +212,12 @@ def lstm_cell(
             or weight_hh.requires_grad
             or (bias_ih is not None and bias_ih.requires_grad)
             or (bias_hh is not None and bias_hh.requires_grad)
-            or (peephole is not None and peephole.requires_grad)
-            or (zoneout_hidden is not None and zoneout_hidden.requires_grad)
-            or (zoneout_cell is not None and zoneout_cell.requires_grad)
+            or not (is_plain or all(t is None or not t.requires_grad for t in args[7:13]))
         ):
-            if zoneout_needs_gradient(zoneout_hidden, zoneout_cell):
+            if not is_plain and noise_needs_gradient(*args[9:13]):
                 return _OP.unusual(*args)
             return _apply(*args)
-        h, c, _ = _forward(*args, False)
+        h, c, _ = _forward(False, *args)
         return h, c
     except Exception as error:
         return _OP.refused(error, *args)
@@ -203,9 +233,10 @@ def _arguments(
     *,
     activation: str,
     recurrent_activation: str,
+    norm_epsilon: float,
     **tensors: Tensor | None,
 ) -> tuple[Any, ...]:
-    numbers = activation_numbers("lstm_cell", activation, recurrent_activation)
+    numbers = (*activation_numbers("lstm_cell", activation, recurrent_activation), norm_epsilon)
     return input, *hx, weight_ih, weight_hh, bias_ih, bias_hh, *tensors.values(), *numbers
 
 

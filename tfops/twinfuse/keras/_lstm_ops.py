@@ -61,16 +61,10 @@ def keep_from_xla(layer: Any) -> None:
 
 
 def find_kernel(layer: Any) -> tuple[str, str, str]:
-    """`(backend, kernel, reason)` that a call of a layer or cell made now would take.
-
-    The reason beside a kernel is why training will not take it.
-    """
+    """`(backend, kernel, reason)` that a call of a layer or cell made now would take."""
     cell = getattr(layer, "cell", layer)
     role = "lstm_cell_forward" if cell is layer else "lstm_forward"
-    backend, kernel, reason = _ops.find_kernel(role, cell, "kernel")
-    if kernel and (dropout := _dropout_reason(cell, training=True)):
-        reason = f"native in training: {dropout}"
-    return backend, kernel, reason
+    return _ops.find_kernel(role, cell, "kernel")
 
 
 def lstm(
@@ -82,7 +76,7 @@ def lstm(
     if not _ops.serves(op, sequences) or sequences.shape[1] == 0:
         return None
     mask = _flags(mask)
-    reason = _reason(layer, training)
+    reason = _reason(layer)
     if mask is not None and len(mask.shape) != 2:
         reason = reason or f"its mask has {len(mask.shape)} dimensions"
     zeros = bool(layer.zero_output_for_mask)
@@ -98,10 +92,9 @@ def lstm(
     if _ops.BACKEND == "torch" and layer.stateful:
         # The layer writes the new state over this one, which the gradient still needs.
         state = (keras.ops.copy(state[0]), keras.ops.copy(state[1]))
-    if _drops(cell.dropout, training):
-        x = x * keras.ops.expand_dims(cell.get_dropout_mask(x[:, 0, :]), 1)
+    x, dropouts = _drop(cell, x, state[0], training)
     outputs, h, c = _fused.lstm(
-        *(x, state, weights, mask, _names(cell), bool(layer.go_backwards), zeros),
+        *(x, state, weights, dropouts, mask, _names(cell), bool(layer.go_backwards), zeros),
         bool(layer.return_sequences),
     )
     if layer.return_sequences:
@@ -120,16 +113,15 @@ def lstm_cell(cell: Any, inputs: Any, states: Any, training: Any) -> tuple[Any, 
     op = type(cell).__name__
     if not _ops.serves(op, inputs):
         return None
-    if reason := _reason(cell, training):
+    if reason := _reason(cell):
         _backend.fall_back(op, reason)
         return None
     operands = _operands(op, cell, inputs, states)
     if operands is None:
         return None
     x, state, weights = operands
-    if _drops(cell.dropout, training):
-        x = x * cell.get_dropout_mask(x)
-    h, c = _fused.lstm_cell(x, state, weights, _names(cell))
+    x, dropouts = _drop(cell, x, state[0], training)
+    h, c = _fused.lstm_cell(x, state, weights, dropouts, _names(cell))
     return h, [h, c]
 
 
@@ -144,24 +136,33 @@ def _names(cell: Any) -> tuple[str, str]:
     return _name_of(cell.activation), _name_of(cell.recurrent_activation)
 
 
-def _drops(rate: float, training: Any) -> bool:
-    return bool(training) and 0.0 < rate < 1.0
+def _drop(cell: Any, x: Any, h: Any, training: Any) -> tuple[Any, tuple[Any, Any]]:
+    """`x` without what one mask drops, and the masks `[4, batch, ...]` of the gates, or None.
+
+    They are the ones that the native cell draws, in its order.
+    """
+    of_x = of_h = None
+    if training and 0.0 < cell.dropout < 1.0:
+        drawn = stacked(cell.get_dropout_mask(x if len(x.shape) == 2 else x[:, 0, :]))
+        # It has the dtype that the input had before it was cast.
+        drawn = keras.ops.cast(drawn, x.dtype)
+        if cell.implementation == 1:
+            of_x = drawn
+        else:
+            x = x * (drawn if len(x.shape) == 2 else keras.ops.expand_dims(drawn, 1))
+    if training and 0.0 < cell.recurrent_dropout < 1.0:
+        of_h = stacked(cell.get_recurrent_dropout_mask(h))
+    return x, (of_x, of_h)
 
 
-def _dropout_reason(cell: Any, training: Any) -> str:
-    if _drops(cell.recurrent_dropout, training):
-        return "recurrent_dropout drops another part of the state for each gate"
-    if _drops(cell.dropout, training) and cell.implementation == 1:
-        return "with implementation=1, dropout drops another part of the input for each gate"
-    return ""
+def stacked(masks: Any) -> Any:
+    """One tensor, also where Keras draws a list with one for each gate."""
+    return keras.ops.stack(masks) if isinstance(masks, list) else masks
 
 
-def _reason(layer: Any, training: Any) -> str:
+def _reason(layer: Any) -> str:
     """Why this call is native."""
-    cell = getattr(layer, "cell", layer)
     if reason := native_reason(layer):
-        return reason
-    if reason := _dropout_reason(cell, training):
         return reason
     # Keras' own loop serves what XLA compiles, and whatever else no kernel does.
     backend, _, reason = find_kernel(layer) if _ops.BACKEND == "tensorflow" else ("", "", "")

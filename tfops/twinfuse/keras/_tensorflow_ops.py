@@ -15,6 +15,7 @@ def lstm(
     x: tf.Tensor,
     state: tuple[tf.Tensor, tf.Tensor],
     weights: tuple[Any, Any, Any],
+    dropouts: tuple[Any, Any],
     mask: tf.Tensor | None,
     activations: tuple[str, str],
     go_backwards: bool,
@@ -23,9 +24,10 @@ def lstm(
 ) -> tuple[tf.Tensor | None, tf.Tensor, tf.Tensor]:
     """Outputs in the order in which they are computed, None unless `sequence`; the last state.
 
-    `weights` are kernel, recurrent kernel, and bias or None.
+    `weights` are kernel, recurrent kernel, and bias or None; `dropouts` are `[4, batch, ...]`, of
+    inputs and of states, or None.
     """
-    operands = _operands(x, state, weights, mask)
+    operands = _operands(x, state, weights, dropouts)._replace(mask=mask)
     settings = Settings(*activations, go_backwards, False, zero_output_for_mask)
     outputs, h, c = run(LAYER, operands, settings, sequence)
     return (tf.reverse(outputs, [1]) if sequence and go_backwards else outputs), h, c
@@ -35,9 +37,10 @@ def lstm_cell(
     x: tf.Tensor,
     state: tuple[tf.Tensor, tf.Tensor],
     weights: tuple[Any, Any, Any],
+    dropouts: tuple[Any, Any],
     activations: tuple[str, str],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    h, c = run(CELL, _operands(x, state, weights, None), Settings(*activations))
+    h, c = run(CELL, _operands(x, state, weights, dropouts), Settings(*activations))
     return h, c
 
 
@@ -45,9 +48,11 @@ def _operands(
     x: tf.Tensor,
     state: tuple[tf.Tensor, tf.Tensor],
     weights: tuple[Any, Any, Any],
-    mask: tf.Tensor | None,
+    dropouts: tuple[Any, Any],
 ) -> Operands:
     # Keras hands out variables where it need not cast.
-    kernel, recurrent, bias = (None if w is None else tf.convert_to_tensor(w) for w in weights)
-    h, c = state
-    return Operands(x, kernel, recurrent, bias, None, None, h, c, mask, None, None)
+    kernel, recurrent, bias, h, c = (
+        None if t is None else tf.convert_to_tensor(t) for t in (*weights, *state)
+    )
+    of_x, of_h = dropouts
+    return Operands(x, kernel, recurrent, bias, h=h, c=c, dropout_input=of_x, dropout_hidden=of_h)

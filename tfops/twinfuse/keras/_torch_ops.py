@@ -45,6 +45,7 @@ def lstm(
     x: Tensor,
     state: tuple[Tensor, Tensor],
     weights: tuple[Tensor, Tensor, Tensor | None],
+    dropouts: tuple[Tensor | None, Tensor | None],
     mask: Tensor | None,
     activations: tuple[str, str],
     go_backwards: bool,
@@ -53,13 +54,15 @@ def lstm(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """Outputs in the order in which they are computed, None unless `sequence`; the last state.
 
-    `weights` are kernel, recurrent kernel, and bias or None.
+    `weights` are kernel, recurrent kernel, and bias or None; `dropouts` are `[4, batch, ...]`, of
+    inputs and of states, or None.
     """
     kernel, recurrent_kernel, bias = weights
     if go_backwards:
         x, mask = x.flip(1), None if mask is None else mask.flip(1)
     # torch has two biases that are added.
     biases = [] if bias is None else [bias, torch.zeros_like(bias)]
+    of_x, of_h = (None if d is None else [d] for d in dropouts)
     outputs, (h, c) = twinfuse.torch.lstm(
         x,
         (state[0][None], state[1][None]),
@@ -67,6 +70,8 @@ def lstm(
         has_biases=bool(biases),
         batch_first=True,
         mask=mask,
+        dropouts_input=of_x,
+        dropouts_hidden=of_h,
         activation=activations[0],
         recurrent_activation=activations[1],
     )
@@ -79,11 +84,14 @@ def lstm_cell(
     x: Tensor,
     state: tuple[Tensor, Tensor],
     weights: tuple[Tensor, Tensor, Tensor | None],
+    dropouts: tuple[Tensor | None, Tensor | None],
     activations: tuple[str, str],
 ) -> tuple[Tensor, Tensor]:
     kernel, recurrent_kernel, bias = weights
     return twinfuse.torch.lstm_cell(
         *(x, state, kernel.T, recurrent_kernel.T, bias),
+        dropout_input=dropouts[0],
+        dropout_hidden=dropouts[1],
         activation=activations[0],
         recurrent_activation=activations[1],
     )

@@ -25,7 +25,7 @@ from twinfuse.tensorflow._gradients import _skipped
 from twinfuse.tensorflow._lstm_reference import NUMBERS, Operands, Settings
 
 _DIFFERENTIABLE = (
-    *("x", "kernel", "recurrent_kernel", "bias", "projection", "peephole"),
+    *("x", "kernel", "recurrent_kernel", "bias", "projection", "peephole", "norm"),
     *("h", "c"),
 )
 
@@ -77,7 +77,7 @@ CELL = Kind(
     "TwinfuseLstmCell",
     tuple(name for name in Operands._fields if name not in ("projection", "mask")),
     ("x", "kernel", "recurrent_kernel", "h", "c"),
-    ("activation", "recurrent_activation"),
+    ("activation", "recurrent_activation", "norm_epsilon"),
     ("h_n", "c_n"),
     1,
     _lstm_reference.cell,
@@ -167,39 +167,48 @@ def _composed(
     return dict(zip(wanted, found))
 
 
-def _read(kind: Kind, node: Any, first: int) -> tuple[Operands, dict[str, int], Settings]:
+def _attributes(node: Any) -> Callable[[str], Any]:
+    """Those of a node by name; the nodes of eager code are slow to look one up."""
+    flat = getattr(node, "attrs", None)
+    return node.get_attr if flat is None else dict(zip(flat[::2], flat[1::2])).get
+
+
+def _read(
+    kind: Kind, node: Any, attribute: Callable[[str], Any], first: int
+) -> tuple[Operands, dict[str, int], Settings]:
     """Operands of a node whose inputs they are from `first` on, where each is, and its settings."""
     places, place = {}, first
     for name in kind.operands:
-        if name in kind.required or node.get_attr(f"num_{name}"):
+        if name in kind.required or attribute(f"num_{name}"):
             places[name] = place
             place += 1
-    values = dict.fromkeys(Operands._fields) | {n: node.inputs[p] for n, p in places.items()}
+    values = {name: node.inputs[place] for name, place in places.items()}
     names = list(NUMBERS)
-    settings = {name: node.get_attr(name) for name in kind.settings}
+    settings = {name: attribute(name) for name in kind.settings}
+    settings["norm_epsilon"] = tf.compat.as_str(settings["norm_epsilon"])
     for name in ("activation", "recurrent_activation"):
         settings[name] = names[settings[name]]
     return Operands(**values), places, Settings(**settings)
 
 
-def _saved(kind: Kind, node: Any) -> Sequence[tf.Tensor]:
-    attributes = getattr(node, "attrs", None)
-    if attributes and "saved" in attributes[::2]:
-        return attributes[attributes.index("saved") + 1]
-    return node.outputs[-kind.saved :] if node.get_attr("num_saved") else ()
+def _saved(kind: Kind, node: Any, attribute: Callable[[str], Any]) -> Sequence[tf.Tensor]:
+    if hasattr(node, "attrs") and (saved := attribute("saved")):
+        return saved
+    return node.outputs[-kind.saved :] if attribute("num_saved") else ()
 
 
 def _first(kind: Kind, node: Any, grads: Sequence[Any]) -> list[tf.Tensor | None]:
-    operands, places, settings = _read(kind, node, 0)
+    attribute = _attributes(node)
+    operands, places, settings = _read(kind, node, attribute, 0)
     skipped = _skipped(node)
     wanted = [name for name in kind.sources if name in places and places[name] not in skipped]
-    if kind is LAYER and not node.get_attr("num_outputs"):
+    if kind is LAYER and not attribute("num_outputs"):
         grads = [None, *grads]
     # A gather behind us hands down IndexedSlices.
     grads = [
         None if grad is None else tf.convert_to_tensor(grad) for grad in grads[: len(kind.outputs)]
     ]
-    found = backward(kind, operands, settings, grads, _saved(kind, node), wanted)
+    found = backward(kind, operands, settings, grads, _saved(kind, node, attribute), wanted)
     result: list[tf.Tensor | None] = [None] * len(node.inputs)
     for name, grad in found.items():
         result[places[name]] = grad
@@ -207,12 +216,13 @@ def _first(kind: Kind, node: Any, grads: Sequence[Any]) -> list[tf.Tensor | None
 
 
 def _second(kind: Kind, node: Any, cotangents: Sequence[Any]) -> list[tf.Tensor | None]:
-    present = [bool(node.get_attr(f"num_grad_{name}")) for name in kind.outputs]
+    attribute = _attributes(node)
+    present = [bool(attribute(f"num_grad_{name}")) for name in kind.outputs]
     behind = kind.saved + sum(present)
     inputs = iter(node.inputs[kind.saved : behind])
     grads = [next(inputs) if there else None for there in present]
-    operands, places, settings = _read(kind, node, behind)
-    wanted = [name for name in kind.sources if node.get_attr(f"num_grad_{name}")]
+    operands, places, settings = _read(kind, node, attribute, behind)
+    wanted = [name for name in kind.sources if attribute(f"num_grad_{name}")]
     pairs = [(name, c) for name, c in zip(wanted, cotangents) if c is not None]
     skipped = _skipped(node)
     sourced = [place for name, place in places.items() if name in kind.sources]

@@ -36,14 +36,17 @@ class Operands(NamedTuple):
     x: Any  # [T, B, I], of a cell [B, I]
     kernel: Any  # [I, 4H]
     recurrent_kernel: Any  # [R, 4H]
-    bias: Any  # [4H]
-    projection: Any  # [H, R]
-    peephole: Any  # [3, H]
-    h: Any  # [B, R]
-    c: Any  # [B, H]
-    mask: Any  # [T, B]
-    zoneout_hidden: Any  # broadcasts to [T, B, R]
-    zoneout_cell: Any  # broadcasts to [T, B, H]
+    bias: Any = None  # [4H]
+    projection: Any = None  # [H, R]
+    peephole: Any = None  # [3, H]
+    norm: Any = None  # [2, 4H]
+    h: Any = None  # [B, R]
+    c: Any = None  # [B, H]
+    mask: Any = None  # [T, B]
+    zoneout_hidden: Any = None  # broadcasts to [T, B, R]
+    zoneout_cell: Any = None  # broadcasts to [T, B, H]
+    dropout_input: Any = None  # broadcasts to [4, B, I]
+    dropout_hidden: Any = None  # broadcasts to [4, B, R]
 
 
 class Settings(NamedTuple):
@@ -52,6 +55,7 @@ class Settings(NamedTuple):
     go_backwards: bool = False
     time_major: bool = False
     zero_output_for_mask: bool = False
+    norm_epsilon: str = "0.001"  # as in the op, where a number would have 32 bits
 
     @property
     def functions(self) -> tuple[Activation, Activation]:
@@ -65,8 +69,31 @@ def _mix(share: Any, old: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
     return new if share is None else share * old + (1 - share) * new
 
 
-def _step(o: Operands, activation: Activation, gate: Activation) -> tuple[tf.Tensor, tf.Tensor]:
-    z = tf.matmul(o.x, o.kernel) + tf.matmul(o.h, o.recurrent_kernel)
+def _product(x: tf.Tensor, kernel: tf.Tensor, dropout: Any) -> tf.Tensor:
+    if dropout is None:
+        return tf.matmul(x, kernel)
+    kept = x * tf.broadcast_to(dropout, tf.concat([[4], tf.shape(x)], 0))
+    parts = zip(tf.unstack(kept, 4), tf.split(kernel, 4, -1))
+    return tf.concat([tf.matmul(part, weights) for part, weights in parts], -1)
+
+
+def _normalised(sums: tf.Tensor, scale: tf.Tensor, epsilon: float) -> tf.Tensor:
+    # Squares of float16 overflow, and epsilon is a denormal there.
+    wide = tf.cast(sums, tf.float32) if sums.dtype.size == 2 else sums
+    centred = wide - tf.reduce_mean(wide, -1, keepdims=True)
+    variance = tf.reduce_mean(tf.square(centred), -1, keepdims=True)
+    return tf.cast(centred / tf.sqrt(variance + epsilon), sums.dtype) * scale
+
+
+def _step(o: Operands, settings: Settings) -> tuple[tf.Tensor, tf.Tensor]:
+    activation, gate = settings.functions
+    of_x = _product(o.x, o.kernel, o.dropout_input)
+    of_h = _product(o.h, o.recurrent_kernel, o.dropout_hidden)
+    if o.norm is not None:
+        epsilon = float(settings.norm_epsilon)
+        of_x = _normalised(of_x, o.norm[0], epsilon)
+        of_h = _normalised(of_h, o.norm[1], epsilon)
+    z = of_x + of_h
     if o.bias is not None:
         z += o.bias
     i, f, g, out = tf.split(z, 4, -1)
@@ -84,13 +111,12 @@ def _step(o: Operands, activation: Activation, gate: Activation) -> tuple[tf.Ten
 
 def cell(operands: Operands, settings: Settings) -> list[tf.Tensor]:
     """`[h_n, c_n]`."""
-    return list(_step(operands, *settings.functions))
+    return list(_step(operands, settings))
 
 
 def layer(operands: Operands, settings: Settings) -> list[tf.Tensor]:
     """`[outputs, h_n, c_n]`; the outputs are in the order of time."""
-    o, functions = operands, settings.functions
-    x, mask = o.x, o.mask
+    o, x, mask = operands, operands.x, operands.mask
     if not settings.time_major:
         x = tf.transpose(x, [1, 0, 2])
         mask = None if mask is None else tf.transpose(mask)
@@ -126,7 +152,7 @@ def layer(operands: Operands, settings: Settings) -> list[tf.Tensor]:
             zoneout_hidden=None if of_hidden is None else of_hidden.read(t),
             zoneout_cell=None if of_cells is None else of_cells.read(t),
         )
-        new_h, new_c = _step(now, *functions)
+        new_h, new_c = _step(now, settings)
         output = new_h
         if flags is not None:
             live = flags.read(t)

@@ -29,8 +29,12 @@ def lstm_cell(
     bias: Any = None,
     *,
     peephole: Any = None,
+    norm: Any = None,
+    norm_epsilon: float = 1e-3,
     zoneout_hidden: Any = None,
     zoneout_cell: Any = None,
+    dropout_input: Any = None,
+    dropout_hidden: Any = None,
     activation: Any = "tanh",
     recurrent_activation: Any = "sigmoid",
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -43,9 +47,17 @@ def lstm_cell(
         recurrent_kernel: `[H, 4H]`.
         bias: `[4H]`, or None.
         peephole: `[3, H]`: what input, forget and output gate see of the cell, or None.
+        norm: `[2, 4H]`: each row of the products with `kernel` and with `recurrent_kernel` is
+            normalised to mean 0 and variance 1, and multiplied by `norm[0]` and `norm[1]`, before
+            the bias is added; or None.
+        norm_epsilon: What is added to the variance; 1e-3, as in
+            `keras.layers.LayerNormalization` (`twinfuse.torch` has the 1e-5 of torch).
         zoneout_hidden: The share of the old state that stays; broadcasts to `[B, H]`, or None. It
-            gets no gradient, nor does `zoneout_cell`.
+            gets no gradient, nor do `zoneout_cell` and the two dropouts.
         zoneout_cell: The same of the cell.
+        dropout_input: What `x` is multiplied by for each gate, as the `recurrent_dropout` of Keras
+            does with `h`: 0 or 1 / (1 - rate); broadcasts to `[4, B, I]`, or None.
+        dropout_hidden: The same of `h`; broadcasts to `[4, B, H]`.
         activation: "tanh", "sigmoid", "relu" or "hard_sigmoid". A callable, or None for linear,
             takes the reference path, with a `FallbackWarning`.
         recurrent_activation: The same, of the gates.
@@ -73,8 +85,12 @@ def lstm(
     mask: Any = None,
     projection: Any = None,
     peephole: Any = None,
+    norm: Any = None,
+    norm_epsilon: float = 1e-3,
     zoneout_hidden: Any = None,
     zoneout_cell: Any = None,
+    dropout_input: Any = None,
+    dropout_hidden: Any = None,
     activation: Any = "tanh",
     recurrent_activation: Any = "sigmoid",
     go_backwards: bool = False,
@@ -94,9 +110,18 @@ def lstm(
             States stay; the output is the one of the step before, or 0 if there is none.
         projection: `[H, R]`, or None.
         peephole: `[3, H]`: what input, forget and output gate see of the cell, or None.
+        norm: `[2, 4H]`: each row of the products with `kernel` and with `recurrent_kernel` is
+            normalised to mean 0 and variance 1, and multiplied by `norm[0]` and `norm[1]`, before
+            the bias is added; or None.
+        norm_epsilon: What is added to the variance; 1e-3, as in
+            `keras.layers.LayerNormalization` (`twinfuse.torch` has the 1e-5 of torch).
         zoneout_hidden: The share of the old state that stays; broadcasts to `[B, T, R]`, or None.
-            It gets no gradient, nor does `zoneout_cell`.
+            It gets no gradient, nor do `zoneout_cell` and the two dropouts.
         zoneout_cell: The same of the cell; broadcasts to `[B, T, H]`.
+        dropout_input: What `x` is multiplied by for each gate, the same at every step, as the
+            `recurrent_dropout` of Keras does with `h`: 0 or 1 / (1 - rate); broadcasts to
+            `[4, B, I]`, or None.
+        dropout_hidden: The same of `h`; broadcasts to `[4, B, R]`.
         activation: "tanh", "sigmoid", "relu" or "hard_sigmoid". A callable, or None for linear,
             takes the reference path, with a `FallbackWarning`.
         recurrent_activation: The same, of the gates.
@@ -135,6 +160,14 @@ def run(
     return kind.reference(operands, settings)
 
 
+def _setting(kind: Kind, name: str, given: Any) -> Any:
+    if name == "norm_epsilon":
+        if not float(given) >= 0:
+            _calls.refuse(kind.name, name, "a number that is not negative", given)
+        return repr(float(given))
+    return _activation(kind, name, given) if name.endswith("activation") else bool(given)
+
+
 def _activation(kind: Kind, name: str, given: Any) -> str | Callable[[Any], Any]:
     if given is None or given == "linear":
         return tf.identity
@@ -161,15 +194,10 @@ def _arguments(kind: Kind, given: dict[str, Any]) -> tuple[Kind, Operands, Setti
         for name in Operands._fields
         if given.get(name) is not None
     }
-    tensors["mask"] = None if mask is None else tf.cast(mask, tf.bool)
-    settings: dict[str, Any] = {
-        name: _activation(kind, name, given[name])
-        if name.endswith("activation")
-        else bool(given[name])
-        for name in kind.settings
-    }
-    operands = Operands(**{**dict.fromkeys(Operands._fields), **tensors})
-    return kind, operands, Settings(**settings)
+    if mask is not None:
+        tensors["mask"] = tf.cast(mask, tf.bool)
+    settings = {name: _setting(kind, name, given[name]) for name in kind.settings}
+    return kind, Operands(**tensors), Settings(**settings)
 
 
 def _choose(kind: Kind, operands: Operands, settings: Settings) -> tuple[str, str]:
@@ -186,26 +214,32 @@ def _choose(kind: Kind, operands: Operands, settings: Settings) -> tuple[str, st
 
 def _check(kind: Kind, o: Operands, settings: Settings) -> None:
     """Raise for what no path accepts, as far as is known now; the op looks again."""
-    for name, tensor in o._asdict().items():
-        if name == "mask" or tensor is None or tensor.dtype == o.x.dtype:
+    dtype, found = o.x.dtype, dict[str, list[int | None] | None]()
+    for name, tensor in zip(Operands._fields, o):
+        if tensor is None:
             continue
-        expected = f"dtype {o.x.dtype.name} as x has"
-        _calls.refuse(kind.name, name, expected, tensor.dtype.name, TypeError)
+        if name != "mask" and tensor.dtype != dtype:
+            expected = f"dtype {dtype.name} as x has"
+            _calls.refuse(kind.name, name, expected, tensor.dtype.name, TypeError)
+        shape = tensor.shape
+        found[name] = None if shape.rank is None else shape.as_list()
+
+    def size(name: str, rank: int, dim: int) -> int | None:
+        sizes = found[name]
+        return sizes[dim] if sizes is not None and len(sizes) == rank else None
+
     layer = kind is LAYER
-    units: int | None = None
-    if o.kernel.shape.rank == 2 and o.kernel.shape[1] is not None:
-        if o.kernel.shape[1] % 4:
-            _calls.refuse(kind.name, "kernel", "[I, 4H]", _calls.text(o.kernel))
-        units = o.kernel.shape[1] // 4
-    gates = None if units is None else 4 * units
-    hidden = o.recurrent_kernel.shape[0] if o.recurrent_kernel.shape.rank == 2 else None
+    gates = size("kernel", 2, 1)
+    if gates is not None and gates % 4:
+        _calls.refuse(kind.name, "kernel", "[I, 4H]", _calls.text(o.kernel))
+    units = None if gates is None else gates // 4
+    hidden = size("recurrent_kernel", 2, 0)
     hidden = units if hidden is None and o.projection is None else hidden
-    order = (0, 1) if settings.time_major else (1, 0)
-    x = o.x.shape
-    batch = (x[order[1]] if layer else x[0]) if x.rank == 2 + layer else None
-    steps = x[order[0]] if x.rank == 3 and layer else None
+    of_batch, of_steps = (1, 0) if settings.time_major else (0, 1)
+    batch = size("x", 3, of_batch) if layer else size("x", 2, 0)
+    steps = size("x", 3, of_steps) if layer else None
     sequence = [steps, batch] if settings.time_major else [batch, steps]
-    inputs = o.kernel.shape[0] if o.kernel.shape.rank == 2 else None
+    inputs = size("kernel", 2, 0)
     state = hidden if o.projection is not None else units
     shapes: dict[str, list[int | None]] = {
         "x": [*(sequence if layer else [batch]), inputs],
@@ -214,15 +248,23 @@ def _check(kind: Kind, o: Operands, settings: Settings) -> None:
         "bias": [gates],
         "projection": [units, hidden],
         "peephole": [3, units],
+        "norm": [2, gates],
         "h": [batch, state],
         "c": [batch, units],
         "mask": sequence,
     }
-    for name, shape in shapes.items():
-        tensor = getattr(o, name)
-        if tensor is not None and not tensor.shape.is_compatible_with(shape):
-            text = ", ".join("any" if size is None else str(size) for size in shape)
-            _calls.refuse(kind.name, name, f"[{text}]", _calls.text(tensor))
+    for name, expected_sizes in shapes.items():
+        sizes = found.get(name)
+        if sizes is None or _fit(sizes, expected_sizes):
+            continue
+        text = ", ".join("any" if size is None else str(size) for size in expected_sizes)
+        _calls.refuse(kind.name, name, f"[{text}]", _calls.text(getattr(o, name)))
+
+
+def _fit(sizes: list[int | None], expected: list[int | None]) -> bool:
+    return len(sizes) == len(expected) and all(
+        a == b or a is None or b is None for a, b in zip(sizes, expected)
+    )
 
 
 def _explain(kind: Kind, function: Callable[..., Any]) -> Callable[..., _backend.Report]:

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from twinfuse.torch.lstm import lstm
-from twinfuse.torch.lstm_cell import State, activation_numbers, lstm_cell, pair
+from twinfuse.torch.lstm_cell import State, activation_numbers, check_epsilon, lstm_cell, pair
 
 
 class _Options:
     """What native layers have not. Class attributes serve those whose class was changed to ours."""
 
+    norm_epsilon: float = 1e-5
     zoneout_hidden: float = 0.0
     zoneout_cell: float = 0.0
     activation: str = "tanh"
@@ -20,8 +21,9 @@ class _Options:
 
     def _set_options(self, op: str, **options: Any) -> None:
         activation_numbers(op, options["activation"], options["recurrent_activation"])
-        for name in ("zoneout_hidden", "zoneout_cell"):
-            if not 0 <= options[name] <= 1:
+        check_epsilon(op, options["norm_epsilon"])
+        for name in ("zoneout_hidden", "zoneout_cell", "recurrent_dropout"):
+            if not 0 <= options.get(name, 0) <= 1:
                 raise ValueError(f"{op}: {name}: expected 0 to 1, got {options[name]}")
         for name, value in options.items():
             setattr(self, name, value)
@@ -37,6 +39,10 @@ def _peephole(hidden_size: int, like: Tensor) -> nn.Parameter:
     return nn.Parameter(like.new_empty(3, hidden_size).uniform_(-bound, bound))
 
 
+def _norm(hidden_size: int, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(like.new_ones(2, 4 * hidden_size))
+
+
 class LSTMCell(_Options, nn.LSTMCell):
     """`nn.LSTMCell` in one kernel, with its parameters.
 
@@ -46,12 +52,15 @@ class LSTMCell(_Options, nn.LSTMCell):
 
     Args:
         peephole: the gates see the cell state through a parameter `peephole` of `[3, H]`.
+        layer_norm: the products of the input and of h are normalised, with the scales `norm` of
+            `[2, 4H]`, initially ones, and `norm_epsilon` as of `twinfuse.torch.lstm_cell`.
         zoneout_hidden, zoneout_cell: how often an element of the state stays what it was in
             training; in evaluation, their mean.
         activation, recurrent_activation: as of `twinfuse.torch.lstm_cell`.
     """
 
     _has_peephole = False
+    _has_norm = False
 
     def __init__(
         self,
@@ -62,6 +71,8 @@ class LSTMCell(_Options, nn.LSTMCell):
         dtype: Any = None,
         *,
         peephole: bool = False,
+        layer_norm: bool = False,
+        norm_epsilon: float = 1e-5,
         zoneout_hidden: float = 0.0,
         zoneout_cell: float = 0.0,
         activation: str = "tanh",
@@ -70,6 +81,7 @@ class LSTMCell(_Options, nn.LSTMCell):
         super().__init__(input_size, hidden_size, bias, device=device, dtype=dtype)
         self._set_options(
             "LSTMCell",
+            norm_epsilon=norm_epsilon,
             zoneout_hidden=zoneout_hidden,
             zoneout_cell=zoneout_cell,
             activation=activation,
@@ -78,6 +90,14 @@ class LSTMCell(_Options, nn.LSTMCell):
         if peephole:
             self._has_peephole = True
             self.peephole = _peephole(hidden_size, self.weight_hh)
+        if layer_norm:
+            self._has_norm = True
+            self.norm = _norm(hidden_size, self.weight_hh)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self._has_norm:
+            nn.init.ones_(self.norm)
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
         named = [("input", input)]
@@ -102,6 +122,8 @@ class LSTMCell(_Options, nn.LSTMCell):
             self.bias_ih,
             self.bias_hh,
             peephole=self.peephole if self._has_peephole else None,
+            norm=self.norm if self._has_norm else None,
+            norm_epsilon=self.norm_epsilon,
             zoneout_hidden=self._zoneout(self.zoneout_hidden, input),
             zoneout_cell=self._zoneout(self.zoneout_cell, input),
             activation=self.activation,
@@ -120,6 +142,7 @@ class LSTMCell(_Options, nn.LSTMCell):
         return (
             super().extra_repr()
             + (", peephole=True" if self._has_peephole else "")
+            + (", layer_norm=True" if self._has_norm else "")
             + self._describe_options()
         )
 
@@ -137,15 +160,22 @@ class LSTM(_Options, nn.RNNBase):
 
     Args:
         peephole: the gates see the cell state through parameters `peephole_l0`, ... of `[3, H]`.
+        layer_norm: the products of the input and of h are normalised, with the scales `norm_l0`,
+            ... of `[2, 4H]`, initially ones, and `norm_epsilon` as of `twinfuse.torch.lstm`.
         zoneout_hidden, zoneout_cell: how often an element of the state stays what it was in
             training; in evaluation, their mean.
+        recurrent_dropout: the share of h that is zeroed in training, drawn for each gate, and for
+            all steps of a call at once.
         activation, recurrent_activation: as of `twinfuse.torch.lstm`.
         recompute: keep nothing of the steps for the backward pass, which runs them again, in place
-            of `5 * hidden_size + proj_size` (or six times `hidden_size`) elements a step.
+            of `5 * hidden_size + proj_size` (or six times `hidden_size`) elements a step, and
+            `8 * hidden_size` more with `layer_norm`.
     """
 
+    recurrent_dropout: float = 0.0
     recompute: bool = False
     _peephole_names: tuple[str, ...] = ()
+    _norm_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -161,8 +191,11 @@ class LSTM(_Options, nn.RNNBase):
         dtype: Any = None,
         *,
         peephole: bool = False,
+        layer_norm: bool = False,
+        norm_epsilon: float = 1e-5,
         zoneout_hidden: float = 0.0,
         zoneout_cell: float = 0.0,
+        recurrent_dropout: float = 0.0,
         activation: str = "tanh",
         recurrent_activation: str = "sigmoid",
         recompute: bool = False,
@@ -182,20 +215,30 @@ class LSTM(_Options, nn.RNNBase):
         )
         self._set_options(
             "LSTM",
+            norm_epsilon=norm_epsilon,
             zoneout_hidden=zoneout_hidden,
             zoneout_cell=zoneout_cell,
+            recurrent_dropout=recurrent_dropout,
             activation=activation,
             recurrent_activation=recurrent_activation,
         )
         self.recompute = recompute
+        # Not among the flat weights, of which cuDNN's layout has no place for them.
+        ends = ("", "_reverse") if bidirectional else ("",)
+        suffixes = [f"_l{k}{end}" for k in range(num_layers) for end in ends]
         if peephole:
-            # Not among the flat weights, of which cuDNN's layout has no place for them.
-            suffixes = ("", "_reverse") if bidirectional else ("",)
-            self._peephole_names = tuple(
-                f"peephole_l{k}{suffix}" for k in range(num_layers) for suffix in suffixes
-            )
+            self._peephole_names = tuple(f"peephole{suffix}" for suffix in suffixes)
             for name in self._peephole_names:
                 setattr(self, name, _peephole(hidden_size, next(self.parameters())))
+        if layer_norm:
+            self._norm_names = tuple(f"norm{suffix}" for suffix in suffixes)
+            for name in self._norm_names:
+                setattr(self, name, _norm(hidden_size, next(self.parameters())))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in self._norm_names:
+            nn.init.ones_(getattr(self, name))
 
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
@@ -254,8 +297,11 @@ class LSTM(_Options, nn.RNNBase):
             self.batch_first,
             mask=mask,
             peepholes=[getattr(self, name) for name in self._peephole_names],
+            norms=[getattr(self, name) for name in self._norm_names],
+            norm_epsilon=self.norm_epsilon,
             zoneout_hidden=self.zoneout_hidden,
             zoneout_cell=self.zoneout_cell,
+            recurrent_dropout=self.recurrent_dropout,
             activation=self.activation,
             recurrent_activation=self.recurrent_activation,
             recompute=self.recompute,
@@ -274,6 +320,10 @@ class LSTM(_Options, nn.RNNBase):
         text = super().extra_repr()
         if self._peephole_names:
             text += ", peephole=True"
+        if self._norm_names:
+            text += ", layer_norm=True"
+        if self.recurrent_dropout:
+            text += f", recurrent_dropout={self.recurrent_dropout}"
         if self.recompute:
             text += ", recompute=True"
         return text + self._describe_options()

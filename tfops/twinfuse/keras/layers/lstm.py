@@ -14,8 +14,9 @@ class LSTMCell(keras.layers.LSTMCell):
     """A `keras.layers.LSTMCell` that runs fused.
 
     Constructor, weights (kernel `[I, 4H]`, recurrent kernel `[H, 4H]`, bias `[4H]`) and config are
-    those of `keras.layers.LSTMCell`. It runs natively, and says so, with activations other than
-    tanh, sigmoid, relu and hard_sigmoid, and in training with `recurrent_dropout`.
+    those of `keras.layers.LSTMCell`; so are the masks of `dropout` and `recurrent_dropout`, given
+    the same seed. It runs natively, and says so, with activations other than tanh, sigmoid, relu
+    and hard_sigmoid.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -26,15 +27,20 @@ class LSTMCell(keras.layers.LSTMCell):
         found = _lstm_ops.lstm_cell(self, inputs, states, training)
         return super().call(inputs, states, training=training) if found is None else found
 
+    def _create_dropout_mask(self, step_input: Any, dropout_rate: float) -> Any:
+        # Once, rather than at every step that uses it.
+        return _lstm_ops.stacked(super()._create_dropout_mask(step_input, dropout_rate))
+
 
 @keras.saving.register_keras_serializable(package="twinfuse")
 class LSTM(keras.layers.LSTM):
     """A `keras.layers.LSTM` that runs fused.
 
     Constructor, weights (kernel `[I, 4H]`, recurrent kernel `[H, 4H]`, bias `[4H]`) and config are
-    those of `keras.layers.LSTM`. Inputs are `[batch, steps, I]`, and any steps may be masked. It
-    runs natively, and says so, with activations other than tanh, sigmoid, relu and hard_sigmoid,
-    in training with `recurrent_dropout`, and with `use_cudnn=True`.
+    those of `keras.layers.LSTM`; so are the masks of `dropout` and `recurrent_dropout`, given the
+    same seed. Inputs are `[batch, steps, I]`, and any steps may be masked. It runs natively, and
+    says so, with activations other than tanh, sigmoid, relu and hard_sigmoid, and with
+    `use_cudnn=True`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
