@@ -99,14 +99,15 @@ class LstmForwardPlan {
     }
 
     void run() {
+      if (p_.in_place_) return single_step();
       for (int64_t first = 0; first < op_.steps; first += block_steps_) {
         const int64_t last = min64(op_.steps, first + block_steps_);
-        if (!p_.in_place_) multiply_inputs(first, last);
+        multiply_inputs(first, last);
         int64_t row = 0;
         for (int64_t s = first; s < last; s++) {
           const int64_t t = steps_.time(s);
           states_.change_active(rows_at(t));
-          if (active()) p_.in_place_ ? single_step() : step(t, row);
+          if (active()) step(t, row);
           row += active();
         }
       }
@@ -187,12 +188,22 @@ class LstmForwardPlan {
     }
 
     void single_step() {
-      p_.rows_.pack(p_.base_, states_.h(begin_), states_.h_row());
+      p_.rows_.place(p_.base_);
+      states_.start(end_);
+      team_.each(ceil_div(end_, kWidth), [&](int64_t group, int64_t worker) {
+        const Range sequences{group * kWidth, min64(end_, (group + 1) * kWidth)};
+        states_.join(sequences);
+        p_.rows_.pack(states_.h(0), states_.h_row(), sequences, worker);
+      });
+      const bool projects = p_.projects();
       team_.each(p_.gate_panels(), [&](int64_t panel, int64_t worker) {
         p_.rows_.multiply(units(panel), worker, sums_);
         finish_panel(0, panel, 0);
+        if (!projects) states_.leave(units(panel));
       });
+      if (!projects) return;
       finish_step(0);
+      states_.change_active(0);
     }
 
     void step(int64_t t, int64_t row) {

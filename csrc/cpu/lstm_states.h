@@ -62,6 +62,19 @@ class States {
   // Sequences that have the step, from the first of the range on.
   int64_t active() const { return active_; }
 
+  // For a single step, which threads share: what each of them does for some of the sequences before
+  // it, and for some of the units behind it.
+  void start(int64_t active) { active_ = active; }
+  void join(Range sequences) {
+    for (int64_t b = sequences.begin; b < sequences.end; b++) join(b);
+  }
+  void leave(Units u) const {
+    for (int64_t b = begin_; b < begin_ + active_; b++) {
+      store(op_.final.h, b, u, load_strided(new_ + b * row_ + u.unit, 1, u.n));
+      store(op_.final.c, b, u, S::load(c(b) + u.unit));
+    }
+  }
+
   // Sequences join with their initial state and leave with their final one.
   void change_active(int64_t active) {
     for (int64_t b = begin_ + active_; b < begin_ + active; b++) join(b);
@@ -121,9 +134,14 @@ class States {
   void leave(int64_t b) {
     const Matrix &h = op_.final.h, &c = op_.final.c;
     if (h.data) copy(this->h(b), 1, static_cast<T*>(h.data) + b * h.row_stride, h.col_stride);
-    for (int64_t k = 0; c.data && k < op_.units; k += kWidth)
-      store_strided(static_cast<T*>(c.data) + b * c.row_stride + k * c.col_stride, c.col_stride,
-                    S::load(this->c(b) + k), lanes(k));
+    for (int64_t k = 0; k < op_.units; k += kWidth)
+      store(c, b, {k, lanes(k)}, S::load(this->c(b) + k));
+  }
+
+  static void store(const Matrix& m, int64_t b, Units u, V x) {
+    if (m.data)
+      store_strided(static_cast<T*>(m.data) + b * m.row_stride + u.unit * m.col_stride,
+                    m.col_stride, x, u.n);
   }
 
   void copy(const T* from, int64_t from_stride, T* to, int64_t to_stride) const {

@@ -35,17 +35,20 @@ class WeightRows {
     x_ = space->take_of<Packed>(served, op.inputs + 3);
     h_ = space->take_of<Packed>(served, op.state + 3);
     tiles_ = space->take_of<Acc>(served ? workers : 0, kTile);
-    transpose_ =
-        space->take_of<Packed>(served ? 1 : 0, transpose_scratch<T>(max64(op.inputs, op.state)));
+    transpose_ = space->take_of<Packed>(served ? workers : 0, transpose_scratch<T>(depth()));
   }
 
-  // `h`: dense rows, `h_row` elements apart.
-  void pack(char* base, const T* h, int64_t h_row) {
+  void place(char* base) {
     base_ = base;
     memset(base + tiles_, 0, workers_ * kTile * sizeof(Acc));
+  }
+
+  // Packs x and h of a vector of sequences, or of the last ones. `h`: dense rows, `h_row` apart.
+  void pack(const T* h, int64_t h_row, Range sequences, int64_t worker) const {
     const Sequence& x = op_.input;
-    pack({static_cast<const T*>(x.data), x.row, x.col, nullptr, 0, 0, 0, nullptr}, op_.inputs, x_);
-    pack({h, h_row, 1, nullptr, 0, 0, 0, nullptr}, op_.state, h_);
+    const Source<T> inputs{static_cast<const T*>(x.data), x.row, x.col, nullptr, 0, 0, 0, nullptr};
+    pack(inputs, op_.inputs, sequences, worker, x_);
+    pack({h, h_row, 1, nullptr, 0, 0, 0, nullptr}, op_.state, sequences, worker, h_);
   }
 
   // The sums of all sequences for the gates of some units.
@@ -69,9 +72,13 @@ class WeightRows {
 
   int64_t pitch() const { return rows_of_sums(op_); }
 
-  void pack(const Source<T>& rows, int64_t depth, int64_t to) const {
-    pack_transposed(rows, 0, depth, 0, op_.batch, pitch(), at<typename E::Unit>(to), pitch(),
-                    at<Packed>(transpose_));
+  int64_t depth() const { return max64(op_.inputs, op_.state); }
+
+  void pack(const Source<T>& rows, int64_t depth, Range sequences, int64_t worker,
+            int64_t to) const {
+    pack_transposed(rows, 0, depth, sequences.begin, sequences.end - sequences.begin, kWidth,
+                    at<typename E::Unit>(to) + sequences.begin, pitch(),
+                    at<Packed>(transpose_) + worker * transpose_scratch<T>(this->depth()));
   }
 
   void multiply(const Matrix& weights, int gate, Units u, const Packed* columns, int vectors,

@@ -100,6 +100,27 @@ class LSTMCell(_Options, nn.LSTMCell):
             nn.init.ones_(self.norm)
 
     def forward(self, input: Tensor, hx: State | None = None) -> State:
+        batched = input.dim() == 2
+        # What a call on a tiny input usually is needs no more than a look.
+        if not (batched and type(hx) is tuple and len(hx) == 2 and hx[0].dim() == hx[1].dim() == 2):
+            input, hx = self._batch(input, hx)
+        options: dict[str, Any] = {}
+        if self._has_peephole or self._has_norm or self._has_options():
+            options = {
+                "peephole": self.peephole if self._has_peephole else None,
+                "norm": self.norm if self._has_norm else None,
+                "norm_epsilon": self.norm_epsilon,
+                "zoneout_hidden": self._zoneout(self.zoneout_hidden, input),
+                "zoneout_cell": self._zoneout(self.zoneout_cell, input),
+                "activation": self.activation,
+                "recurrent_activation": self.recurrent_activation,
+            }
+        h, c = lstm_cell(
+            *(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh), **options
+        )
+        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+
+    def _batch(self, input: Tensor, hx: State | None) -> tuple[Tensor, State]:
         named = [("input", input)]
         if hx is not None:
             named += [(f"hx[{i}]", state) for i, state in enumerate(pair("LSTMCell", hx))]
@@ -107,29 +128,17 @@ class LSTMCell(_Options, nn.LSTMCell):
             if tensor.dim() not in (1, 2):
                 shape = list(tensor.shape)
                 raise ValueError(f"LSTMCell: {name}: expected 1 or 2 dimensions, got shape {shape}")
-        batched = input.dim() == 2
-        if not batched:
+        if input.dim() == 1:
             input = input.unsqueeze(0)
             hx = None if hx is None else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
         if hx is None:
             zeros = input.new_zeros(input.shape[0], self.hidden_size)
             hx = (zeros, zeros)
-        h, c = lstm_cell(
-            input,
-            hx,
-            self.weight_ih,
-            self.weight_hh,
-            self.bias_ih,
-            self.bias_hh,
-            peephole=self.peephole if self._has_peephole else None,
-            norm=self.norm if self._has_norm else None,
-            norm_epsilon=self.norm_epsilon,
-            zoneout_hidden=self._zoneout(self.zoneout_hidden, input),
-            zoneout_cell=self._zoneout(self.zoneout_cell, input),
-            activation=self.activation,
-            recurrent_activation=self.recurrent_activation,
-        )
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+        return input, hx
+
+    def _has_options(self) -> bool:
+        functions = self.activation, self.recurrent_activation
+        return bool(self.zoneout_hidden or self.zoneout_cell) or functions != ("tanh", "sigmoid")
 
     def _zoneout(self, share: float, input: Tensor) -> Tensor | None:
         if not share:
