@@ -26,6 +26,7 @@ from twinfuse import _core
 OK, INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY = range(4)
 RELU_GRADS = {"select": 0, "multiply": 1}
 GUARD = 64  # canary elements on each side of an output
+SCRATCH_GUARD = 1 << 17  # bytes on each side of scratch: what is too small is so by rows
 CANARY = 0xA5
 OPAQUE = 0x0DD
 
@@ -172,8 +173,8 @@ class Lender:
         if len(self.scratch) == self.fail_allocation or size > 1 << 33:
             return None
         # 0xFF bytes are NaN in every dtype: scratch that is read before it is written shows.
-        buffer = np.full(size + 2 * GUARD + 8, 0xFF, np.uint8)
-        start = GUARD + 1 + (-(buffer.ctypes.data + GUARD) % 8)
+        buffer = np.full(size + 2 * SCRATCH_GUARD + 8, 0xFF, np.uint8)
+        start = SCRATCH_GUARD + 1 + (-(buffer.ctypes.data + SCRATCH_GUARD) % 8)
         buffer[:start] = CANARY
         buffer[start + size :] = CANARY
         self.scratch.append((buffer, start, size))

@@ -191,6 +191,18 @@ def test_scratch_grows_by_what_the_header_says(
     assert grown <= rows * elements * STORAGE[dtype].itemsize * 1.1 + (1 << 14), grown
 
 
+@pytest.mark.parametrize("threads", (1, 2, 4, 8))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scratch_of_the_gradient_of_a_dropped_input(dtype: str, threads: int) -> None:
+    """Its rows are multiplied in blocks, and the last one may be cut in another way."""
+    case = LstmCase("dropped_blocks", 154, 3, 64, 49, dropout="input")
+    problem = build(case, dtype)
+    saved = forward(problem)
+    alone = backward(problem, saved, wanted=("grad_input",))
+    shared = backward(problem, saved, Lender("threads", threads), wanted=("grad_input",))
+    assert_same_bits(shared["grad_input"], alone["grad_input"], "grad_input")
+
+
 def test_16_threads_call_at_once() -> None:
     """Different cases and dtypes, good calls and bad ones, each thread with its own error text."""
     names = ("above_tile", "packed_stairs", "mask_interior", "projection_9", "tiny", "cell_wide")

@@ -267,6 +267,31 @@ def test_half_precision_and_autocast(launched: Launched) -> None:
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.2)
 
 
+@pytest.mark.parametrize("factor", (3e-4, 200.0))
+def test_the_reference_normalises_half_precision_in_float32(factor: float) -> None:
+    """Squares of large sums overflow in float16, and small ones vanish beside no epsilon there."""
+    torch.manual_seed(0)
+    layer = tft.nn.LSTM(16, 8, layer_norm=True).double()
+    input = factor * torch.randn(5, 3, 16, dtype=torch.float64)
+    exact = input.clone().requires_grad_()
+    results: dict[str | None, list[float]] = {}
+    output = layer(exact)[0]
+    (output * output.detach()).sum().backward()
+    layer.half()
+    for backend in (None, "reference"):
+        half = input.half().requires_grad_()
+        with twinfuse.use_backend(backend):
+            got = layer(half)[0]
+            (got * output.half().detach()).sum().backward()
+        assert half.grad is not None and exact.grad is not None
+        results[backend] = [
+            ((found.double() - wanted).abs().max() / wanted.abs().max()).item()
+            for found, wanted in ((got, output), (half.grad, exact.grad))
+        ]
+    for kernel, reference in zip(results[None], results["reference"]):
+        assert reference < 4 * kernel + 4e-3 and reference < 0.05
+
+
 def test_parameters_of_layer_norm() -> None:
     layer = tft.nn.LSTM(
         4, 6, 2, bidirectional=True, peephole=True, layer_norm=True, recurrent_dropout=0.1

@@ -62,6 +62,11 @@ struct Vector {
 struct Sequence {
   void* data = nullptr;
   int64_t step = 0, row = 0, col = 0;
+
+  template <class T>
+  const T* at(int64_t t, int64_t b) const {
+    return static_cast<const T*>(data) + t * step + b * row;
+  }
 };
 
 struct LstmState {
@@ -80,17 +85,15 @@ struct LstmSaved {
 // What both directions are told. `rows` counts the steps of all sequences; `state` is R.
 struct LstmCall {
   int64_t steps, batch, rows, inputs, units, state;
-  int64_t saved_gates;  // in a row
   TwinfuseLstm options;
   LstmSaved saved;
-  Sequence input;
   LstmWeights weights;
   Sequence zoneout_hidden, zoneout_cell;
   Sequence dropout_input, dropout_hidden;  // `step` is from one gate to the next
 };
 
 struct LstmForward : LstmCall {
-  Sequence output;
+  Sequence input, output;
   LstmState initial, final;
 };
 

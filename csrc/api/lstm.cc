@@ -63,7 +63,7 @@ class Call {
     matrix("weight_hr", weights->hr, call_.state, call_.units);
     matrix("peephole", weights->peephole, 3, call_.units);
     matrix("norm", weights->norm, 2, gates);
-    call_.saved_gates = weights->norm ? 3 * gates : gates;
+    saved_gates_ = weights->norm ? 3 * gates : gates;
     if (weights->norm && !(options_.norm_epsilon >= 0))
       check.reject("norm_epsilon", "a number that is not negative",
                    std::to_string(options_.norm_epsilon));
@@ -137,7 +137,7 @@ class Call {
       check.given(saved.cells, cell_ ? "initial_c" : "cells", "a tensor, as all that is saved");
       check.given(saved.hidden, cell_ ? "initial_h" : "hidden", "a tensor, as all that is saved");
     }
-    dense("gates", saved.gates, call_.saved_gates);
+    dense("gates", saved.gates, saved_gates_);
     if (cell_) return state("initial_h", "initial_c", {saved.hidden, saved.cells});
     dense("cells", saved.cells, call_.units);
     dense("hidden", saved.hidden, call_.state);
@@ -195,7 +195,7 @@ class Call {
     return t ? Sequence{t->data, t->strides[0], t->strides[1], t->strides[2]} : Sequence{};
   }
 
-  int64_t saved_gates() const { return call_.saved_gates; }
+  int64_t saved_gates() const { return saved_gates_; }
   int64_t inputs() const { return call_.inputs; }
   int64_t hidden() const { return call_.state; }
   int64_t batch() const { return call_.batch; }
@@ -237,6 +237,7 @@ class Call {
   int32_t dtype_ = 0;
   TwinfuseLstm options_{};
   LstmCall call_{};
+  int64_t saved_gates_ = 0;  // in a row
 };
 
 // A sequence with its rows in the order of what is saved: [B, T, n] if that is batch-major.

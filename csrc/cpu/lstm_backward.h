@@ -179,8 +179,7 @@ class LstmBackwardPlan {
 
     void add_dropped(int gate, int64_t b) const {
       const Sequence& dropout = op_.dropout_hidden;
-      const T* factors =
-          static_cast<const T*>(dropout.data) + gate * dropout.step + b * dropout.row;
+      const T* factors = dropout.at<T>(gate, b);
       for (int64_t k = 0; k < op_.state; k += kWidth) {
         const V factor = load_strided(factors + k * dropout.col, dropout.col, count(k, op_.state));
         const V grad = S::load(panels(p_.dh_of_gate_, p_.hh_[0], op_.state, b, k));
@@ -289,7 +288,8 @@ class LstmBackwardPlan {
   bool normalizes() const { return GateNorm<T>::wanted(op_); }
   bool drops_hidden() const { return op_.dropout_hidden.data != nullptr; }
   int64_t dh_row() const { return round_up(op_.state, hh_[0].panel_width()); }
-  // That of all gates with W_hh; with dropout, each gate has one.
+  // That of all gates with W_hh is the first, and there are no others; with dropout, each gate has
+  // its own.
   StepWeights<T> product(int gate) {
     Matrix m = gate && !drops_hidden() ? Matrix{} : op_.weights.hh;
     if (m.data && drops_hidden())

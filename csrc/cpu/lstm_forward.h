@@ -155,7 +155,7 @@ class LstmForwardPlan {
         for (int64_t b = begin_; b < begin_ + n; b++, rows++, to += p_.x_row()) {
           const T* x = steps_.at<T>(op_.input, t, b);
           if (dropout.data)
-            multiply_row(x, op_.input.col, factors(dropout, gate, b), dropout.col, op_.inputs, to);
+            multiply_row(x, op_.input.col, dropout.at<T>(gate, b), dropout.col, op_.inputs, to);
           else
             fetch_run(x, op_.input.col, none, 0, 0, op_.inputs, to);
           if (E::kGroup == 2 && op_.inputs % 2)
@@ -163,10 +163,6 @@ class LstmForwardPlan {
         }
       }
       return rows;
-    }
-
-    static const T* factors(const Sequence& dropout, int64_t gate, int64_t b) {
-      return static_cast<const T*>(dropout.data) + gate * dropout.step + b * dropout.row;
     }
 
     StepRows fetch_hidden() const {
@@ -178,7 +174,7 @@ class LstmForwardPlan {
         for (int64_t i = 0, b = begin_; i < active(); i++, b++) {
           Packed* to = packed + (gate * (end_ - begin_) + i) * row;
           if (dropout.data)
-            multiply_row(states_.h(b), 1, factors(dropout, gate, b), dropout.col, op_.state, to);
+            multiply_row(states_.h(b), 1, dropout.at<T>(gate, b), dropout.col, op_.state, to);
           else
             fetch_run(states_.h(b), 1, static_cast<const T*>(nullptr), 0, 0, op_.state, to);
           if (E::kGroup == 2 && op_.state % 2) to[op_.state] = {};
@@ -189,17 +185,17 @@ class LstmForwardPlan {
 
     void single_step() {
       p_.rows_.place(p_.base_);
-      states_.start(end_);
+      states_.begin_single(end_);
       team_.each(ceil_div(end_, kWidth), [&](int64_t group, int64_t worker) {
         const Range sequences{group * kWidth, min64(end_, (group + 1) * kWidth)};
-        states_.join(sequences);
+        states_.begin_single(sequences);
         p_.rows_.pack(states_.h(0), states_.h_row(), sequences, worker);
       });
       const bool projects = p_.projects();
       team_.each(p_.gate_panels(), [&](int64_t panel, int64_t worker) {
         p_.rows_.multiply(units(panel), worker, sums_);
         finish_panel(0, panel, 0);
-        if (!projects) states_.leave(units(panel));
+        if (!projects) states_.end_single(units(panel));
       });
       if (!projects) return;
       finish_step(0);
@@ -327,6 +323,7 @@ class LstmForwardPlan {
   }
   bool projects() const { return op_.weights.hr.data != nullptr; }
   bool normalizes() const { return GateNorm<T>::wanted(op_); }
+  // Where one of the two products is split, the other's sums must lie as its.
   bool by_gate() const { return op_.dropout_input.data || op_.dropout_hidden.data; }
   bool packs_h() const { return kPacks || op_.dropout_hidden.data; }
   int64_t input_copies() const { return op_.dropout_input.data ? 4 : 1; }

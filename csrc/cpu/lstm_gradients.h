@@ -77,18 +77,21 @@ class LstmGradients {
       most = max64(most, LinearBackward<T>(product, context).bytes());
     });
     if (to.hr.data) most = max64(most, LinearBackward<T>(of_projection(), context).bytes());
-    if (waits) {
-      // What it is written to does not matter yet, but that it is.
-      T* to_plan = static_cast<T*>(op.grad_input_rows.data);
-      const auto product = grad_dropped_block(0, min64(op.rows, kBlock), 0, to_plan);
-      most = max64(most, LinearBackward<T>(product, context).bytes());
-    }
+    // The last block is another product. What they are written to does not matter yet, but that it
+    // is.
+    T* to_plan = waits ? static_cast<T*>(op.grad_input_rows.data) : nullptr;
+    const int64_t heights[] = {min64(op.rows, kBlock), op.rows % kBlock};
+    for (const int64_t rows : heights)
+      if (waits && rows)
+        most = max64(most,
+                     LinearBackward<T>(grad_dropped_block(0, rows, 0, to_plan), context).bytes());
     products_ = space_.take(most);
   }
 
   int64_t bytes() const { return space_.bytes(); }
 
-  // `space` holds bytes() and starts on a cache line.
+  // `space` holds bytes() and starts on a cache line. Of `gates` only what was saved is used: their
+  // biases and peepholes may be gone.
   void run(const Steps& steps, const Gates<T>& gates, const TwinfuseContext& context, char* space) {
     base_ = space;
     each_product([&](LinearReluBackward product, const Sequence* dropout, int gate) {
@@ -102,6 +105,7 @@ class LstmGradients {
           static_cast<const T*>(to.bias_ih.data)[k * to.bias_ih.stride];
     if (to.peephole.data) sum_peepholes(gates, context);
     if (to.norm.data) sum_norms(gates, context);
+    // Last: it takes the place of the gradients of the gates.
     if (to.hr.data) project_again(gates, context);
   }
 
@@ -146,8 +150,7 @@ class LstmGradients {
   }
 
   void project_again(const Gates<T>& gates, const TwinfuseContext& context) const {
-    each_row(op_.rows, context, [&](int64_t row) {
-      DefaultFloatMode mode;
+    each(op_.rows, op_.units, context, [&](int64_t row) {
       for (int64_t unit = 0; unit < op_.units; unit += kWidth) {
         const Units u{unit, static_cast<int>(min64(kWidth, op_.units - unit))};
         const V hidden = gates.hidden(gates.old_cell(row, u), u, gates.saved(row));
@@ -179,17 +182,24 @@ class LstmGradients {
     product->grad_bias_stride = bias.stride;
   }
 
-  static const T* factors(const Sequence& dropout, int gate, int64_t b) {
-    return static_cast<const T*>(dropout.data) + gate * dropout.step + b * dropout.row;
+  // As many as are worth waking for so many elements.
+  static int64_t workers(double elements, const TwinfuseContext& context) {
+    constexpr double kWorthAThread = 1e5;
+    const int64_t threads = max64(context.num_threads, 1);
+    return elements >= kWorthAThread * static_cast<double>(threads)
+               ? threads
+               : 1 + static_cast<int64_t>(elements / kWorthAThread);
   }
 
-  // Calls body(row) for rows that are shared out among all threads.
+  // Calls body(i) for all of `count`, each of so many elements.
   template <class Body>
-  static void each_row(int64_t rows, const TwinfuseContext& context, const Body& body) {
-    const int64_t workers = max64(context.num_threads, 1);
-    parallel_for(context, workers, [&](int64_t worker) {
-      const Range part = part_of(rows, 1, workers, worker);
-      for (int64_t row = part.begin; row < part.end; row++) body(row);
+  static void each(int64_t count, int64_t elements, const TwinfuseContext& context,
+                   const Body& body) {
+    const int64_t all =
+        workers(static_cast<double>(count) * static_cast<double>(elements), context);
+    parallel_for(context, all, [&](int64_t worker) {
+      const Range part = part_of(count, 1, all, worker);
+      for (int64_t i = part.begin; i < part.end; i++) body(i);
     });
   }
 
@@ -200,10 +210,9 @@ class LstmGradients {
             Matrix* rows) const {
     T* to = reinterpret_cast<T*>(base_ + dropped_);
     const Matrix from = *rows;
-    each_row(from.rows, context, [&](int64_t row) {
-      DefaultFloatMode mode;
+    each(from.rows, from.cols, context, [&](int64_t row) {
       multiply_row(static_cast<const T*>(from.data) + row * from.row_stride, from.col_stride,
-                   factors(dropout, gate, steps.sequence(row)), dropout.col, from.cols,
+                   dropout.template at<T>(gate, steps.sequence(row)), dropout.col, from.cols,
                    to + row * from.cols);
     });
     *rows = dense(from, to);
@@ -217,7 +226,7 @@ class LstmGradients {
     return product;
   }
 
-  // Each gate has a product, and factors for it; they are added without rounding in between.
+  // Each gate has a product, of the dtype of the input, and factors for it.
   void grad_dropped_input(const Steps& steps, const TwinfuseContext& context) const {
     const Matrix& to = op_.grad_input_rows;
     const int64_t inputs = op_.inputs;
@@ -226,8 +235,7 @@ class LstmGradients {
       const int64_t rows = min64(kBlock, op_.rows - first);
       for (int gate = 0; gate < kGates; gate++)
         multiply(grad_dropped_block(first, rows, gate, by_gate + gate * rows * inputs), context);
-      each_row(rows, context, [&](int64_t row) {
-        DefaultFloatMode mode;
+      each(rows, kGates * inputs, context, [&](int64_t row) {
         const int64_t b = steps.sequence(first + row);
         T* out = static_cast<T*>(to.data) + (first + row) * to.row_stride;
         for (int64_t k = 0; k < inputs; k += kWidth) {
@@ -235,7 +243,7 @@ class LstmGradients {
           V sum = S::zero();
           for (int gate = 0; gate < kGates; gate++) {
             const int64_t col = op_.dropout_input.col;
-            const T* factor = factors(op_.dropout_input, gate, b) + k * col;
+            const T* factor = op_.dropout_input.template at<T>(gate, b) + k * col;
             const T* grad = by_gate + (gate * rows + row) * inputs + k;
             sum = S::fma(load_strided(factor, col, n), load_strided(grad, 1, n), sum);
           }
@@ -249,8 +257,7 @@ class LstmGradients {
   template <int kCount, class Body>
   void sum_rows(const Matrix& to, int64_t cols, const TwinfuseContext& context,
                 const Body& body) const {
-    parallel_for(context, ceil_div(cols, kWidth), [&](int64_t panel) {
-      DefaultFloatMode mode;
+    each(ceil_div(cols, kWidth), kWidth * op_.rows, context, [&](int64_t panel) {
       const int64_t k = panel * kWidth;
       const int n = static_cast<int>(min64(kWidth, cols - k));
       LevelSum<T> sums[] = {LevelSum<T>(S::zero()), LevelSum<T>(S::zero()), LevelSum<T>(S::zero())};

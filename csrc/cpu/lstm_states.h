@@ -64,11 +64,11 @@ class States {
 
   // For a single step, which threads share: what each of them does for some of the sequences before
   // it, and for some of the units behind it.
-  void start(int64_t active) { active_ = active; }
-  void join(Range sequences) {
+  void begin_single(int64_t active) { active_ = active; }
+  void begin_single(Range sequences) {
     for (int64_t b = sequences.begin; b < sequences.end; b++) join(b);
   }
-  void leave(Units u) const {
+  void end_single(Units u) const {
     for (int64_t b = begin_; b < begin_ + active_; b++) {
       store(op_.final.h, b, u, load_strided(new_ + b * row_ + u.unit, 1, u.n));
       store(op_.final.c, b, u, S::load(c(b) + u.unit));

@@ -1,6 +1,6 @@
-// The products of a single step with the weights where they lie: they are used once, and to store
-// them packed would cost more than it saves. They are the rows of the products, and the packed
-// activations the columns.
+// The products of a single step with the weights where they lie: few rows of activations use them
+// once, and to store them packed would cost more than it saves. They are the rows of the products,
+// and the packed activations the columns. For weights whose rows are dense, as torch's are.
 #pragma once
 
 #include "cpu/lstm_gates.h"
@@ -15,21 +15,22 @@ class WeightRows {
   using Packed = typename E::Packed;
   static constexpr int64_t kWidth = E::S::kWidth;
   static constexpr int kGates = GateSums<Acc>::kGates, kMostVectors = 2;
-  // With fewer sequences, most lanes of a vector of them would be empty.
-  static constexpr int64_t kFewest = 12;
+  // With fewer sequences, most lanes of a vector of them would be empty; with more, packing the
+  // weights pays.
+  static constexpr int64_t kFewest = 12, kMost = 256;
 
  public:
   static bool serves(const LstmCall& op) {
     const LstmWeights& w = op.weights;
     return E::kGroup == 1 && sizeof(T) == sizeof(Packed) && op.steps == 1 && op.batch >= kFewest &&
-           w.ih.col_stride == 1 && w.hh.col_stride == 1 && !w.norm.data && !op.dropout_input.data &&
-           !op.dropout_hidden.data;
+           op.batch <= kMost && w.ih.col_stride == 1 && w.hh.col_stride == 1 && !w.norm.data &&
+           !op.dropout_input.data && !op.dropout_hidden.data;
   }
   // Rows of sums come in whole vectors of sequences.
   static int64_t rows_of_sums(const LstmCall& op) { return round_up(op.batch, kWidth); }
 
   // Takes space only for what it serves.
-  WeightRows(const LstmCall& op, int64_t workers, Space* space) : op_(op), workers_(workers) {
+  WeightRows(const LstmForward& op, int64_t workers, Space* space) : op_(op), workers_(workers) {
     const int64_t served = serves(op) ? pitch() : 0;
     // Packing writes up to three steps past the last.
     x_ = space->take_of<Packed>(served, op.inputs + 3);
@@ -106,7 +107,7 @@ class WeightRows {
     return reinterpret_cast<P*>(base_ + offset);
   }
 
-  const LstmCall& op_;
+  const LstmForward& op_;
   const int64_t workers_;
   int64_t x_, h_, tiles_, transpose_;
   char* base_ = nullptr;

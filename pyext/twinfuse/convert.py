@@ -58,7 +58,7 @@ def torch_to_keras(module: torch.nn.Module, layer: Layer) -> Layer:
         ValueError: shapes, dtypes, biases, groups, strides, dilations, activations of an LSTM,
             numbers of layers or of directions differ; `layer` is not built; either has more
             weights than the other has place for (LoRA, quantization, parametrizations,
-            projections, peepholes), or changes them (zoneout).
+            projections, peepholes, norms), or changes them (zoneout).
     """
     pairs = _pairs("torch_to_keras", module, layer)
     # All of them first: an error leaves the layer as it was.
@@ -256,8 +256,8 @@ def _parameters(op: str, module: Any, names: Sequence[str]) -> list[Tensor]:
     if set(found) != set(names):
         raise ValueError(
             f"{op}: module: expected the parameters {', '.join(names)} and no others, got "
-            f"{', '.join(found) or 'none'}; LoRA, peepholes, parametrizations and pruning have no "
-            "place in the other framework"
+            f"{', '.join(found) or 'none'}; LoRA, peepholes, norms, parametrizations and pruning "
+            "have no place in the other framework"
         )
     for name, parameter in found.items():
         if torch.nn.parameter.is_lazy(parameter) or parameter.is_meta:

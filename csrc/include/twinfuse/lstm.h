@@ -40,9 +40,11 @@
 // not.
 //
 // On a CPU, bits depend on the instruction set and the dtype alone: not on strides, layout,
-// packing, alignment or threads. Every sum runs over x and then over h, in runs as linear_relu.h
-// says. Gradients of weights, biases and peepholes are sums over the rows in the order in which
-// they are saved, and depend on that, too.
+// packing, alignment or threads. Every sum runs over x and then over h (with a norm, they are two),
+// in runs as linear_relu.h says. Gradients of weights, biases, peepholes and the norm are sums over
+// the rows in the order in which they are saved, and depend on that, too. Factors of a dropout
+// times x or h are rounded to the dtype, and so is what is saved of sums: in float16 those of a
+// norm that leave its range have no finite gradients.
 #pragma once
 
 #include "twinfuse/core.h"
@@ -81,7 +83,8 @@ typedef struct TwinfuseLstm {
   int64_t mask_stride[2];
   int32_t zero_masked_output;
 
-  double norm_epsilon;  // not negative; of no meaning without a norm
+  // Looked at with a norm; not negative. With 0, equal sums (a state of zeros) have no finite norm.
+  double norm_epsilon;
 } TwinfuseLstm;
 
 // NULL for zeros, or for what is not wanted.
@@ -118,8 +121,8 @@ TWINFUSE_API TwinfuseStatus twinfuse_lstm_forward(
 
 // Gradients that are NULL are not computed. `grad_output` and the parts of `grad_final` may be NULL
 // for zeros. `input` may be NULL without the gradient of `ih`. Scratch: 4H elements a row, with a
-// projection R + H more, with a norm 8H more, and with dropout of the input I, of the hidden R
-// more.
+// projection R more, with a norm 8H more, and with dropout I or R more, whichever is larger, for
+// the gradients of weights, and 4I for up to 256 rows for that of the input.
 TWINFUSE_API TwinfuseStatus twinfuse_lstm_backward(
     const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
     const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,

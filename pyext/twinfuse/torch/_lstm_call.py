@@ -120,7 +120,7 @@ def make(
         if order is not None:
             h, c = (None if state is None else state.index_select(1, order) for state in (h, c))
             for name in lists.keys() & {"dropouts_input", "dropouts_hidden"}:
-                lists[name] = tuple(_sorted(tensor, order) for tensor in lists[name])
+                lists[name] = tuple(_sorted(name, tensor, order) for tensor in lists[name])
     for name, share in (
         ("zoneout_hidden", zoneout_hidden),
         ("zoneout_cell", zoneout_cell),
@@ -140,9 +140,12 @@ def make(
     )
 
 
-def _sorted(dropout: Tensor, order: Tensor) -> Tensor:
-    one_for_all = dropout.dim() < 2 or dropout.shape[-2] == 1
-    return dropout if one_for_all else dropout.index_select(-2, order)
+def _sorted(name: str, dropout: Tensor, order: Tensor) -> Tensor:
+    if dropout.dim() < 2 or dropout.shape[-2] == 1:
+        return dropout
+    if dropout.shape[-2] < len(order):
+        _refuse(name, f"one row or {len(order)} for each gate", f"shape {list(dropout.shape)}")
+    return dropout.index_select(-2, order)
 
 
 def _refuse(name: str, wanted: str, got: object) -> None:

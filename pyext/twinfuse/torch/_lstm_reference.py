@@ -84,6 +84,11 @@ def _gradient_of_weight(grad: Tensor, value: Tensor, factors: Tensor | None) -> 
     return torch.cat([g.t() @ (value * each) for g, each in pairs])
 
 
+def _wide(values: Tensor) -> Tensor:
+    """As norms are computed: squares of float16 overflow, and an epsilon is a denormal there."""
+    return values.float() if values.dtype.itemsize == 2 else values
+
+
 def _inverse_deviation(centred: Tensor, epsilon: float) -> Tensor:
     return torch.rsqrt((centred * centred).mean(-1, keepdim=True) + epsilon)
 
@@ -92,10 +97,11 @@ def _through_norm(
     grad: Tensor, centred: Tensor, scale: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """The gradient of a product before its norm, and rows whose sum is that of the scale."""
+    dtype, centred, grad = grad.dtype, _wide(centred), _wide(grad)
     inverse = _inverse_deviation(centred, epsilon)
-    unit, scaled = centred * inverse, grad * scale
+    unit, scaled = centred * inverse, grad * _wide(scale)
     both = scaled.mean(-1, keepdim=True) + unit * (scaled * unit).mean(-1, keepdim=True)
-    return inverse * (scaled - both), grad * unit
+    return (inverse * (scaled - both)).to(dtype), (grad * unit).to(dtype)
 
 
 # What a product adds to the gates, and with a norm the product less its mean.
@@ -136,8 +142,10 @@ class Step(NamedTuple):
             return F.linear(value, weight, bias), None
         total, centred = _product(value, weight, factors), None
         if scale is not None:
-            centred = total - total.mean(-1, keepdim=True)
-            total = scale * (centred * _inverse_deviation(centred, self.norm_epsilon))
+            dtype, total = total.dtype, _wide(total)
+            total = total - total.mean(-1, keepdim=True)
+            unit = total * _inverse_deviation(total, self.norm_epsilon)
+            total, centred = scale * unit.to(dtype), total.to(dtype)
         return total if bias is None else total + bias, centred
 
     def forward(
@@ -201,10 +209,11 @@ class Step(NamedTuple):
         rows = [da, o * bounded, dhidden, cell]
         if self.norm is not None:
             pairs = zip(saved[..., gates:].chunk(2, -1), self.norm.unbind(0))
-            (d_ih, of_ih), (da, of_hh) = (
+            (d_ih, of_ih), (d_hh, of_hh) = (
                 _through_norm(da, centred, scale, self.norm_epsilon) for centred, scale in pairs
             )
-            rows.append(torch.cat([d_ih, da, of_ih, of_hh], -1))
+            rows.append(torch.cat([d_ih, d_hh, of_ih, of_hh], -1))
+            da = d_hh
         old_dh, old_dc = _gradient_of_value(da, self.weight_hh, factors), dcell * f
         if peephole is not None:
             old_dc = old_dc + peephole[0] * di + peephole[1] * df
