@@ -23,10 +23,8 @@ class Call {
     check.given(lstm, "lstm", "options");
     if (!check.ok()) return;
     options_ = *lstm;
-    check.require(valid(options_.cell_activation), "cell_activation", "0 to 3",
-                  options_.cell_activation);
-    check.require(valid(options_.gate_activation), "gate_activation", "0 to 3",
-                  options_.gate_activation);
+    activation("cell_activation", options_.cell_activation);
+    activation("gate_activation", options_.gate_activation);
     if (!cell) return;
     options_.reverse = options_.batch_major = 0;
     options_.batch_sizes = nullptr;
@@ -208,8 +206,8 @@ class Call {
   }
 
  private:
-  static bool valid(int32_t activation) {
-    return activation >= 0 && activation < TWINFUSE_ACTIVATION_COUNT;
+  void activation(const char* name, int32_t number) {
+    check.require(number >= 0 && number < TWINFUSE_ACTIVATION_COUNT, name, "0 to 3", number);
   }
 
   void packed_sizes(int64_t rows) {
