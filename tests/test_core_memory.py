@@ -200,7 +200,7 @@ def test_a_failing_allocator_gives_a_status(case: Case, layout: str, dtype: str)
 
 
 @every_dtype
-@parametrize(["linear_relu odd_everywhere", "conv_relu several_blocks", "conv_relu stem"])
+@parametrize(["linear_relu odd_everywhere", "conv_relu several_blocks"])
 def test_a_packed_problem_takes_scratch_from_the_framework(
     case: Case, layout: str, dtype: str
 ) -> None:
