@@ -291,9 +291,8 @@ class LstmBackwardPlan {
   // That of all gates with W_hh is the first, and there are no others; with dropout, each gate has
   // its own.
   StepWeights<T> product(int gate) {
-    Matrix m = gate && !drops_hidden() ? Matrix{} : op_.weights.hh;
-    if (m.data && drops_hidden())
-      m.rows = op_.units, m.data = static_cast<T*>(m.data) + gate * op_.units * m.row_stride;
+    Matrix m = gate ? Matrix{} : op_.weights.hh;
+    if (drops_hidden()) m = of_gate<T>(op_.weights.hh, gate, op_.units);
     return {m, true, false, op_, crew_, &space_};
   }
   bool packs() const {

@@ -172,9 +172,7 @@ class LstmGradients {
     return product;
   }
   Matrix slice(const Matrix& weights, int gate, bool by_gate) const {
-    if (!by_gate || !weights.data) return weights;
-    return {static_cast<T*>(weights.data) + gate * op_.units * weights.row_stride, op_.units,
-            weights.cols, weights.row_stride, weights.col_stride};
+    return by_gate && weights.data ? of_gate<T>(weights, gate, op_.units) : weights;
   }
   void set_bias(const Vector& bias, int gate, bool by_gate, LinearReluBackward* product) const {
     if (!bias.data) return;
@@ -182,21 +180,13 @@ class LstmGradients {
     product->grad_bias_stride = bias.stride;
   }
 
-  // As many as are worth waking for so many elements.
-  static int64_t workers(double elements, const TwinfuseContext& context) {
-    constexpr double kWorthAThread = 1e5;
-    const int64_t threads = max64(context.num_threads, 1);
-    return elements >= kWorthAThread * static_cast<double>(threads)
-               ? threads
-               : 1 + static_cast<int64_t>(elements / kWorthAThread);
-  }
-
   // Calls body(i) for all of `count`, each of so many elements.
   template <class Body>
   static void each(int64_t count, int64_t elements, const TwinfuseContext& context,
                    const Body& body) {
-    const int64_t all =
-        workers(static_cast<double>(count) * static_cast<double>(elements), context);
+    constexpr double kWorthAThread = 1e5;
+    const double work = static_cast<double>(count) * static_cast<double>(elements);
+    const int64_t all = worth_waking(context.num_threads, work, kWorthAThread);
     parallel_for(context, all, [&](int64_t worker) {
       const Range part = part_of(count, 1, all, worker);
       for (int64_t i = part.begin; i < part.end; i++) body(i);

@@ -114,10 +114,7 @@ struct Crew {
                         static_cast<double>(op.state);
     const double all = 4.0 * static_cast<double>(op.rows) * static_cast<double>(op.units) *
                        static_cast<double>(op.state + op.inputs);
-    const int64_t threads = max64(context.num_threads, 1);
-    const int64_t worth = all >= kWorthAThread * static_cast<double>(threads)
-                              ? threads
-                              : 1 + static_cast<int64_t>(all / kWorthAThread);
+    const int64_t worth = worth_waking(context.num_threads, all, kWorthAThread);
     if (op.steps == 1 || (op.batch < kFewRows * worth && step > kWorthAMeeting))
       team = worth;
     else
@@ -172,6 +169,13 @@ struct StepRows {
   const void* data;
   int64_t apart, gate;
 };
+
+// The rows of one gate.
+template <class T>
+Matrix of_gate(const Matrix& weights, int gate, int64_t units) {
+  return {static_cast<T*>(weights.data) + gate * units * weights.row_stride, units, weights.cols,
+          weights.row_stride, weights.col_stride};
+}
 
 // The weights of one product at each step, as they are kept.
 template <class T>

@@ -33,6 +33,13 @@ class DefaultFloatMode {
 #endif
 };
 
+// As many threads as are worth waking for so much work, each for `least` of it.
+inline int64_t worth_waking(int32_t threads, double work, double least) {
+  if (threads < 1) threads = 1;
+  const double worth = work / least;
+  return worth >= threads ? threads : 1 + static_cast<int64_t>(worth);
+}
+
 // Calls `body(i)` for every i in [0, count), at once where the framework can.
 template <class Body>
 void parallel_for(const TwinfuseContext& context, int64_t count, const Body& body) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/engine.h"
+#include "cpu/parallel.h"
 #include "cpu/slab.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
@@ -101,8 +102,7 @@ Grid plan_grid(const Gemm<T>& g, int32_t threads) {
   const int64_t problems = max64(g.problems(), 1) * g.splits;
   const double work = static_cast<double>(g.rows) * static_cast<double>(g.cols) *
                       static_cast<double>(max64(g.depth, 1)) * static_cast<double>(g.problems());
-  const double worth = work / kWorthAThread;
-  const int64_t workers = worth >= threads ? max64(threads, 1) : 1 + static_cast<int64_t>(worth);
+  const int64_t workers = worth_waking(threads, work, kWorthAThread);
   // As few pieces of each problem as give every worker nearly the same number of them.
   int64_t most = 1;
   while (most < workers && ceil_div(problems * most, workers) * workers * 10 > problems * most * 11)
