@@ -212,6 +212,8 @@ class BuildExt(build_ext):
             self.left_out.append(f"GPU kernels ({folder} is {found}; `make kernels` makes it)")
             return [ROOT / NO_GPU_KERNELS]
         self.built.append("GPU kernels")
+        if reason := embed.without_cuda(folder):
+            self.left_out.append(f"LSTM on GPUs ({reason})")
         return embed.write(folder, self.objects / "gpu")
 
     def _add_binding(self, ninja: Ninja, name: str, framework: Any, python: str) -> None:

@@ -1,8 +1,9 @@
 """Writes compiled GPU kernels as sources that the core is built with.
 
-`write(kernels, out)` reads what csrc/aot.py has left in the folder `kernels` and makes in `out`
+`write(kernels, out)` reads what csrc/aot.py and csrc/cuda_build.py have left in the folder
+`kernels` and makes in `out`
 
-    table.cc    the table that csrc/gpu/kernels.h declares
+    table.cc    the tables that csrc/gpu/kernels.h declares
     images.S    the machine code of all kernels, as one block
     images.bin  which images.S includes
 """
@@ -17,6 +18,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "gpu" / "choices"
 SOURCES = "sources.sha256"  # beside kernels.json: of what the kernels were compiled from
+CUDA_SOURCES = "cuda.sha256"  # beside cuda.json
 ALIGNMENT = 64
 READS = {  # of rearrangements
     "vectors": "lines",
@@ -40,6 +42,25 @@ def up_to_date(kernels: Path) -> bool:
     return stamp.exists() and stamp.read_text().strip() == sources_hash()
 
 
+def cuda_sources_hash() -> str:
+    """Of what csrc/cuda_build.py compiles: the host passes structs of these files."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE / "cuda").iterdir()):
+        if path.suffix in (".h", ".cu"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def without_cuda(kernels: Path) -> str:
+    """Why `write` takes no kernels of csrc/cuda from there; empty if it does."""
+    stamp, table = kernels / CUDA_SOURCES, kernels / "cuda.json"
+    if not stamp.exists() or not table.exists():
+        return f"{table} is not there; `make kernels` makes it"
+    if stamp.read_text().strip() != cuda_sources_hash():
+        return f"{table} is older than csrc/cuda; `make kernels` makes it"
+    return "" if json.loads(table.read_text()) else "no nvcc when `make kernels` ran"
+
+
 def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:
     """The sources to compile. Files whose content has not changed are left alone.
 
@@ -50,17 +71,27 @@ def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     image = bytearray()
     offsets: dict[bytes, int] = {}  # variants that compile to the same code share it
+
+    def place(code: bytes) -> int:
+        if code not in offsets:
+            image.extend(bytes(-len(image) % ALIGNMENT))
+            offsets[code] = len(image)
+            image.extend(code)
+        return offsets[code]
+
     parameters: dict[str, str] = {}
     rows = []
     for kernel in table:
         code = (kernels / kernel["file"]).read_bytes()
-        if code not in offsets:
-            image += bytes(-len(image) % ALIGNMENT)
-            offsets[code] = len(image)
-            image += code
         listed = ", ".join(map(_parameter, kernel["parameters"]))
         name = parameters.setdefault(listed, f"kParameters{len(parameters)}")
-        rows.append(_row(kernel, name, offsets[code]))
+        rows.append(_row(kernel, name, place(code)))
+    cuda = [] if without_cuda(kernels) else json.loads((kernels / "cuda.json").read_text())
+    cuda_rows = []
+    for kernel in cuda:
+        offset = place((kernels / kernel["file"]).read_bytes())
+        values = f'{kernel["arch"]}, "{kernel["entry"]}", {kernel["registers"]}, {offset}'
+        cuda_rows.append(f"    {{{values}}},")
     digest = hashlib.sha256(image).hexdigest()
     _replace(out / "images.bin", bytes(image))
     _replace(
@@ -71,6 +102,9 @@ def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:
     text = TABLE.format(
         lists=lists,
         rows="\n".join(rows),
+        # An array needs an element.
+        cuda="\n".join(cuda_rows) or "    {},",
+        cuda_count=len(cuda_rows),
         choices=_choices(measured, names),
         sources=(kernels / SOURCES).read_text().strip(),
     )
@@ -154,6 +188,10 @@ const Kernel kKernels[] = {{
 {rows}
 }};
 const int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
+const CudaKernel kCudaKernels[] = {{
+{cuda}
+}};
+const int kCudaKernelCount = {cuda_count};
 const unsigned char* const kImages = twinfuse_images;
 const char* const kMeasured =
 {choices};

@@ -1,7 +1,8 @@
 #include "gpu/device.h"
 
+#include <string.h>
+
 #include <algorithm>
-#include <map>
 
 #include "gpu/compiler.h"
 #include "gpu/tuning.h"
@@ -34,6 +35,26 @@ int attribute_of(const Driver& driver, CUdevice device, int attribute) {
 int architecture_of(const Driver& driver, CUdevice device) {
   return attribute_of(driver, device, kArchitectureMajor) * 10 +
          attribute_of(driver, device, kArchitectureMinor);
+}
+
+// The kernel of csrc/cuda with this name for the largest X.0 that this architecture runs. Throws
+// Unsupported where there is none.
+const CudaKernel& row_of(const char* entry, int arch) {
+  bool any = false;
+  std::string built;
+  for (int i = 0, last = 0; i < kCudaKernelCount; i++) {
+    const CudaKernel& kernel = kCudaKernels[i];
+    const bool runs = kernel.arch / 10 == arch / 10 && kernel.arch <= arch;
+    if (runs && !strcmp(kernel.entry, entry)) return kernel;
+    any |= runs;
+    if (kernel.arch != last) built += (last ? ", " : "") + architecture_text(kernel.arch);
+    last = kernel.arch;
+  }
+  const std::string what = any ? std::string("kernel ") + entry : "LSTM kernels";
+  const std::string text = "this build has no " + what;
+  if (built.empty()) throw Unsupported(text + ": making them needs nvcc");
+  throw Unsupported(text + " for architecture " + architecture_text(arch) + ": it was built for " +
+                    built);
 }
 
 // Throws Unsupported unless kernels of these rows can run.
@@ -210,6 +231,37 @@ CUfunction Device::function(const void* image, const char* entry, uint32_t share
   if (result) driver_.cuModuleUnload(module);
   check(driver_, call, result);
   return function;
+}
+
+const Device::CudaLoaded& Device::cuda_kernel(const char* entry, int threads, uint32_t shared) {
+  const std::lock_guard lock(loading_);
+  const auto found = cuda_.find(entry);
+  if (found != cuda_.end()) return found->second;
+  const CudaKernel& kernel = row_of(entry, arch_);
+  if (shared > shared_)
+    throw Unsupported(std::string("kernel ") + entry + " needs " + std::to_string(shared) +
+                      " bytes of shared memory, the device has " + std::to_string(shared_));
+  return cuda_.emplace(kernel.entry, load(kernel, threads, shared)).first->second;
+}
+
+Device::CudaLoaded Device::load(const CudaKernel& kernel, int threads, uint32_t shared) {
+  const Relaxed relaxed(driver_);
+  auto module = modules_.find(kernel.offset);
+  if (module == modules_.end()) {
+    CUmodule made = nullptr;
+    check(driver_, "cuModuleLoadData", driver_.cuModuleLoadData(&made, kImages + kernel.offset));
+    module = modules_.emplace(kernel.offset, made).first;
+  }
+  CudaLoaded loaded;
+  check(driver_, "cuModuleGetFunction",
+        driver_.cuModuleGetFunction(&loaded.function, module->second, kernel.entry));
+  check(driver_, "cuFuncSetAttribute",
+        driver_.cuFuncSetAttribute(loaded.function, kMaxDynamicShared, static_cast<int>(shared)));
+  check(driver_, "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+        driver_.cuOccupancyMaxActiveBlocksPerMultiprocessor(&loaded.resident, loaded.function,
+                                                            threads, shared));
+  loaded.resident *= multiprocessors_;
+  return loaded;
 }
 
 Current::Current(const TwinfuseContext& call) : driver_(&opened_driver()) {

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "gpu/driver.h"
@@ -71,10 +73,21 @@ class Device {
   // current. Throws Unsupported or DriverError.
   const Loaded& loaded(const Kernel& kernel);
 
+  struct CudaLoaded {
+    CUfunction function = nullptr;
+    int resident = 0;  // blocks that fit on the device at once
+  };
+
+  // The kernel of csrc/cuda with this name, loaded by the first call that asks; an entry has always
+  // the same threads of a block and bytes of dynamic shared memory. The context must be current.
+  // Throws Unsupported or DriverError.
+  const CudaLoaded& cuda_kernel(const char* entry, int threads, uint32_t shared);
+
  private:
   using Slot = std::atomic<const Loaded*>;
 
   const Loaded* load(const Kernel& kernel, Slot& slot);
+  CudaLoaded load(const CudaKernel& kernel, int threads, uint32_t shared);
   CUfunction function(const void* image, const char* entry, uint32_t shared) const;
 
   const Driver& driver_;
@@ -86,6 +99,8 @@ class Device {
   std::vector<const Kernel*> kernels_;  // those that run here, in the order of their keys
   std::unique_ptr<Slot[]> slots_;       // indexed as kKernels
   std::vector<std::unique_ptr<const Loaded>> owned_;
+  std::map<std::string_view, CudaLoaded> cuda_;  // none of which ever moves
+  std::map<uint32_t, CUmodule> modules_;         // of csrc/cuda, by offset
   std::mutex loading_;
 };
 

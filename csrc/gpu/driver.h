@@ -2,6 +2,7 @@
 // anywhere.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include <string>
@@ -20,10 +21,19 @@ struct alignas(64) CUtensorMap {
   uint64_t opaque[16];
 };
 
+struct CUlaunchAttribute {
+  int id, padding;
+  union {
+    uint64_t bytes[8];
+    int cooperative;
+    unsigned cluster[3];
+  };
+};
+
 struct CUlaunchConfig {
   unsigned grid[3], block[3], shared;
   CUstream stream;
-  void* attributes;
+  const CUlaunchAttribute* attributes;
   unsigned attribute_count;
 };
 
@@ -34,6 +44,8 @@ enum : int {
   kArchitectureMinor = 76,
   kSharedOptIn = 97,  // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
   kCaptureRelaxed = 2,
+  kCooperative = 2,  // CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+  kCluster = 4,      // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 };
 
 // Machine code made by CUDA 13 needs a driver that knows it.
@@ -57,6 +69,8 @@ constexpr int kLeastDriver = 13000;
   F(cuModuleUnload, (CUmodule))                                                                    \
   F(cuModuleGetFunction, (CUfunction*, CUmodule, const char*))                                     \
   F(cuFuncSetAttribute, (CUfunction, int, int))                                                    \
+  F(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int*, CUfunction, int, size_t))                  \
+  F(cuMemsetD32Async, (uint64_t, unsigned, size_t, CUstream))                                      \
   F(cuTensorMapEncodeTiled, (CUtensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*, \
                              const unsigned*, const unsigned*, int, int, int, int))                \
   F(cuLaunchKernelEx, (const CUlaunchConfig*, CUfunction, void**, void**))

@@ -125,8 +125,18 @@ struct Kernel {
   const char* name;
 };
 
+// A kernel of csrc/cuda, which takes one struct. Code for 9.0 runs on all of 9.x.
+struct CudaKernel {
+  int32_t arch;
+  const char* entry;
+  int32_t registers;  // of a thread
+  uint32_t offset;    // of the machine code in kImages, which several kernels may share
+};
+
 extern const Kernel kKernels[];
 extern const int kKernelCount;
+extern const CudaKernel kCudaKernels[];
+extern const int kCudaKernelCount;
 extern const unsigned char* const kImages;
 extern const char* const kSources;  // hash of what the kernels were compiled from
 

@@ -98,4 +98,34 @@ void Launch::run(int64_t programs, void* stream) {
         driver.cuLaunchKernelEx(&config, loaded.function, arguments_, nullptr));
 }
 
+void launch_cooperative(Device& device, const Device::CudaLoaded& loaded, const char* name,
+                        int64_t blocks, int threads, uint32_t shared, const void* arguments,
+                        void* stream) {
+  if (blocks > loaded.resident)
+    throw Unsupported(std::string("kernel ") + name + " needs " + std::to_string(blocks) +
+                      " blocks at once, the device has room for " +
+                      std::to_string(loaded.resident));
+  CUlaunchAttribute attribute = {};
+  attribute.id = kCooperative;
+  attribute.cooperative = 1;
+  const CUlaunchConfig config = {{static_cast<unsigned>(blocks), 1, 1},
+                                 {static_cast<unsigned>(threads), 1, 1},
+                                 shared,
+                                 static_cast<CUstream>(stream),
+                                 &attribute,
+                                 1};
+  void* list[] = {const_cast<void*>(arguments)};
+  const Driver& driver = device.driver();
+  check(driver, "cuLaunchKernelEx",
+        driver.cuLaunchKernelEx(&config, loaded.function, list, nullptr));
+}
+
+void clear(Device& device, void* words, int64_t count, void* stream) {
+  if (!count) return;
+  const Driver& driver = device.driver();
+  check(driver, "cuMemsetD32Async",
+        driver.cuMemsetD32Async(reinterpret_cast<uintptr_t>(words), 0, static_cast<size_t>(count),
+                                static_cast<CUstream>(stream)));
+}
+
 }  // namespace twinfuse::gpu

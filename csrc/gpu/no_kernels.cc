@@ -5,6 +5,8 @@ namespace twinfuse::gpu {
 
 const Kernel kKernels[] = {{}};
 const int kKernelCount = 0;
+const CudaKernel kCudaKernels[] = {{}};
+const int kCudaKernelCount = 0;
 const unsigned char* const kImages = nullptr;
 const char* const kMeasured = "";
 const char* const kSources = "";

@@ -20,6 +20,11 @@ void fake_set_version(int version) {
   state.version = version;
 }
 
+void fake_set_occupancy(int blocks) {
+  const Lock lock(state.mutex);
+  state.occupancy = blocks;
+}
+
 // Makes loads take so many microseconds, as real ones do.
 void fake_set_load_delay(unsigned delay) { load_delay = delay; }
 
@@ -83,6 +88,7 @@ void fake_fail_function(const char* name, int error) {
 void fake_clear() {
   const Lock lock(state.mutex);
   state.launches.clear();
+  state.memsets.clear();
   state.calls.clear();
   state.complaint.clear();
   state.failed.clear();
@@ -120,6 +126,16 @@ uint64_t fake_argument(uint64_t index, uint64_t argument, void* bytes, uint64_t 
   const std::string& found = state.launches.at(index).arguments.at(argument);
   std::memcpy(bytes, found.data(), found.size() < room ? found.size() : room);
   return found.size();
+}
+
+uint64_t fake_memset_count() {
+  const Lock lock(state.mutex);
+  return state.memsets.size();
+}
+
+void fake_memset(uint64_t index, Memset* out) {
+  const Lock lock(state.mutex);
+  *out = state.memsets.at(index);
 }
 
 int64_t fake_module_count() {

@@ -25,6 +25,7 @@ enum Result : int {
   kInvalidHandle = 400,
   kNotFound = 500,
   kOutOfResources = 701,
+  kTooLarge = 720,
   kCaptureUnsupported = 900,
   kCaptureInvalidated = 901,
   kCaptureImplicit = 906,
@@ -55,7 +56,8 @@ struct Function {
   Module* module;
   std::string entry;
   std::vector<Parameter> parameters;
-  uint32_t threads = 0;        // that it was compiled for
+  uint32_t threads = 0;        // that it was compiled for, or
+  bool at_most = false;        // so many and fewer
   uint32_t shared = 48 << 10;  // bytes that a launch may have
 };
 struct Module {
@@ -74,10 +76,13 @@ constexpr uint64_t kMagic = 0x50414d454b4146;  // "FAKEMAP"
 constexpr size_t kMapSize = 128;
 static_assert(sizeof(Encoding) <= kMapSize);
 
+struct Attribute {
+  uint32_t id, padding, value[16];
+};
 struct LaunchConfig {
   uint32_t grid[3], block[3], shared;
   void* stream;
-  void* attributes;
+  const Attribute* attributes;
   uint32_t attribute_count;
 };
 struct Launch {  // as tests read it
@@ -87,6 +92,13 @@ struct Launch {  // as tests read it
   void *stream, *context;
   int32_t device, captured;
   uint64_t argument_count;
+  int32_t cooperative;
+  uint32_t cluster[3];
+};
+struct Memset {  // before the launch of this index
+  uint64_t at, count, launch;
+  void* stream;
+  uint32_t value;
 };
 struct Recorded {
   Launch launch;
@@ -99,6 +111,7 @@ struct State {
   std::mutex mutex;
   bool initialized = false;
   int version = 13000;
+  int occupancy = 1;           // blocks of any kernel on a multiprocessor
   std::deque<Device> devices;  // neither these nor contexts ever move
   std::deque<Context> contexts;
   std::map<void*, std::unique_ptr<Stream>> streams;
@@ -106,6 +119,7 @@ struct State {
   std::set<std::string> images;  // kept, since records point to them
 
   std::deque<Recorded> launches;
+  std::vector<Memset> memsets;
   std::vector<const char*> calls;
   std::string complaint, failed;
   int64_t fail_index = -1;
@@ -129,6 +143,8 @@ extern thread_local Thread thread;
 // The ELF file at `image`, whose end its own tables tell; empty if it is none.
 std::string copy_image(const char* image);
 int architecture(const std::string& image);
+// Whether it is for all devices of a major number from its own on, as nvcc makes it unless told.
+bool is_plain(const std::string& image);
 // Parameters of the function of that name. False if there is none.
 bool read_function(const std::string& image, Function* function);
 

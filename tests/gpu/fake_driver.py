@@ -80,6 +80,18 @@ class _Launch(ctypes.Structure):
         ("device", ctypes.c_int32),
         ("captured", ctypes.c_int32),
         ("arguments", ctypes.c_uint64),
+        ("cooperative", ctypes.c_int32),
+        ("cluster", ctypes.c_uint32 * 3),
+    ]
+
+
+class _Memset(ctypes.Structure):
+    _fields_ = [
+        ("at", ctypes.c_uint64),
+        ("count", ctypes.c_uint64),
+        ("launch", ctypes.c_uint64),
+        ("stream", ctypes.c_void_p),
+        ("value", ctypes.c_uint32),
     ]
 
 
@@ -98,11 +110,25 @@ class Launch:
     device: int
     captured: bool
     arguments: tuple[bytes, ...]
+    cooperative: bool
+    cluster: tuple[int, ...]  # zeros: none
+
+
+@dataclass(frozen=True)
+class Memset:
+    """Words of 32 bits that were set before the launch of this index."""
+
+    at: int
+    count: int
+    launch: int
+    stream: int | None
+    value: int
 
 
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "fake_set_devices": (None, [ctypes.POINTER(_Device), ctypes.c_int]),
     "fake_set_version": (None, [ctypes.c_int]),
+    "fake_set_occupancy": (None, [ctypes.c_int]),
     "fake_set_load_delay": (None, [ctypes.c_uint]),
     "fake_primary_context": (ctypes.c_void_p, [ctypes.c_int]),
     "fake_create_context": (ctypes.c_void_p, [ctypes.c_int]),
@@ -123,6 +149,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ctypes.c_uint64,
         [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_char_p, ctypes.c_uint64],
     ),
+    "fake_memset_count": (ctypes.c_uint64, []),
+    "fake_memset": (None, [ctypes.c_uint64, ctypes.POINTER(_Memset)]),
     "fake_module_count": (ctypes.c_int64, []),
     "fake_retained": (ctypes.c_int64, []),
     "fake_abandoned": (ctypes.c_int64, []),
@@ -203,7 +231,18 @@ class Driver:
             found.device,
             bool(found.captured),
             tuple(arguments),
+            bool(found.cooperative),
+            tuple(found.cluster),
         )
+
+    @property
+    def memsets(self) -> list[Memset]:
+        found = _Memset()
+        made = []
+        for i in range(self.library.fake_memset_count()):
+            self.library.fake_memset(i, found)
+            made.append(Memset(*(getattr(found, name) for name, _ in found._fields_)))
+        return made
 
     def primary(self, device: int) -> int:
         return self.library.fake_primary_context(device)
@@ -250,6 +289,10 @@ class Driver:
         finally:
             assert self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(value)) == 0
 
+    def set_occupancy(self, blocks: int) -> None:
+        """Of any kernel on one multiprocessor; the fixture sets 1 again."""
+        self.library.fake_set_occupancy(blocks)
+
     def set_load_delay(self, microseconds: int) -> None:
         self.library.fake_set_load_delay(microseconds)
 
@@ -282,7 +325,7 @@ def build(folder: Path = FOLDER, *, without: str | None = None) -> Path:
     flags += [f"-D{without}=absent"] if without else []
     command = [*compiler, *flags, *map(str, SOURCES)]
     key = hashlib.sha256(" ".join(command).encode())
-    for source in (*SOURCES, HERE / "fake_driver.h"):
+    for source in (*SOURCES, *sorted(HERE.glob("fake_*.h"))):
         key.update(source.read_bytes())
     path = folder / f"libfake-{key.hexdigest()[:16]}.so"
     if not path.exists():
@@ -319,4 +362,5 @@ def driver_fixture() -> Iterator[Driver]:
         print("the driver refused", driver.complaint)
     driver.clear()
     driver.set_load_delay(0)
+    driver.set_occupancy(1)
     assert driver.held == before

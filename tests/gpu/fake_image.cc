@@ -12,6 +12,7 @@ namespace {
 constexpr uint8_t kSized = 4;             // format of entries whose value follows
 constexpr uint8_t kParameterInfo = 0x17;  // EIATTR_KPARAM_INFO
 constexpr uint8_t kThreads = 0x10;        // EIATTR_REQNTID
+constexpr uint8_t kMostThreads = 0x05;    // EIATTR_MAX_THREADS
 
 template <class T>
 T read(const char* from) {
@@ -44,6 +45,12 @@ int architecture(const std::string& image) {
   return static_cast<int>(old ? header.e_flags & 0xFF : header.e_flags >> 8 & 0xFF);
 }
 
+bool is_plain(const std::string& image) {
+  const size_t found = image.find("-arch sm_");  // nvcc notes how it was called
+  return found != std::string::npos &&
+         image.find_first_of("af ", found + 9) == image.find(' ', found + 9);
+}
+
 bool read_function(const std::string& image, Function* function) {
   const auto header = read<Elf64_Ehdr>(image.data());
   const char* names = image.data() + section(image.data(), header.e_shstrndx).sh_offset;
@@ -62,6 +69,9 @@ bool read_function(const std::string& image, Function* function) {
         function->parameters[ordinal] = {read<uint16_t>(value + 6), size};
       } else if (format == kSized && attribute == kThreads) {
         function->threads = read<uint32_t>(value);
+      } else if (format == kSized && attribute == kMostThreads) {
+        function->threads = read<uint32_t>(value);
+        function->at_most = true;
       }
       at = value + (format == kSized ? read<uint16_t>(at + 2) : 0);
     }
