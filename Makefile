@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Paths in the repository only: tools must not wander into .venv or build.
 CODE := setup.py csrc pyext tfops tests benchmarks examples
-CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h')
+CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
 BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE) \
-  csrc/embed.py csrc/exports.map $(wildcard csrc/gpu/choices/*.json build/kernels/kernels.json)
+  csrc/embed.py csrc/exports.map $(wildcard csrc/gpu/choices/*.json build/kernels/kernels.json) \
+  $(wildcard build/kernels/cuda.json)
 # Processes that run the tests; some tests need a few gigabytes and two cores.
 export WORKERS ?= 2
 # Warnings stop a development build. A user's compiler may know warnings that ours does not.
@@ -44,9 +45,11 @@ bench: setup
 	$(BIN)/python -m benchmarks
 
 # Compiles the GPU kernels and checks their machine code; needs no GPU. TORCH_CUDA_ARCH_LIST narrows.
+# Those of CUDA C++ need nvcc, and are left out without it.
 # The next build of the core takes them in.
 kernels: $(VENV)/dependencies
 	$(BIN)/python csrc/aot.py build/kernels
+	$(BIN)/python csrc/cuda_build.py build/kernels
 
 lint: $(VENV)/dependencies
 	$(BIN)/ruff check $(CODE)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = (".py", ".cc", ".h", ".sh", ".toml", ".yaml", ".j2")
+CODE = (".py", ".cc", ".h", ".cu", ".sh", ".toml", ".yaml", ".j2")
 TEXT = (*CODE, ".md", "Makefile", "run", ".in")
 
 
@@ -35,15 +35,18 @@ def matches(pattern: str, paths: list[Path]) -> list[str]:
 
 
 def test_core_includes_no_framework() -> None:
-    core = [path for path in tracked(".cc", ".h") if path.is_relative_to(ROOT / "csrc")]
+    core = [path for path in tracked(".cc", ".h", ".cu") if path.is_relative_to(ROOT / "csrc")]
     assert len(core) > 10
-    foreign = r"#\s*include\s*[<\"](torch|ATen|c10|tensorflow|xla|tsl|absl|Python|pybind11|cuda)"
+    foreign = r"#\s*include\s*[<\"](torch|ATen|c10|tensorflow|xla|tsl|absl|Python|pybind11)"
     assert not matches(foreign, core)
+    # Its own folder of kernels has the same name as what they are compiled with.
+    host = [path for path in core if not path.is_relative_to(ROOT / "csrc/cuda")]
+    assert not matches(r"#\s*include\s*(<cuda|\"cuda(?!/))", host)
 
 
 def test_core_includes_what_exists() -> None:
     """Own headers are named from csrc/ or csrc/include, never by a relative path."""
-    for path in tracked(".cc", ".h"):
+    for path in tracked(".cc", ".h", ".cu"):
         if not path.is_relative_to(ROOT / "csrc"):
             continue
         for name in re.findall(r'#include "(.*)"', path.read_text()):
