@@ -151,7 +151,7 @@ Handle Forward(const Conv& conv, const Handle& input, const Handle& weight, cons
   for (int d = 0; d < conv.rank; ++d) sizes.push_back(conv.output_size(x, w, d));
   Handle output = EmptyImages(op, "output", x, sizes, TakesChannelsLast(x, w));
   const View y("output", output, /*written=*/true);
-  Context context(x, /*convolution=*/true);
+  Context context(x, Products::kConvolutions);
   const TwinfuseStatus status =
       twinfuse_conv_relu_forward(&y, &x, &w, b ? &*b : nullptr, &conv, &context);
   if (!context.Served(op, status)) return fall_back(twinfuse_last_error());
@@ -230,7 +230,7 @@ Gradients Backward(const Conv& conv, const Handle& grad_output, const Handle& ou
     gradients.bias = Empty(op, "grad_bias", g, {w.sizes[0]});
     gb.emplace("grad_bias", gradients.bias, /*written=*/true);
   }
-  Context context(g, /*convolution=*/true);
+  Context context(g, Products::kConvolutions);
   const TwinfuseStatus status =
       twinfuse_conv_relu_backward(gx ? &*gx : nullptr, gw ? &*gw : nullptr, gb ? &*gb : nullptr, &g,
                                   &y, &x, &w, &conv, TWINFUSE_RELU_GRAD_SELECT, &context);

@@ -44,7 +44,7 @@ Handle Forward(const Handle& input, const Handle& weight, const Handle& bias) {
   sizes.back() = w.sizes[0];
   Handle output = Empty(kOp, "output", x, sizes);
   const View y("output", output, /*written=*/true);
-  Context context(x, /*convolution=*/false);
+  Context context(x, Products::kMatrices);
   const TwinfuseStatus status =
       twinfuse_linear_relu_forward(&y, &x, &w, b ? &*b : nullptr, &context);
   if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
@@ -111,7 +111,7 @@ Gradients Backward(const Handle& grad_output, const Handle& output, const Handle
     gradients.bias = Empty(kOp, "grad_bias", g, {g.last_size()});
     gb.emplace("grad_bias", gradients.bias, /*written=*/true);
   }
-  Context context(g, /*convolution=*/false);
+  Context context(g, Products::kMatrices);
   const TwinfuseStatus status = twinfuse_linear_relu_backward(
       gx ? &*gx : nullptr, gw ? &*gw : nullptr, gb ? &*gb : nullptr, &g, &y, x ? &*x : nullptr,
       w ? &*w : nullptr, TWINFUSE_RELU_GRAD_SELECT, &context);

@@ -95,12 +95,12 @@ class Layer : public TwinfuseLstm {
       batch = leading[batch_first ? 0 : 1];
     }
     if (mask != nullptr) ReadMask(*mask);
-    const auto sizes = [this](int64_t width) { return Rows(width); };
+    const auto sizes = [this](int64_t width) { return Sizes(width); };
     noise.SetZoneout(kOp, views, units, state, sizes, batch_first);
     noise.SetDropout(kOp, views, batch, input.last_size(), state, batch_sizes != nullptr);
   }
 
-  std::vector<int64_t> Rows(int64_t width) const {
+  std::vector<int64_t> Sizes(int64_t width) const {
     std::vector<int64_t> sizes = leading;
     sizes.push_back(width);
     return sizes;
@@ -169,7 +169,7 @@ void Forward(const StableIValue* arguments, bool save, int pushed, StableIValue*
               tensors[kMask], tensors.Views<4>(kNoise), options);
 
   Result results[6];
-  const std::vector<int64_t> sizes = layer.Rows(layer.state);
+  const std::vector<int64_t> sizes = layer.Sizes(layer.state);
   results[0].Take("output", Empty(kOp, "output", x, sizes));
   results[1].Take("h_n", Empty(kOp, "h_n", x, {layer.batch, layer.state}));
   results[2].Take("c_n", Empty(kOp, "c_n", x, {layer.batch, layer.units}));
@@ -181,7 +181,8 @@ void Forward(const StableIValue* arguments, bool save, int pushed, StableIValue*
     results[5].Take("hidden", Empty(kOp, "hidden", x, {rows, layer.state}));
   }
   Sequence input, output;
-  input.Set(kOp, x, layer.Rows(x.last_size()), layer.batch_first);
+  const Rows rows(kOp, x, &tensors.handle(kInput));
+  input.Set(kOp, rows.view(), layer.Sizes(x.last_size()), layer.batch_first);
   output.Set(kOp, *results[0].view(), sizes, layer.batch_first);
   const TwinfuseLstmState final = {results[1].view(), results[2].view()};
   const TwinfuseLstmSaved saved = {results[3].view(), results[4].view(), results[5].view()};
@@ -190,7 +191,7 @@ void Forward(const StableIValue* arguments, bool save, int pushed, StableIValue*
                                        tensors[kBiasHh],   tensors[kWeightHr], tensors[kPeephole],
                                        tensors[kNorm]};
   const TwinfuseLstmNoise noise = layer.noise.get();
-  Context context(x, /*convolution=*/false);
+  Context context(x, Products::kRecurrent);
   const TwinfuseStatus status = twinfuse_lstm_forward(output.get(), &final, &saved, input.get(),
                                                       &initial, &weights, &noise, &layer, &context);
   if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
@@ -254,11 +255,16 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
   if (needs & kNeedsNorm) results[8].Take("grad_norm", EmptyLike(kOp, "grad_norm", *norm));
 
   Sequence input, grad_input, grad_output;
-  const std::vector<int64_t> sizes = layer.Rows(x.last_size());
-  input.Set(kOp, x, sizes, layer.batch_first);
-  if (needs & kNeedsInput) grad_input.Set(kOp, *results[0].view(), sizes, layer.batch_first);
+  const std::vector<int64_t> sizes = layer.Sizes(x.last_size());
+  const Rows rows(kOp, x, &tensors.handle(kLayer));
+  input.Set(kOp, rows.view(), sizes, layer.batch_first);
+  std::optional<Rows> grad_rows;
+  if (needs & kNeedsInput) {
+    grad_rows.emplace(kOp, *results[0].view(), nullptr);
+    grad_input.Set(kOp, grad_rows->view(), sizes, layer.batch_first);
+  }
   if (const View* const grad = tensors[kGradOutput]) {
-    grad_output.Set(kOp, *grad, layer.Rows(layer.state), layer.batch_first);
+    grad_output.Set(kOp, *grad, layer.Sizes(layer.state), layer.batch_first);
   }
   const TwinfuseLstmState grad_initial = {results[1].view(), results[2].view()};
   const TwinfuseLstmWeights grad_weights = {results[3].view(), results[4].view(), results[5].view(),
@@ -268,11 +274,12 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
   const TwinfuseLstmSaved saved = {tensors[kGates], tensors[kCells], tensors[kHidden]};
   const TwinfuseLstmWeights weights = {&ih, &hh, nullptr, nullptr, hr, peephole, norm};
   const TwinfuseLstmNoise noise = layer.noise.get();
-  Context context(x, /*convolution=*/false);
+  Context context(x, Products::kRecurrent);
   const TwinfuseStatus status =
       twinfuse_lstm_backward(grad_input.get(), &grad_initial, &grad_weights, grad_output.get(),
                              &grad_final, &saved, input.get(), &weights, &noise, &layer, &context);
   if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
+  if (grad_rows) grad_rows->Finish(results[0].handle());
   for (int i = 0; i < kGradients; ++i) stack[i] = results[i].Release();
 }
 

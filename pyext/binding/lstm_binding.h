@@ -31,6 +31,7 @@ class Tensors {
   }
 
   const View* operator[](size_t i) const { return views_[i] ? &*views_[i] : nullptr; }
+  const Handle& handle(size_t i) const { return handles_[i]; }
 
   template <size_t kViews>
   std::array<const View*, kViews> Views(size_t first) const {
@@ -110,6 +111,43 @@ class Sequence {
   TwinfuseTensor tensor_{};
 };
 
+// Rows of inputs, or of their gradients. A GPU multiplies those of all steps as one matrix, and its
+// kernels ask for one stride from each row to the next, in the order of what is saved: this is a
+// dense copy of a tensor that lies in memory otherwise. A CPU takes any strides.
+class Rows {
+ public:
+  // `from` is what the view is of, if it holds something.
+  Rows(const char* op, const View& view, const Handle* from) : view_(&view) {
+    static const int32_t cuda = aoti_torch_device_type_cuda();
+    if (view.device_type != cuda || view.ndim < 3 || view.sizes[0] <= 1 || view.sizes[1] <= 1 ||
+        view.strides[0] == view.sizes[1] * view.strides[1]) {
+      return;
+    }
+    copy_ = Empty(op, view.name, view, {view.sizes, view.sizes + view.ndim});
+    if (from != nullptr) Copy(copy_, *from);
+    view_ = &copied_.emplace(view.name, copy_, /*written=*/true);
+  }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+
+  const View& view() const { return *view_; }
+
+  // Puts what was computed into the tensor that this was made for.
+  void Finish(const Handle& tensor) const {
+    if (copy_) Copy(tensor, copy_);
+  }
+
+ private:
+  static void Copy(const Handle& to, const Handle& from) {
+    torch::stable::Tensor target = to.share();
+    torch::stable::copy_(target, from.share());
+  }
+
+  Handle copy_;
+  std::optional<View> copied_;
+  const View* view_;
+};
+
 // The zoneouts and dropouts of a call.
 class Noise {
  public:
@@ -155,6 +193,7 @@ class Result {
     view_.emplace(name, handle_, /*written=*/true);
   }
   const View* view() const { return view_ ? &*view_ : nullptr; }
+  const Handle& handle() const { return handle_; }
   StableIValue Release() {
     if (!handle_) handle_ = UndefinedTensor();
     return handle_.release();
@@ -172,6 +211,7 @@ template <int kResults, int kOptions, size_t kCount>
 void RunReference(const char* op, const char* name, StableIValue first,
                   const Tensors<kCount>& tensors, const StableIValue* options,
                   const std::string& reason, int pushed, StableIValue* stack) {
+  OfferNative(op, reason);
   StableIValue call[1 + kCount + kOptions];
   call[0] = first;
   tensors.Share(call + 1);

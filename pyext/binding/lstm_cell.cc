@@ -103,7 +103,7 @@ void Forward(const StableIValue* arguments, bool save, int pushed, StableIValue*
       tensors[kWeightIh], tensors[kWeightHh], tensors[kBiasIh], tensors[kBiasHh], nullptr,
       tensors[kPeephole], tensors[kNorm]};
   const TwinfuseLstmNoise noise = step.noise.get();
-  Context context(x, /*convolution=*/false);
+  Context context(x, Products::kMatrices);
   const TwinfuseStatus status = twinfuse_lstm_cell_forward(&final, results[2].view(), &x, &initial,
                                                            &weights, &noise, &step, &context);
   if (!context.Served(kOp, status)) return fall_back(twinfuse_last_error());
@@ -165,7 +165,7 @@ void BoxedBackward(StableIValue* stack, uint64_t, uint64_t) {
   const TwinfuseLstmState initial = {tensors[kCell + 1], tensors[kCell + 2]};
   const TwinfuseLstmWeights weights = {&ih, &hh, nullptr, nullptr, nullptr, peephole, norm};
   const TwinfuseLstmNoise noise = step.noise.get();
-  Context context(x, /*convolution=*/false);
+  Context context(x, Products::kMatrices);
   const TwinfuseStatus status =
       twinfuse_lstm_cell_backward(results[0].view(), &grad_initial, &grad_weights, &grad_final,
                                   tensors[kGates], &x, &initial, &weights, &noise, &step, &context);

@@ -13,6 +13,8 @@ namespace {
 using FallbackCallback = int32_t (*)(const char* op, const char* reason, char* message,
                                      int64_t capacity);
 std::atomic<FallbackCallback> fallback_callback{nullptr};
+using NativeCallback = int32_t (*)();
+std::atomic<NativeCallback> native_callback{nullptr};
 
 void* FindSymbol(const char* library, const char* symbol) {
   void* handle = dlopen(library, RTLD_NOLOAD | RTLD_LAZY);
@@ -49,22 +51,22 @@ bool IsPermuted(const View& view) {
 
 // Whether torch's settings let float32 be multiplied in TF32. They have no stable interface, so
 // they are found by name; where a torch has other names, products keep the accuracy of float32.
-bool AllowsTf32(bool convolution) {
+bool AllowsTf32(Products products) {
   using GetContext = void* (*)();
   using OfMatrices = bool (*)(const void*);
-  using OfConvolutions = bool (*)(const void*, std::optional<int32_t>);
-  constexpr int32_t kConvolution = 1;  // at::Float32Op::CONV
+  using OfCudnn = bool (*)(const void*, std::optional<int32_t>);
+  constexpr int32_t kConvolution = 1, kRnn = 2;  // of at::Float32Op
   const auto find = [](const char* name) { return FindSymbol("libtorch_cpu.so", name); };
   static const auto context = reinterpret_cast<GetContext>(find("_ZN2at13globalContextEv"));
   static const auto matrices =
       reinterpret_cast<OfMatrices>(find("_ZNK2at7Context15allowTF32CuBLASEv"));
-  static const auto convolutions = reinterpret_cast<OfConvolutions>(
+  static const auto cudnn = reinterpret_cast<OfCudnn>(
       find("_ZNK2at7Context14allowTF32CuDNNESt8optionalINS_9Float32OpEE"));
-  if (context == nullptr || (convolution ? convolutions == nullptr : matrices == nullptr)) {
-    return false;
-  }
+  const bool is_matrices = products == Products::kMatrices;
+  if (context == nullptr || (is_matrices ? matrices == nullptr : cudnn == nullptr)) return false;
   try {
-    return convolution ? convolutions(context(), kConvolution) : matrices(context());
+    if (is_matrices) return matrices(context());
+    return cudnn(context(), products == Products::kRecurrent ? kRnn : kConvolution);
   } catch (const std::exception&) {  // settings that contradict each other
     return false;
   }
@@ -115,6 +117,14 @@ torch::stable::Tensor MaskedGradient(const Handle& grad_output, const Handle& ou
   return torch::stable::detail::to<torch::stable::Tensor>(masked[0]);
 }
 
+void OfferNative(const char* op, const std::string& reason) {
+  const NativeCallback callback = native_callback.load();
+  if (callback == nullptr || callback() == 0) return;
+  const std::string prefix = std::string(op) + ": ";
+  const bool named = reason.compare(0, prefix.size(), prefix) == 0;
+  throw std::runtime_error(named ? reason : prefix + reason);
+}
+
 void ReportFallback(const char* op, const std::string& reason) {
   const FallbackCallback callback = fallback_callback.load();
   char message[1024] = "";
@@ -148,7 +158,7 @@ void* CurrentCudaStream(int32_t device_index) {
   return stream;
 }
 
-Context::Context(const View& like, bool convolution) : TwinfuseContext{}, like_(like) {
+Context::Context(const View& like, Products products) : TwinfuseContext{}, like_(like) {
   static const int32_t cuda = aoti_torch_device_type_cuda();
   opaque = this;
   allocate = Allocate;
@@ -157,7 +167,7 @@ Context::Context(const View& like, bool convolution) : TwinfuseContext{}, like_(
     device = TWINFUSE_CUDA;
     Check(aoti_torch_create_device_guard(device_index, &guard_), "set the current device");
     stream = CurrentCudaStream(device_index);
-    if (like.dtype == TWINFUSE_FLOAT32 && AllowsTf32(convolution)) {
+    if (like.dtype == TWINFUSE_FLOAT32 && AllowsTf32(products)) {
       precision = TWINFUSE_PRECISION_TF32;
     }
     return;
@@ -209,6 +219,11 @@ bool Context::Served(const char* op, TwinfuseStatus status) const {
 // Called by the Python side once, after loading.
 extern "C" TWINFUSE_API void twinfuse_torch_on_fallback(twinfuse::FallbackCallback callback) {
   twinfuse::fallback_callback.store(callback);
+}
+
+// Likewise; returns whether this thread's caller takes native layers itself.
+extern "C" TWINFUSE_API void twinfuse_torch_on_native(twinfuse::NativeCallback callback) {
+  twinfuse::native_callback.store(callback);
 }
 
 extern "C" TWINFUSE_API int32_t twinfuse_torch_abi_version(void) { return TWINFUSE_ABI_VERSION; }

@@ -192,11 +192,13 @@ Handle EmptyLike(const char* op, const char* name, const View& parameter);
 // CUDA builds of torch.
 void* CurrentCudaStream(int32_t device_index);
 
+// What torch has settings for that say how float32 is multiplied on a GPU.
+enum class Products { kMatrices, kConvolutions, kRecurrent };
+
 // Lends torch's threads, scratch memory and stream to the core for one call.
 class Context : public TwinfuseContext {
  public:
-  // torch has one setting for the float32 products of convolutions and one for all others.
-  Context(const View& like, bool convolution);
+  Context(const View& like, Products products);
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -227,6 +229,10 @@ struct Gradients {
 torch::stable::Tensor MaskedGradient(const Handle& grad_output, const Handle& output);
 
 constexpr const char* kDtypeReason = "no kernel takes this dtype";
+
+// Throws where this thread's caller in Python rather takes native layers, for `reason`, than the
+// reference path of the binding.
+void OfferNative(const char* op, const std::string& reason);
 
 // Tells Python that `op` runs on torch's own operators; throws in strict mode.
 void ReportFallback(const char* op, const std::string& reason);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from pathlib import Path
 
 import torch
@@ -25,6 +26,26 @@ def _on_fallback(op: bytes, reason: bytes, message: int, capacity: int) -> int:
         ctypes.memmove(message, text, len(text))
         return 1
     return 0
+
+
+_state = threading.local()
+
+
+class _Raising:
+    def __enter__(self) -> None:
+        _state.raises = 1
+
+    def __exit__(self, *_: object) -> None:
+        _state.raises = 0
+
+
+# Inside, operators of this thread raise for what no kernel serves, and leave it to the caller.
+raising = _Raising()
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int32)
+def _on_native() -> int:
+    return getattr(_state, "raises", 0)
 
 
 def _load(path: Path) -> str:
@@ -54,4 +75,5 @@ def load() -> str:
         # Its operators are registered by now, and there is no way back.
         raise ImportError("the PyTorch binding was built for another version: reinstall twinfuse")
     binding.twinfuse_torch_on_fallback(_on_fallback)
+    binding.twinfuse_torch_on_native(_on_native)
     return ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from twinfuse.torch import _calls
-from twinfuse.torch._lstm_reference import noise_needs_gradient
+from twinfuse.torch._lstm_reference import missing_on_gpu, noise_needs_gradient
 from twinfuse.torch.lstm_cell import (
     State,
     activation_numbers,
@@ -218,7 +218,9 @@ def misfit(call: Call) -> str:
     for found in checks:
         if found:
             raise RuntimeError(f"lstm: {found}")
-    return needs_gradient(call)
+    options: dict[str, object] = {f"params[{per_layer - 1}]": projected or None, **call.lists}
+    options["recurrent_dropout"] = (call.train and call.recurrent_dropout) or None
+    return needs_gradient(call) or missing_on_gpu(call.input, options)
 
 
 def needs_gradient(call: Call) -> str:

@@ -9,6 +9,7 @@ there are those of the private operators, in their order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ def noise_needs_gradient(*noise: Tensor | None) -> str:
     for name, tensor in zip(names, noise):
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             return f"{name}: no kernel computes its gradient"
+    return ""
+
+
+def missing_on_gpu(input: Tensor, given: Mapping[str, object]) -> str:
+    """Which of the options that are given no kernel has for the input's device, or ""."""
+    for name, value in given.items() if input.is_cuda else ():
+        if value is not None:
+            return f"{name}: no GPU kernel takes it"
     return ""
 
 

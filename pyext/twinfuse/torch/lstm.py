@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import handle_torch_function
 
-from twinfuse.torch import _calls, _lstm_call
+from twinfuse.torch import _binding, _calls, _lstm_call
 from twinfuse.torch import _lstm_ops as _ops
 from twinfuse.torch._lstm_call import Call, check_counts
 from twinfuse.torch.lstm_cell import State
@@ -25,6 +25,7 @@ Results = tuple[Tensor, Tensor, Tensor]
 # Aliases, because a call on a tiny input costs as much as its guards.
 _are_unusual = _calls.are_unusual
 _Proxy = torch.fx.Proxy
+_raising = _binding.raising
 # Of the operator's arguments: those between the biases and `batch_first`, and the defaults of what
 # is behind `reverse`.
 _NO_TENSORS = (None,) * 9
@@ -151,7 +152,7 @@ def _reference(call: Call) -> Results:
 _OP = _calls.Op(
     "lstm", "lstm", _public, _reference, _lstm_call.misfit, _lstm_call.named, renamed=True
 )
-# What the operator itself falls back to is slow: native has kernels of its own for GPUs.
+# What the operator itself falls back to is slow on a GPU, for which native has kernels.
 _native_on_gpu = not _OP.has_kernels("cuda")
 
 
@@ -279,7 +280,10 @@ def _serve(call: Call) -> Results:
         return _OP.unusual(call)
     try:
         check_counts(call)
-        return _run(_ops.call, call)
+        if not call.input.is_cuda:
+            return _run(_ops.call, call)
+        with _raising:
+            return _run(_ops.call, call)
     except Exception as error:
         if str(error).startswith("lstm: batch_sizes: "):
             raise  # native takes some of them, and leaves out what they do not count

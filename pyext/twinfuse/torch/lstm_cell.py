@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
-from twinfuse.torch import _calls
+from twinfuse.torch import _binding, _calls
 from twinfuse.torch import _lstm_cell_ops as _ops
-from twinfuse.torch._lstm_reference import ACTIVATIONS, noise_needs_gradient
+from twinfuse.torch._lstm_reference import ACTIVATIONS, missing_on_gpu, noise_needs_gradient
 
 __all__ = ["lstm_cell"]
 
@@ -24,6 +24,7 @@ _apply = _ops.apply
 _are_unusual = _calls.are_unusual
 _grad_enabled = torch.is_grad_enabled
 _Proxy = torch.fx.Proxy
+_raising = _binding.raising
 
 _NAMES = (
     *("input", "hx[0]", "hx[1]", "weight_ih", "weight_hh", "bias_ih", "bias_hh"),
@@ -89,7 +90,8 @@ def _misfit(*args: Any) -> str:
     for name, tensor, sizes in zip(_NAMES[9:], noise, wanted):
         if tensor is not None and (misfit := broadcast(name, tensor, *sizes)):
             return misfit
-    return noise_needs_gradient(*noise)
+    given = dict(zip((*_NAMES[7:9], *_NAMES[11:]), (*args[7:9], *noise[2:])))
+    return noise_needs_gradient(*noise) or missing_on_gpu(input, given)
 
 
 def broadcast(name: str, tensor: Tensor, *sizes: int) -> str:
@@ -216,9 +218,16 @@ def lstm_cell(
         ):
             if not is_plain and noise_needs_gradient(*args[9:13]):
                 return _OP.unusual(*args)
-            return _apply(*args)
-        h, c, _ = _forward(False, *args)
-        return h, c
+            if not input.is_cuda:
+                return _apply(*args)
+            with _raising:
+                return _apply(*args)
+        if not input.is_cuda:
+            h, c, _ = _forward(False, *args)
+            return h, c
+        with _raising:
+            h, c, _ = _forward(False, *args)
+            return h, c
     except Exception as error:
         return _OP.refused(error, *args)
 
