@@ -215,8 +215,8 @@ class Driver:
         found = _Launch()
         self.library.fake_launch(index, found)
         arguments = []
+        room = ctypes.create_string_buffer(4096)  # what a kernel takes at most
         for i in range(found.arguments):
-            room = ctypes.create_string_buffer(256)
             size = self.library.fake_argument(index, i, room, len(room))
             arguments.append(room.raw[:size])
         return Launch(

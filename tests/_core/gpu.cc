@@ -1,0 +1,64 @@
+// Kernels of csrc/cuda, by the functions that the ops call.
+#include "gpu/launch.h"
+#include "modules.h"
+
+namespace py = pybind11;
+using namespace twinfuse::gpu;
+
+namespace {
+
+TwinfuseContext context_of(int index, uintptr_t stream) {
+  TwinfuseContext context = {};
+  context.device = TWINFUSE_CUDA;
+  context.device_index = index;
+  context.stream = reinterpret_cast<void*>(stream);
+  return context;
+}
+
+py::list kernels() {
+  py::list rows;
+  for (int i = 0; i < kCudaKernelCount; i++) {
+    const CudaKernel& kernel = kCudaKernels[i];
+    rows.append(py::make_tuple(kernel.arch, kernel.entry, kernel.registers, kernel.offset));
+  }
+  return rows;
+}
+
+int resident(int index, uintptr_t stream, const char* entry, int threads, uint32_t shared) {
+  const py::gil_scoped_release others_run;
+  const Current current(context_of(index, stream));
+  return current.device().cuda_kernel(entry, threads, shared).resident;
+}
+
+void launch(int index, uintptr_t stream, const char* entry, int threads, uint32_t shared,
+            int64_t blocks, const std::string& arguments) {
+  const TwinfuseContext context = context_of(index, stream);
+  const Current current(context);
+  Device& device = current.device();
+  launch_cooperative(device, device.cuda_kernel(entry, threads, shared), entry, blocks, threads,
+                     shared, arguments.data(), context.stream);
+}
+
+void clear_words(int index, uintptr_t stream, uintptr_t words, int64_t count) {
+  const TwinfuseContext context = context_of(index, stream);
+  const Current current(context);
+  clear(current.device(), reinterpret_cast<void*>(words), count, context.stream);
+}
+
+// On a device that need not have kernels of any other kind.
+void find(int index, const char* entry) {
+  std::string why;
+  const Driver* found = driver(&why);
+  if (!found) throw Unsupported(why);
+  Device(*found, nullptr, index).cuda_kernel(entry, 32, 0);
+}
+
+}  // namespace
+
+void define_gpu(py::module_& m) {
+  m.def("cuda_kernels", &kernels);
+  m.def("cuda_resident", &resident);
+  m.def("cuda_launch", &launch);
+  m.def("cuda_clear", &clear_words);
+  m.def("cuda_find", &find);
+}
