@@ -3,7 +3,7 @@
 A test that needs a framework asks for it with `require("torch")` at the top of its module (or in
 its body). Where the framework is absent the test is skipped with that reason, unless
 TWINFUSE_TEST_REQUIRE (comma-separated: torch, tensorflow, keras, core, kernels for those of GPUs,
-gpu) names it: then it fails, so that CI cannot pass by skipping.
+nvcc, gpu) names it: then it fails, so that CI cannot pass by skipping.
 """
 
 from __future__ import annotations
