@@ -34,7 +34,7 @@ def entries(arch: int = 90) -> list[list[str]]:
 def entry_fixture(driver: Driver) -> Iterator[str]:
     """One for the first device."""
     if not entries():
-        skip("kernels", "this build has no kernels of CUDA C++ for architecture 9.0")
+        skip("nvcc", "this build has no kernels of CUDA C++ for architecture 9.0")
     yield entries()[0][0]
 
 
