@@ -226,12 +226,14 @@ def assert_close(
     problem: LstmProblem,
     ours: Mapping[str, npt.ArrayLike],
     native: Mapping[str, npt.ArrayLike] | None = None,
+    flushed_below: float = 0.0,
 ) -> None:
     """The rule of `tests.rule` for every result in `ours`; without `native`, against `rival`."""
     case, dtype = problem.case, problem.dtype
     exact, native = reference(problem), rival(problem) if native is None else native
     # A product with one takes a whole state for zero, and there are some in a sum.
     few = 16 * flushed(dtype) if case.values == "tiny" else 0.0
+    few = max(few, flushed_below)
     for name, array in ours.items():
         results, what = (array, native[name], exact[name]), f"{case.id} {name}"
         try:

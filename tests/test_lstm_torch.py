@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import pytest
 
 from tests.arrays import DTYPES
 from tests.conftest import Launched, require
-from tests.lstm_case import NOISE, ROWS
-from tests.lstm_cases import BY_ID, CASES, LstmCase, LstmProblem, build
+from tests.lstm_cases import BY_ID, CASES, LstmCase, build
 from tests.lstm_problem import assert_close
 from tests.rule import assert_same_bits
 
 torch = require("torch")
 
 import twinfuse.torch  # noqa: E402, F401
-from tests.torch_cases import array, assert_same, poisoned_memory, tensor  # noqa: E402
-from twinfuse.torch._lstm_reference import ACTIVATIONS  # noqa: E402
+from tests.torch_cases import assert_same, poisoned_memory  # noqa: E402
+from tests.torch_lstm_cases import fused, has_native, native, operand, run  # noqa: E402
 
 # A cell of ours has no projection, as native's.
 TABLE = [case for case in CASES if not (case.cell and case.projection)]
 every_case = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
-GIVEN = {"output": "grad_output", "h_n": "grad_h", "c_n": "grad_c"}
-Arrays = dict[str, np.ndarray]
 
 
 @pytest.fixture(autouse=True)
@@ -40,82 +35,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def operand(problem: LstmProblem, name: str) -> Any:
-    """As torch takes it: `[B, T, ...]` where the case is batch-first."""
-    given = problem[name]
-    if given is None:
-        return None
-    view = tensor(given, problem.dtype)
-    return view.transpose(0, 1) if problem.case.batch_first and name in ROWS else view
-
-
-def fused(problem: LstmProblem, leaves: dict[str, Any]) -> dict[str, Any]:
-    case = problem.case
-    names = ["input", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
-    scales = (leaves.get("peephole"), leaves.get("norm"))
-    noise = [operand(problem, name) for name in NOISE]
-    activations = [ACTIVATIONS[case.activation], ACTIVATIONS[case.recurrent_activation]]
-    first = [leaves.get(name) for name in names]
-    if case.cell:
-        call = (*first[:7], *scales, *noise, *activations, case.norm_epsilon)
-        return dict(zip(("h_n", "c_n"), torch.ops.twinfuse.lstm_cell(*call)))
-    sizes = problem.batch_sizes
-    mask = None if problem.mask is None else torch.from_numpy(problem.mask)
-    output, h, c = torch.ops.twinfuse.lstm(
-        *first,
-        *scales,
-        None if sizes is None else torch.from_numpy(sizes),
-        mask.t() if case.batch_first and mask is not None else mask,
-        *noise,
-        case.batch_first,
-        case.reverse,
-        *activations,
-        case.zero_masked_output,
-        case.norm_epsilon,
-    )
-    return {"output": output, "h_n": h, "c_n": c}
-
-
-def native(problem: LstmProblem, leaves: dict[str, Any]) -> dict[str, Any]:
-    case = problem.case
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-    weights = [leaves[name] for name in names if name in leaves]
-    x, state = leaves["input"], (leaves.get("h0"), leaves.get("c0"))
-    if case.cell:
-        return dict(zip(("h_n", "c_n"), torch.lstm_cell(x, state, *weights)))
-    if state[0] is None:
-        state = tuple(x.new_zeros(case.batch, n) for n in (case.outputs, case.units))
-    state = tuple(each.unsqueeze(0) for each in state)
-    options = (state, weights, "bias_ih" in leaves, 1, 0.0, False, False)
-    if case.lengths:
-        output, h, c = torch.lstm(x, torch.from_numpy(problem.batch_sizes), *options)
-    else:
-        output, h, c = torch.lstm(x, *options, case.batch_first)
-    return {"output": output, "h_n": h.squeeze(0), "c_n": c.squeeze(0)}
-
-
-def run(op: Any, problem: LstmProblem) -> Arrays:
-    """Results by name, `[T, B, ...]` whatever the layout."""
-    leaves = {name: operand(problem, name).requires_grad_() for name in problem.leaves}
-    outputs = op(problem, leaves)
-    given = {n: operand(problem, g) for n, g in GIVEN.items() if problem[g] is not None}
-    gradients = torch.autograd.grad(
-        [outputs[name] for name in given], list(leaves.values()), list(given.values()),
-        allow_unused=True,
-    )  # fmt: skip
-    results = dict(outputs)
-    for (name, leaf), gradient in zip(leaves.items(), gradients):
-        results[f"grad_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
-    turned = {name for name in results if name in ROWS and problem.case.batch_first}
-    return {n: array(t.transpose(0, 1) if n in turned else t) for n, t in results.items()}
-
-
-def has_native(case: LstmCase) -> bool:
-    """Whether native layers compute it, and compute it well."""
-    extent = case.steps and case.batch and case.values in ("normal", "wide")
-    return bool(case.in_torch and extent and not case.reverse)
 
 
 @every_dtype
