@@ -218,7 +218,7 @@ def misfit(call: Call) -> str:
     for found in checks:
         if found:
             raise RuntimeError(f"lstm: {found}")
-    options: dict[str, object] = {f"params[{per_layer - 1}]": projected or None, **call.lists}
+    options: dict[str, object] = {"projection": projected or None, **call.lists}
     options["recurrent_dropout"] = (call.train and call.recurrent_dropout) or None
     return needs_gradient(call) or missing_on_gpu(call.input, options)
 
