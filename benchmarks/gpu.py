@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
@@ -139,6 +140,12 @@ def training_calls(
     return {n: [bind(f, tensors) for tensors in inputs] for n, f in functions.items()}
 
 
+def compiled(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    torch.compiler.reset()  # or one function had too many shapes
+    modes = {"compile": "default", "compile max-autotune": "max-autotune-no-cudagraphs"}
+    return {name: torch.compile(function, mode=mode, dynamic=False) for name, mode in modes.items()}
+
+
 def linear_functions(compile_modes: bool) -> dict[str, Callable[..., Any]]:
     def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return F.relu(F.linear(x, w, b))
@@ -149,24 +156,25 @@ def linear_functions(compile_modes: bool) -> dict[str, Callable[..., Any]]:
         "addmm_activation": lambda x, w, b: torch._addmm_activation(b, x, w.t()),
         "mm only": lambda x, w, b: torch.mm(x, w.t()),
     }
-    if compile_modes:
-        functions["compile"] = torch.compile(eager)
-        functions["compile max-autotune"] = torch.compile(eager, mode="max-autotune-no-cudagraphs")
-    return functions
+    return functions | (compiled(eager) if compile_modes else {})
 
 
-def conv_functions(stride: int, padding: int) -> dict[str, Callable[..., Any]]:
+def conv_functions(stride: int, padding: int, compile_modes: bool) -> dict[str, Callable[..., Any]]:
     def pair(n: int) -> tuple[int, int]:
         return n, n
 
-    return {
+    def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, w, b, stride, padding))
+
+    functions: dict[str, Callable[..., Any]] = {
         "twinfuse": lambda x, w, b: tft.conv2d_relu(x, w, b, stride, padding),
-        "eager": lambda x, w, b: F.relu(F.conv2d(x, w, b, stride, padding)),
+        "eager": eager,
         "cudnn_relu": lambda x, w, b: torch.cudnn_convolution_relu(
             x, w, b, pair(stride), pair(padding), (1, 1), 1
         ),
         "conv only": lambda x, w, b: F.conv2d(x, w, None, stride, padding),
     }
+    return functions | (compiled(eager) if compile_modes else {})
 
 
 LINEAR = [(8192, 8192, k) for k in (512, 1024, 2048, 4096)]
@@ -190,7 +198,7 @@ CONV = [
 
 
 def sections(
-    chosen: set[str], dtype: torch.dtype, compile_modes: bool
+    chosen: set[str], dtype: torch.dtype, pattern: str, compile_modes: bool
 ) -> Iterator[Callable[[], Row]]:
     name = str(dtype).removeprefix("torch.")
     size = dtype.itemsize
@@ -228,7 +236,7 @@ def sections(
         flops = 2.0 * n * out * out * k * c * r * r
         traffic = size * (n * s * s * c + k * c * r * r + n * out * out * k)
         row = Row(section, f"N{n} C{c} {s}x{s} K{k} {r}x{r}/{stride}", name, flops, traffic)
-        functions = conv_functions(stride, pad)
+        functions = conv_functions(stride, pad, compile_modes and section == "conv")
         inputs = rotating(
             lambda: (
                 normal(n, c, s, s, dtype=dtype).contiguous(memory_format=last),
@@ -257,7 +265,8 @@ def sections(
     }
     for section, (function, shapes) in tables.items():
         for shape in shapes if section in chosen else ():
-            yield partial(function, *shape, section=section)
+            if re.search(pattern, "x".join(map(str, shape))):
+                yield partial(function, *shape, section=section)
 
 
 def environment() -> dict[str, str]:
@@ -317,6 +326,7 @@ def main() -> None:
     every = "linear,linear training,tiny,conv,conv training,conv NCHW,conv NCHW training"
     parser.add_argument("--section", default=every, help="comma-separated; default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--shape", default="", metavar="REGEX", help="of sizes joined by x")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, in two modes")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw data")
     chosen = parser.parse_args()
@@ -327,7 +337,7 @@ def main() -> None:
     if unknown := names - set(every.split(",")):
         parser.error(f"--section: expected some of {every}, got {', '.join(unknown)}")
     limits = ceilings()
-    work = list(sections(names, getattr(torch, chosen.dtype), chosen.compile))
+    work = list(sections(names, getattr(torch, chosen.dtype), chosen.shape, chosen.compile))
     console = Console(width=150)
     rows = [job() for job in track(work, "benchmarks", console=Console(stderr=True))]
     for section in dict.fromkeys(row.section for row in rows):

@@ -229,7 +229,7 @@ def build(
     """Compiles everything. Raises SystemExit with all complaints where there are any."""
     from tqdm import tqdm
 
-    compiler = Compiler(nvcc, sources, folder / "cuda/cache")
+    compiler = Compiler(nvcc, sources, folder.resolve() / "cuda/cache")  # runs in `sources`
     compiler.cache.mkdir(parents=True, exist_ok=True)
     known = compiler.targets()
     for arch in sorted(set(archs) - known):

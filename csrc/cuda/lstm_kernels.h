@@ -1,0 +1,125 @@
+// The kernels of the LSTM that there are, and their shapes: plain C++, which the host reads, too.
+//
+// A thread holds weights in most of its 255 registers, which decides how many units a kernel takes.
+#pragma once
+
+#include <stdint.h>
+
+namespace twinfuse::cuda {
+
+enum class LstmFormat { bf16, fp16, tf32, tf32x3 };
+
+template <int a, int b>
+constexpr int kSmaller = a < b ? a : b;
+template <int a, int b>
+constexpr int kLarger = a < b ? b : a;
+
+constexpr bool is_half(LstmFormat format) {
+  return format == LstmFormat::bf16 || format == LstmFormat::fp16;
+}
+constexpr int element_size(LstmFormat format) { return is_half(format) ? 2 : 4; }
+
+// Sequences that the memory of a block has room for, where it shares them with other blocks.
+constexpr int kMostShared = 128;
+
+// Exchanges through memory: steps whose results are kept at a time. Bytes are all set before.
+constexpr int kExchangeSlots = 4;
+
+// Exchanges within a block: rows begin in different banks.
+constexpr int alone_pitch(int width, int size) { return width + 64 / size; }
+
+// `rows` groups of warps have different units, `parts` warps of each share these and have
+// different parts of the reduced dimension: `groups` times 64 bytes. `columns` times 8 sequences
+// make a chunk. `alone`: one block has all units of its sequences.
+template <LstmFormat format, int rows, int parts, int groups, int columns, bool alone>
+struct LstmShape {
+  static constexpr int kParts = parts, kGroups = groups, kColumns = columns;
+  static constexpr bool kAlone = alone;
+  static constexpr int kThreads = 32 * rows * kParts;
+  static constexpr int kDepth = kParts * kGroups * 64 / element_size(format);
+  static constexpr int kChunk = 8 * kColumns;
+  static constexpr int kExchange =
+      kAlone ? 2 * kChunk * alone_pitch(kDepth, element_size(format)) * element_size(format) : 16;
+
+  // Sequences of a slice: alone, a thread has one cell.
+  template <int kUnits>
+  static constexpr int most_slice() {
+    return kAlone ? kSmaller<kChunk, kThreads / kUnits> : kMostShared;
+  }
+  // While weights are loaded, each warp has a kilobyte for each of its tiles.
+  template <class Memory, int kTiles>
+  static constexpr int shared_bytes() {
+    return kLarger<sizeof(Memory), kThreads / 32 * kTiles * 1024>;
+  }
+};
+
+// Forward, a warp has `octets` times 8 units.
+template <LstmFormat format, int rows, int parts, int octets, int groups, int columns, bool alone>
+struct LstmForwardShape : LstmShape<format, rows, parts, groups, columns, alone> {
+  using Base = LstmShape<format, rows, parts, groups, columns, alone>;
+  static constexpr int kOctets = octets, kTiles = 2 * octets;
+  static constexpr int kUnits = 8 * octets * rows;  // of a block
+  static constexpr int kWidth = Base::kDepth;       // units that a sequence may have
+  static constexpr int kPitch = 4 * kUnits + 4;     // of sums: neighbours in different banks
+  static constexpr int kMostSlice = Base::template most_slice<kUnits>();
+
+  struct Memory {
+    alignas(16) unsigned char exchange[Base::kExchange];
+    alignas(16) float sums[parts][Base::kChunk][kPitch];
+    float bias[kUnits][4];
+    float h[kMostSlice][kUnits], c[kMostSlice][kUnits], last[kMostSlice][kUnits];
+  };
+  static constexpr int kSharedBytes = Base::template shared_bytes<Memory, kTiles>();
+};
+
+// Backward, a warp has 16 units.
+template <LstmFormat format, int rows, int parts, int groups, int columns, bool alone>
+struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, alone> {
+  using Base = LstmShape<format, rows, parts, groups, columns, alone>;
+  static constexpr int kTiles = 1;
+  static constexpr int kUnits = 16 * rows;
+  static constexpr int kWidth = Base::kDepth / 4;
+  static constexpr int kPitch = kUnits + 4;
+  static constexpr int kMostSlice = Base::template most_slice<kUnits>();
+
+  // Gradients of the state, and what skipped steps add to the output of the last one that was not.
+  struct Memory {
+    alignas(16) unsigned char exchange[Base::kExchange];
+    float sums[parts][Base::kChunk][kPitch];
+    float h[kMostSlice][kUnits], c[kMostSlice][kUnits], last[kMostSlice][kUnits];
+  };
+  static constexpr int kSharedBytes = Base::template shared_bytes<Memory, kTiles>();
+};
+
+// F(name, Forward or Backward, format, the shape's numbers), by the units that a kernel takes.
+#define TWINFUSE_LSTM_16(F, format)                                      \
+  F(lstm_forward_##format##_64, Forward, format, 8, 2, 1, 1, 1, true)    \
+  F(lstm_forward_##format##_128, Forward, format, 16, 1, 1, 4, 1, true)  \
+  F(lstm_forward_##format##_256, Forward, format, 1, 8, 2, 1, 4, false)  \
+  F(lstm_forward_##format##_512, Forward, format, 1, 8, 2, 2, 4, false)  \
+  F(lstm_forward_##format##_768, Forward, format, 1, 8, 2, 3, 2, false)  \
+  F(lstm_forward_##format##_1024, Forward, format, 1, 8, 2, 4, 2, false) \
+  F(lstm_forward_##format##_1280, Forward, format, 1, 8, 2, 5, 1, false) \
+  F(lstm_backward_##format##_64, Backward, format, 4, 4, 2, 1, true)     \
+  F(lstm_backward_##format##_128, Backward, format, 8, 2, 8, 1, true)    \
+  F(lstm_backward_##format##_256, Backward, format, 1, 8, 4, 4, false)   \
+  F(lstm_backward_##format##_512, Backward, format, 1, 8, 8, 2, false)   \
+  F(lstm_backward_##format##_768, Backward, format, 1, 8, 12, 1, false)  \
+  F(lstm_backward_##format##_1024, Backward, format, 1, 8, 16, 1, false)
+
+#define TWINFUSE_LSTM_32(F, format)                                      \
+  F(lstm_forward_##format##_64, Forward, format, 4, 2, 2, 2, 1, true)    \
+  F(lstm_forward_##format##_256, Forward, format, 1, 8, 1, 2, 4, false)  \
+  F(lstm_forward_##format##_512, Forward, format, 1, 8, 1, 4, 4, false)  \
+  F(lstm_forward_##format##_768, Forward, format, 1, 8, 1, 6, 2, false)  \
+  F(lstm_forward_##format##_1024, Forward, format, 1, 8, 1, 8, 2, false) \
+  F(lstm_backward_##format##_64, Backward, format, 4, 4, 4, 1, true)     \
+  F(lstm_backward_##format##_256, Backward, format, 1, 8, 8, 2, false)   \
+  F(lstm_backward_##format##_512, Backward, format, 1, 8, 16, 1, false)
+
+#define TWINFUSE_LSTM_BF16(F) TWINFUSE_LSTM_16(F, bf16)
+#define TWINFUSE_LSTM_FP16(F) TWINFUSE_LSTM_16(F, fp16)
+#define TWINFUSE_LSTM_TF32(F) TWINFUSE_LSTM_32(F, tf32)
+#define TWINFUSE_LSTM_TF32X3(F) TWINFUSE_LSTM_32(F, tf32x3)
+
+}  // namespace twinfuse::cuda
