@@ -283,3 +283,15 @@ def test_saved_model(name: str, tmp_path: Path, launched: Launched) -> None:
         got = loaded(o["x"])
     for a, b in zip(got, module(o["x"]), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_options_without_a_gpu_kernel_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a graph is traced, which could not fall back when it runs."""
+    o = operands()
+    call = (o["x"], o["kernel"], o["recurrent_kernel"], o["bias"])
+    norm = tf.ones((2, o["kernel"].shape[1]), tf.float64)
+    monkeypatch.setattr(_binding, "device_type", lambda tensor=None: "cuda")
+    (row,) = twinfuse.explain(tftf.lstm, *call, norm=norm)
+    assert (row.backend, row.reason) == ("reference", "norm: no GPU kernel takes it")
+    with twinfuse.strict(), pytest.raises(twinfuse.FallbackError, match="norm: no GPU kernel"):
+        tf.function(tftf.lstm)(*call, norm=norm)

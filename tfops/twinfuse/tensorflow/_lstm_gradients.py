@@ -84,6 +84,18 @@ CELL = Kind(
 )
 
 
+_NOT_ON_GPUS = ("projection", "peephole", "norm", "dropout_input", "dropout_hidden")
+
+
+def find_kernel(kind: Kind, role: str, operands: Operands) -> tuple[str, str]:
+    """`(kernel name, "")`, or `("", why the reference path serves these operands)`."""
+    device = _binding.device_type(operands.x)
+    for name in _NOT_ON_GPUS if device == "cuda" else ():
+        if getattr(operands, name) is not None:
+            return "", f"{name}: no GPU kernel takes it"
+    return _binding.find_kernel(f"{kind.name}_{role}", operands.x.dtype, device)
+
+
 def forward(
     kind: Kind, operands: Operands, settings: Settings, sequence: bool = True
 ) -> list[tf.Tensor | None]:
@@ -128,8 +140,7 @@ def backward(
     """Gradients of the operands that are wanted, for those of the outputs."""
     if not wanted or all(grad is None for grad in grads):
         return {}
-    device = _binding.device_type(operands.x)
-    name, reason = _binding.find_kernel(f"{kind.name}_backward", operands.x.dtype, device)
+    name, reason = find_kernel(kind, "backward", operands)
     if not name:
         _backend.fall_back(f"the gradient of {kind.name}", reason)
         return _composed(kind, operands, settings, grads, wanted)

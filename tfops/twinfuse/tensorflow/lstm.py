@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from twinfuse import _backend, _core
 from twinfuse.tensorflow import _binding, _calls, _lstm_vectorize  # noqa: F401
-from twinfuse.tensorflow._lstm_gradients import CELL, LAYER, Kind, forward
+from twinfuse.tensorflow._lstm_gradients import CELL, LAYER, Kind, find_kernel, forward
 from twinfuse.tensorflow._lstm_reference import NUMBERS, Operands, Settings
 
 # What TensorFlow's functions of these names compute has the same name here.
@@ -208,8 +208,7 @@ def _choose(kind: Kind, operands: Operands, settings: Settings) -> tuple[str, st
             name = "linear" if function is tf.identity else None
             name = name or getattr(function, "__name__", type(function).__name__)
             return "", f"no kernel computes the activation {name}"
-    x = operands.x
-    return _binding.find_kernel(f"{kind.name}_forward", x.dtype, _binding.device_type(x))
+    return find_kernel(kind, "forward", operands)
 
 
 def _check(kind: Kind, o: Operands, settings: Settings) -> None:
