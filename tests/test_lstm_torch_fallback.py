@@ -16,6 +16,7 @@ torch = require("torch")
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
 from tests.torch_lstm_arguments import cell, layer  # noqa: E402
+from twinfuse.torch import _binding  # noqa: E402
 
 r = torch.randn
 
@@ -135,6 +136,20 @@ def test_binding_has_its_own_reference(name: str) -> None:
     assert [each is None for each in got] == [False] * 6 + [True] * (len(got) - 7) + [False]
     with twinfuse.strict(), pytest.raises(RuntimeError, match="runs on the framework's own layers"):
         backward(needs, *wide(call), **wider)
+
+
+@pytest.mark.parametrize("name", ["lstm_cell", "lstm"])
+def test_binding_may_leave_it_to_native_layers(name: str) -> None:
+    """As calls from Python ask of it for tensors on a GPU: native has kernels there."""
+    x, (h, c), *weights = (
+        tuple(t + 0j for t in a) if isinstance(a, tuple) else a + 0j for a in cell()
+    )
+    op = getattr(torch.ops.twinfuse, f"_{name}")
+    x = x if name == "lstm_cell" else x.unsqueeze(0)
+    with _binding.raising, pytest.raises(RuntimeError, match=f"^{name}: no kernel takes this"):
+        op(False, x, h, c, *weights)
+    with twinfuse.strict(False), pytest.warns(twinfuse.FallbackWarning):
+        op(False, x, h, c, *weights)
 
 
 WITHOUT_BINDING = """
