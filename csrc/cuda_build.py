@@ -33,7 +33,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
-UNITS = ("bf16", "fp16", "tf32", "tf32x3")  # as lstm_kernels.h lists them
+UNITS = ("bf16", "fp16", "tf32", "tf32x3", "offsets")
 OPTIONS = ["-std=c++17", "-O3", "-cubin", "-Xptxas=-v,-warn-spills,-warn-lmem-usage"]
 REGISTERS = 65536  # of a multiprocessor
 # What the compiled code says of itself: attributes of an entry whose value follows.

@@ -174,7 +174,8 @@ def test_masks_and_zoneouts(zero: bool, reverse: bool, units: int, precision: st
     assert_operator(tensors, tolerance, **options)
 
 
-@every_precision
+# In halves, results of gates without an upper bound say little; the case table has them.
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
 @pytest.mark.parametrize("activation", range(4))
 def test_activations(activation: int, precision: str) -> None:
     tensors, tolerance = layer(precision, 5, 9, 24, 72), TOLERANCE[precision]

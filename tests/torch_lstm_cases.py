@@ -56,13 +56,13 @@ def fused(problem: LstmProblem, leaves: dict[str, Any]) -> dict[str, Any]:
 def native(problem: LstmProblem, leaves: dict[str, Any]) -> dict[str, Any]:
     case = problem.case
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-    weights = [leaves[name] for name in names if name in leaves]
+    weights = [leaves[name].contiguous() for name in names if name in leaves]  # as cuDNN wants them
     x, state = leaves["input"], (leaves.get("h0"), leaves.get("c0"))
     if case.cell:
         return dict(zip(("h_n", "c_n"), torch.lstm_cell(x, state, *weights)))
     if state[0] is None:
         state = tuple(x.new_zeros(case.batch, n) for n in (case.outputs, case.units))
-    state = tuple(each.unsqueeze(0) for each in state)
+    state = tuple(each.unsqueeze(0).contiguous() for each in state)
     # cuDNN computes gradients in training alone, which without a dropout changes nothing.
     options = (state, weights, "bias_ih" in leaves, 1, 0.0, True, False)
     if case.lengths:

@@ -16,9 +16,9 @@ constexpr const char* kRoles[] = {
     "lstm_forward",        "lstm_backward",        "lstm_cell_forward", "lstm_cell_backward"};
 constexpr int kRoleCount = sizeof(kRoles) / sizeof(kRoles[0]);
 constexpr const char* kDtypes[TWINFUSE_DTYPE_COUNT] = {"f32", "f64", "bf16", "f16"};
-constexpr int kGpuRoleCount = static_cast<int>(Role::kLstmForward);  // those before it
+constexpr int kFirstLstm = static_cast<int>(Role::kLstmForward);  // and all behind it
 constexpr int kCpuEntries = kRoleCount * TWINFUSE_DTYPE_COUNT;
-constexpr int kKernelCount = kCpuEntries + kGpuRoleCount * TWINFUSE_DTYPE_COUNT;
+constexpr int kKernelCount = 2 * kCpuEntries;  // of either device
 
 std::array<std::atomic<int64_t>, kKernelCount> launches;
 
@@ -66,8 +66,9 @@ extern "C" const char* twinfuse_find_kernel(const char* role, int32_t dtype, int
          std::string(role) + ": no device has the number " + std::to_string(device));
   } else if (device != TWINFUSE_CPU && gpu::kKernelCount == 0) {
     fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": this build has no GPU kernels");
-  } else if (device != TWINFUSE_CPU && index >= kGpuRoleCount) {
-    fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": no GPU kernel computes it");
+  } else if (device != TWINFUSE_CPU && gpu::kCudaKernelCount == 0 && index >= kFirstLstm) {
+    fail(TWINFUSE_UNSUPPORTED,
+         std::string(role) + ": this build has no LSTM kernels for GPUs: making them needs nvcc");
   } else if (device != TWINFUSE_CPU && dtype == TWINFUSE_FLOAT64) {
     fail(TWINFUSE_UNSUPPORTED, std::string(role) + ": no GPU kernel takes float64");
   } else if (dtype < 0 || dtype >= TWINFUSE_DTYPE_COUNT) {

@@ -6,6 +6,7 @@
 #include "api/kernel_table.h"
 #include "api/tensor.h"
 #include "cpu/kernels.h"
+#include "gpu/ops.h"
 
 namespace twinfuse {
 namespace {
@@ -199,12 +200,6 @@ class Call {
   int64_t batch() const { return call_.batch; }
   bool batch_major() const { return options_.batch_major && !options_.batch_sizes; }
 
-  // No GPU has a kernel yet.
-  TwinfuseStatus unsupported(const TwinfuseContext& context) const {
-    if (context.device == TWINFUSE_CPU) return TWINFUSE_OK;
-    return fail(TWINFUSE_UNSUPPORTED, std::string(op_) + ": no GPU kernel computes it");
-  }
-
  private:
   void activation(const char* name, int32_t number) {
     check.require(number >= 0 && number < TWINFUSE_ACTIVATION_COUNT, name, "0 to 3", number);
@@ -272,8 +267,6 @@ TwinfuseStatus forward(const char* op_name, bool is_cell, const TwinfuseTensor* 
   call.noise(*noise);
   is_cell ? call.dense("gates", gates, call.saved_gates()) : call.saved(*saved, false);
   if (!call.check.ok()) return call.check.status();
-  const TwinfuseStatus supported = call.unsupported(*context);
-  if (supported != TWINFUSE_OK) return supported;
 
   LstmForward op{};
   call.fill(&op, *weights, *noise);
@@ -282,7 +275,12 @@ TwinfuseStatus forward(const char* op_name, bool is_cell, const TwinfuseTensor* 
   op.saved = Call::view(*saved);
   if (is_cell) op.saved.gates = Call::view(gates);
   op.input = call.view_sequence(input);
-  if (cpu::active_kernels().lstm_forward[input->dtype](op, *context)) return out_of_memory(op_name);
+  if (context->device == TWINFUSE_CUDA) {
+    const TwinfuseStatus status = gpu::lstm_forward(op, op_name, input->dtype, *context);
+    if (status != TWINFUSE_OK) return status;
+  } else if (cpu::active_kernels().lstm_forward[input->dtype](op, *context)) {
+    return out_of_memory(op_name);
+  }
   count_launch(is_cell ? Role::kLstmCellForward : Role::kLstmForward, input->dtype,
                context->device);
   return TWINFUSE_OK;
@@ -325,8 +323,6 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   call.saved(*saved, true);
   call.gradients(g, *weights, input);
   if (!call.check.ok()) return call.check.status();
-  const TwinfuseStatus supported = call.unsupported(*context);
-  if (supported != TWINFUSE_OK) return supported;
 
   LstmBackward op{};
   call.fill(&op, *weights, *noise);
@@ -342,7 +338,12 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   op.grad_weights.hh = matrices.output(g.hh, true);
   op.grad_weights.hr = matrices.output(g.hr, true);
   if (matrices.failure(op_name) != TWINFUSE_OK) return matrices.failure(op_name);
-  if (cpu::active_kernels().lstm_backward[dtype](op, *context)) return out_of_memory(op_name);
+  if (context->device == TWINFUSE_CUDA) {
+    const TwinfuseStatus status = gpu::lstm_backward(op, op_name, dtype, *context);
+    if (status != TWINFUSE_OK) return status;
+  } else if (cpu::active_kernels().lstm_backward[dtype](op, *context)) {
+    return out_of_memory(op_name);
+  }
   matrices.commit();
   count_launch(is_cell ? Role::kLstmCellBackward : Role::kLstmBackward, dtype, context->device);
   return TWINFUSE_OK;

@@ -34,13 +34,14 @@ struct LstmShared {
 struct LstmForwardArguments {
   LstmShared shared;
   const void* inputs;  // [rows, 4H]: the products of inputs; may be `gates`
+  int64_t inputs_row;
   const void* bias_ih;
   const void* bias_hh;
   int64_t bias_ih_stride, bias_hh_stride;
   LstmSequence output;
   LstmState initial_h, initial_c, final_h, final_c;
-  void* gates;  // [rows, 4H]
-  void* cells;  // [rows, H]
+  void* gates;  // [rows, 4H], saved
+  void* cells;  // [rows, H], of a layer; those of a cell are its initial state
   void* hidden;
   int64_t gates_row, cells_row, hidden_row;
 };
@@ -49,10 +50,19 @@ struct LstmBackwardArguments {
   LstmShared shared;
   const void* gates;
   const void* cells;
-  int64_t gates_row, cells_row;
+  int64_t gates_row, cells_row, cells_unit;
   LstmSequence grad_output;
   LstmState grad_final_h, grad_final_c, grad_initial_h, grad_initial_c;
   void* grad_gates;  // [rows, 4H]
+  float* grad_bias;  // [B, 4H]: sums over the steps
+};
+
+// Numbers from the host into memory, by a launch that may be captured.
+struct LstmOffsetsArguments {
+  static constexpr int kMost = 512;
+  int32_t* to;
+  int32_t count;
+  int32_t numbers[kMost];
 };
 
 }  // namespace twinfuse::cuda

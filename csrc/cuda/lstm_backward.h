@@ -98,6 +98,7 @@ struct LstmBackward : Shape {
       memory_.h[at.sequence][at.place] = s_.state(p_.grad_final_h, at);
       memory_.c[at.sequence][at.place] = s_.state(p_.grad_final_c, at);
       memory_.last[at.sequence][at.place] = 0;
+      for (float& bias : memory_.bias[at.sequence][at.place]) bias = 0;
     });
     if (s_.block) return;
     for (int i = thread_index(); i < s_.rows() * 4 * kGate; i += kThreads) {
@@ -119,7 +120,8 @@ struct LstmBackward : Shape {
       const auto* gates = static_cast<const Element*>(p_.gates) + row * p_.gates_row + at.unit;
 #pragma unroll
       for (int gate = 0; gate < 4; gate++) given[i].gates[gate] = gates[int64_t{gate} * s_.p.units];
-      given[i].c = static_cast<const Element*>(p_.cells)[row * p_.cells_row + at.unit];
+      given[i].c =
+          static_cast<const Element*>(p_.cells)[row * p_.cells_row + at.unit * p_.cells_unit];
     });
   }
 
@@ -218,8 +220,10 @@ struct LstmBackward : Shape {
   }
 
   TWINFUSE_DEVICE void store(int step, const Cell& at, const Given& given,
-                             const float (&grads)[4]) const {
+                             const float (&grads)[4]) {
     if (!given.active && s_.p.offsets) return;  // a packed sequence that has ended has no row
+    auto& bias = *reinterpret_cast<float4*>(memory_.bias[at.sequence][at.place]);
+    bias = {bias.x + grads[0], bias.y + grads[1], bias.z + grads[2], bias.w + grads[3]};
     const int64_t row = s_.row(s_.time(s_.p.steps - 1 - step), at.b);
     auto* to = static_cast<Element*>(p_.grad_gates) + row * 4 * s_.p.units + at.unit;
 #pragma unroll
@@ -230,16 +234,21 @@ struct LstmBackward : Shape {
   TWINFUSE_DEVICE void finish(int row, int part) {
     for (int chunk = 0; p_.grad_initial_h.data && chunk < s_.count; chunk += kChunk) {
       exchange_.wait();
-      product(s_.p.steps - 1, chunk, row, part);
+      if (s_.p.steps) product(s_.p.steps - 1, chunk, row, part);
       block_sync();
       for_cells(chunk, [&](int, const Cell& at) {
-        convert(memory_.h[at.sequence][at.place] + sum(at), &s_.at(p_.grad_initial_h, at));
+        const float of_products = s_.p.steps ? sum(at) : 0;
+        convert(memory_.h[at.sequence][at.place] + of_products, &s_.at(p_.grad_initial_h, at));
       });
     }
-    if (p_.grad_initial_c.data)
-      s_.for_each([&](const Cell& at) {
+    s_.for_each([&](const Cell& at) {
+      if (p_.grad_initial_c.data)
         convert(memory_.c[at.sequence][at.place], &s_.at(p_.grad_initial_c, at));
-      });
+      if (!p_.grad_bias) return;
+      float* to = p_.grad_bias + int64_t{at.b} * 4 * s_.p.units + at.unit;
+      for (int gate = 0; gate < 4; gate++)
+        to[int64_t{gate} * s_.p.units] = memory_.bias[at.sequence][at.place][gate];
+    });
   }
 
   const LstmBackwardArguments& p_;

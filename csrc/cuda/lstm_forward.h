@@ -133,7 +133,7 @@ struct LstmForward : Shape {
     for_cells(chunk, [&](int i, const Cell& at) {
       given[i].active = s_.active(t, at.b);
       if (!given[i].active) return;
-      const Element* row = inputs + s_.row(t, at.b) * 4 * s_.p.units + at.unit;
+      const Element* row = inputs + s_.row(t, at.b) * p_.inputs_row + at.unit;
 #pragma unroll
       for (int gate = 0; gate < 4; gate++) given[i].x[gate] = row[int64_t{gate} * s_.p.units];
     });
@@ -229,8 +229,10 @@ struct LstmForward : Shape {
     if (p_.output.data) convert(made.output, &s_.at(p_.output, t, at));
     if (!p_.gates) return;
     const int64_t row = s_.row(t, at.b);
-    convert(made.c, static_cast<Element*>(p_.cells) + row * p_.cells_row + at.unit);
-    convert(made.h, static_cast<Element*>(p_.hidden) + row * p_.hidden_row + at.unit);
+    if (p_.cells) {
+      convert(made.c, static_cast<Element*>(p_.cells) + row * p_.cells_row + at.unit);
+      convert(made.h, static_cast<Element*>(p_.hidden) + row * p_.hidden_row + at.unit);
+    }
     if (!given.active) return;
     auto* gates = static_cast<Element*>(p_.gates) + row * p_.gates_row + at.unit;
 #pragma unroll

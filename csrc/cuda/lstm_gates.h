@@ -75,6 +75,7 @@ struct Format16 {
   using State = Words2;
   static constexpr int kGroup = 32;  // elements
   static constexpr int kTemporaries = 0;
+  static constexpr bool kApart = false;
   TWINFUSE_DEVICE static uint32_t word(uint32_t word) { return word; }
   TWINFUSE_DEVICE static Weight weight(const uint32_t (&w)[4]) {
     return {{w[0], w[1], w[2], w[3]}};
@@ -91,6 +92,7 @@ struct FormatTf32 {
   using State = Words2;
   static constexpr int kGroup = 16;
   static constexpr int kTemporaries = 0;
+  static constexpr bool kApart = false;
   TWINFUSE_DEVICE static uint32_t word(uint32_t word) { return to_tf32(float_of(word)); }
   TWINFUSE_DEVICE static Weight weight(const uint32_t (&w)[4]) {
     return {{w[0], w[1], w[2], w[3]}};
@@ -113,7 +115,9 @@ struct FormatTf32x3 {
     Words2 large, small;
   };
   static constexpr int kGroup = 16;
-  static constexpr int kTemporaries = 48;  // registers
+  static constexpr int kTemporaries = 64;  // registers
+  // Tensor cores cut sums off instead of rounding them: few are added up there.
+  static constexpr bool kApart = true;
   TWINFUSE_DEVICE static uint32_t word(uint32_t word) { return word; }
   TWINFUSE_DEVICE static Weight weight(const uint32_t (&w)[4]) {
     Weight parts;
@@ -137,7 +141,8 @@ struct FormatTf32x3 {
  private:
   TWINFUSE_DEVICE static void split(uint32_t word, uint32_t* large, uint32_t* small) {
     *large = to_tf32(float_of(word));
-    *small = to_tf32(float_of(word) - float_of(*large));
+    const float rest = float_of(word) - float_of(*large);
+    *small = to_tf32(rest == rest ? rest : 0);  // of an infinity nothing is left
   }
 };
 

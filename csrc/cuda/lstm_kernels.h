@@ -87,6 +87,7 @@ struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, alone
     alignas(16) unsigned char exchange[Base::kExchange];
     float sums[parts][Base::kChunk][kPitch];
     float h[kMostSlice][kUnits], c[kMostSlice][kUnits], last[kMostSlice][kUnits];
+    alignas(16) float bias[kMostSlice][kUnits][4];
   };
   static constexpr int kSharedBytes = Base::template shared_bytes<Memory, kTiles>();
 };
@@ -113,9 +114,16 @@ struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, alone
   F(lstm_forward_##format##_512, Forward, format, 1, 8, 1, 4, 4, false)  \
   F(lstm_forward_##format##_768, Forward, format, 1, 8, 1, 6, 2, false)  \
   F(lstm_forward_##format##_1024, Forward, format, 1, 8, 1, 8, 2, false) \
-  F(lstm_backward_##format##_64, Backward, format, 4, 4, 4, 1, true)     \
+  F(lstm_backward_##format##_64, Backward, format, 4, 2, 8, 1, true)     \
   F(lstm_backward_##format##_256, Backward, format, 1, 8, 8, 2, false)   \
   F(lstm_backward_##format##_512, Backward, format, 1, 8, 16, 1, false)
+
+// Only the threads of a block are its shape.
+template <LstmFormat, int threads>
+struct LstmOffsetsShape {
+  static constexpr int kThreads = threads;
+};
+#define TWINFUSE_LSTM_OFFSETS(F) F(lstm_offsets, Offsets, bf16, 128)
 
 #define TWINFUSE_LSTM_BF16(F) TWINFUSE_LSTM_16(F, bf16)
 #define TWINFUSE_LSTM_FP16(F) TWINFUSE_LSTM_16(F, fp16)

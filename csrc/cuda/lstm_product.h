@@ -20,6 +20,10 @@ class Product {
   static constexpr int kWidth = kDepth * kParts;
   // Registers of a thread, and reads of 16 bytes at a time for which weights leave some.
   static constexpr int kRegisters = kThreads > 256 ? 65536 / kThreads : 255;
+  // A product waits for the one before into the same sums: a warp has some of these, always as
+  // many, whose order decides about bits.
+  static constexpr int kMostChains = Format::kApart ? 1 : kGroups < 16 && kThreads <= 256 ? 4 : 2;
+  static constexpr int kChains = kTiles < kMostChains ? kMostChains / kTiles : 1;
   static constexpr int kLeft = kRegisters - kTiles * kGroups * 8 - Format::kTemporaries;
   static constexpr int kInFlight = kSmaller<12, kLeft / 22>;
 
@@ -66,9 +70,6 @@ class Product {
 #pragma unroll
     for (int column = 0; column < kColumns; column++)
       from[column] = exchange.row(step, first_row + column * 8 + lane / 4) + k;
-    // A product waits for the one before into the same sums: a warp has four of these, or two.
-    constexpr int kMostChains = kGroups < 16 ? 4 : 2;
-    constexpr int kChains = kTiles * kColumns < kMostChains ? kMostChains / (kTiles * kColumns) : 1;
     float chains[kChains][kTiles][kColumns][4] = {};
     add_from<0, Exchange>(chains, from);
 #pragma unroll
@@ -93,22 +94,29 @@ class Product {
     uint4 words[kBatch][kColumns];
     Exchange::template read<kBatch, kColumns>(words, from, kFirst * Format::kGroup, Format::kGroup);
 #pragma unroll
-    for (int i = 0; i < 2 * kBatch; i++) {
-      typename Format::State states[kColumns];
-#pragma unroll
-      for (int column = 0; column < kColumns; column++) {
-        const uint4& word = words[i / 2][column];
-        states[column] = i % 2 ? Format::state(word.z, word.w) : Format::state(word.x, word.y);
-      }
+    for (int i = 0; i < kBatch; i++)
 #pragma unroll
       for (int tile = 0; tile < kTiles; tile++) {
-        const typename Format::Weight weight =
-            Format::weight(weights_[tile][kFirst + i / 2][i % 2]);
+        const auto& weights = weights_[tile][kFirst + i];
+        const typename Format::Weight first = Format::weight(weights[0]);
+        const typename Format::Weight second = Format::weight(weights[1]);
 #pragma unroll
-        for (int column = 0; column < kColumns; column++)
-          Format::product(chains[i % kChains][tile][column], weight, states[column]);
+        for (int column = 0; column < kColumns; column++) {
+          const uint4& word = words[i][column];
+          const typename Format::State low = Format::state(word.x, word.y);
+          const typename Format::State high = Format::state(word.z, word.w);
+          if constexpr (Format::kApart) {
+            float sums[4] = {};
+            Format::product(sums, first, low);
+            Format::product(sums, second, high);
+#pragma unroll
+            for (int k = 0; k < 4; k++) chains[0][tile][column][k] += sums[k];
+          } else {
+            Format::product(chains[2 * i % kChains][tile][column], first, low);
+            Format::product(chains[(2 * i + 1) % kChains][tile][column], second, high);
+          }
+        }
       }
-    }
     if constexpr (kFirst + kBatch < kGroups) add_from<kFirst + kBatch, Exchange>(chains, from);
   }
 

@@ -120,12 +120,12 @@ void launch_cooperative(Device& device, const Device::CudaLoaded& loaded, const 
         driver.cuLaunchKernelEx(&config, loaded.function, list, nullptr));
 }
 
-void clear(Device& device, void* words, int64_t count, void* stream) {
+void set_bits(Device& device, void* words, int64_t count, void* stream) {
   if (!count) return;
   const Driver& driver = device.driver();
   check(driver, "cuMemsetD32Async",
-        driver.cuMemsetD32Async(reinterpret_cast<uintptr_t>(words), 0, static_cast<size_t>(count),
-                                static_cast<CUstream>(stream)));
+        driver.cuMemsetD32Async(reinterpret_cast<uintptr_t>(words), 0xffffffff,
+                                static_cast<size_t>(count), static_cast<CUstream>(stream)));
 }
 
 }  // namespace twinfuse::gpu

@@ -51,14 +51,14 @@ class Launch {
   void* arguments_[kMostArguments];
 };
 
-// A kernel of csrc/cuda whose blocks wait for each other. `name` is for texts, `arguments` points
-// to the struct that the kernel takes. Throws Unsupported where the device has no room for all
+// A kernel of csrc/cuda, whose blocks may wait for each other. `name` is for texts, `arguments`
+// points to the struct that the kernel takes. Throws Unsupported where the device has no room for all
 // blocks at once, or DriverError.
 void launch_cooperative(Device& device, const Device::CudaLoaded& loaded, const char* name,
                         int64_t blocks, int threads, uint32_t shared, const void* arguments,
                         void* stream);
 
-// Sets so many words of 32 bits to 0. Throws DriverError.
-void clear(Device& device, void* words, int64_t count, void* stream);
+// Sets all bits of so many words of 32 bits. Throws DriverError.
+void set_bits(Device& device, void* words, int64_t count, void* stream);
 
 }  // namespace twinfuse::gpu

@@ -14,4 +14,9 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const char* name, in
 TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const char* name, int32_t dtype,
                                   const TwinfuseContext& context);
 
+TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dtype,
+                            const TwinfuseContext& context);
+TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t dtype,
+                             const TwinfuseContext& context);
+
 }  // namespace twinfuse::gpu

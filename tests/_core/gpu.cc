@@ -39,10 +39,10 @@ void launch(int index, uintptr_t stream, const char* entry, int threads, uint32_
                      shared, arguments.data(), context.stream);
 }
 
-void clear_words(int index, uintptr_t stream, uintptr_t words, int64_t count) {
+void set_bits_of(int index, uintptr_t stream, uintptr_t words, int64_t count) {
   const TwinfuseContext context = context_of(index, stream);
   const Current current(context);
-  clear(current.device(), reinterpret_cast<void*>(words), count, context.stream);
+  set_bits(current.device(), reinterpret_cast<void*>(words), count, context.stream);
 }
 
 // On a device that need not have kernels of any other kind.
@@ -59,6 +59,6 @@ void define_gpu(py::module_& m) {
   m.def("cuda_kernels", &kernels);
   m.def("cuda_resident", &resident);
   m.def("cuda_launch", &launch);
-  m.def("cuda_clear", &clear_words);
+  m.def("cuda_set_bits", &set_bits_of);
   m.def("cuda_find", &find);
 }

@@ -143,7 +143,7 @@ def test_every_call_of_a_first_use_may_fail(driver: Driver, entry: str) -> None:
             driver.fail_call(index)
             try:
                 native.cuda_launch(PLAIN, stream, entry, THREADS, SHARED, 3, bytes(4096))
-                native.cuda_clear(PLAIN, stream, 64, 5)
+                native.cuda_set_bits(PLAIN, stream, 64, 5)
             except RuntimeError as error:
                 text = f"{driver.failed.removesuffix('_v2')} {FAILED}"
                 assert str(error) == text
@@ -167,17 +167,17 @@ def test_every_call_of_a_first_use_may_fail(driver: Driver, entry: str) -> None:
 
 def test_a_capture_takes_all_of_it(driver: Driver, entry: str) -> None:
     with driver.stream() as stream, driver.capture(stream):
-        native.cuda_clear(PLAIN, stream, 64, 5)
+        native.cuda_set_bits(PLAIN, stream, 64, 5)
         native.cuda_launch(PLAIN, stream, entry, THREADS, SHARED, 3, bytes(4096))
         (launch,) = driver.launches()
         assert launch.captured
 
 
-def test_words_are_cleared(driver: Driver, entry: str) -> None:
+def test_bits_of_words_are_set(driver: Driver, entry: str) -> None:
     words = (ctypes.c_uint32 * 9)()
     at = ctypes.addressof(words)
     with driver.stream() as stream:
-        native.cuda_clear(PLAIN, stream, at, 0)
+        native.cuda_set_bits(PLAIN, stream, at, 0)
         assert "cuMemsetD32Async" not in driver.calls
-        native.cuda_clear(PLAIN, stream, at, 9)
-        assert driver.memsets == [fake_driver.Memset(at, 9, 0, stream, 0)]
+        native.cuda_set_bits(PLAIN, stream, at, 9)
+        assert driver.memsets == [fake_driver.Memset(at, 9, 0, stream, 0xFFFFFFFF)]

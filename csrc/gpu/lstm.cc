@@ -1,0 +1,282 @@
+// LSTM on a GPU: the products of all inputs at once, then a kernel of csrc/cuda for all steps; and
+// backward that kernel first, then products of all gradients at once.
+#include <algorithm>
+
+#include "cuda/lstm_arguments.h"
+#include "cuda/lstm_kernels.h"
+#include "gpu/ops.h"
+#include "gpu/serve.h"
+
+namespace twinfuse::gpu {
+namespace {
+
+using cuda::LstmFormat;
+
+enum class Pass { Forward, Backward };
+
+// What launches need to know of a kernel's shape.
+struct LstmKernel {
+  const char* name;
+  Pass pass;
+  LstmFormat format;
+  int threads, units, width, depth, chunk, most_slice;
+  bool alone;
+  uint32_t shared;
+};
+
+template <class Shape>
+constexpr LstmKernel describe(const char* name, Pass pass, LstmFormat format) {
+  return {name,
+          pass,
+          format,
+          Shape::kThreads,
+          Shape::kUnits,
+          Shape::kWidth,
+          Shape::kDepth,
+          Shape::kChunk,
+          Shape::kMostSlice,
+          Shape::kAlone,
+          Shape::kSharedBytes};
+}
+
+#define TWINFUSE_DESCRIBE(name, pass, format, ...)                                      \
+  describe<cuda::Lstm##pass##Shape<LstmFormat::format, __VA_ARGS__>>(#name, Pass::pass, \
+                                                                     LstmFormat::format),
+// Of a pass and a format in ascending width.
+constexpr LstmKernel kLstmKernels[] = {
+    TWINFUSE_LSTM_BF16(TWINFUSE_DESCRIBE) TWINFUSE_LSTM_FP16(TWINFUSE_DESCRIBE)
+        TWINFUSE_LSTM_TF32(TWINFUSE_DESCRIBE) TWINFUSE_LSTM_TF32X3(TWINFUSE_DESCRIBE)};
+#undef TWINFUSE_DESCRIBE
+
+LstmFormat format_of(const Call& call) {
+  if (call.type == Type::bf16) return LstmFormat::bf16;
+  if (call.type == Type::fp16) return LstmFormat::fp16;
+  return call.precision == Precision::tf32 ? LstmFormat::tf32 : LstmFormat::tf32x3;
+}
+
+// A kernel, and how its blocks share the sequences.
+struct Plan {
+  const LstmKernel* kernel = nullptr;
+  const Device::CudaLoaded* loaded = nullptr;
+  int64_t blocks = 0;  // of a slice
+  int64_t slice = 0;   // sequences
+  int64_t slices = 0;  // of a launch
+};
+
+// The narrowest kernel that can hold the weights. Where blocks have all units of their sequences,
+// wider ones take more sequences at a time.
+Plan plan(const Call& call, Pass pass, int64_t units, int64_t batch) {
+  const LstmFormat format = format_of(call);
+  Plan best;
+  int64_t widest = 0;
+  std::string refused;
+  for (const LstmKernel& kernel : kLstmKernels) {
+    if (kernel.pass != pass || kernel.format != format) continue;
+    widest = std::max<int64_t>(widest, kernel.width);
+    if (kernel.width < units) continue;
+    Plan made{&kernel, nullptr, divide(units, kernel.units)};
+    made.loaded = &call.device.cuda_kernel(kernel.name, kernel.threads, kernel.shared);
+    if (made.blocks > made.loaded->resident) {
+      refused = std::to_string(units) + " units need " + std::to_string(made.blocks) +
+                " blocks at once, the device has room for " + std::to_string(made.loaded->resident);
+      continue;
+    }
+    // The tensor cores take eight sequences at a time; alone, more blocks have less to do.
+    const int64_t least = kernel.alone ? 1 : 8;
+    const int64_t most = made.loaded->resident / made.blocks;
+    made.slices = std::clamp<int64_t>(divide(batch, least), 1, most);
+    made.slice = divide(divide(batch, made.slices), least) * least;
+    made.slice = std::clamp<int64_t>(made.slice, 1, kernel.most_slice);
+    made.slices = std::clamp<int64_t>(divide(batch, made.slice), 1, made.slices);
+    best = made;
+    if (made.slice * made.slices >= batch) break;
+  }
+  if (best.kernel) return best;
+  if (!refused.empty()) throw Unsupported(refused);
+  throw Unsupported("no GPU kernel takes " + std::to_string(units) + " units" +
+                    (pass == Pass::Backward ? " backward" : "") + " in this precision, " +
+                    std::to_string(widest) + " at most");
+}
+
+template <class T>
+void refuse_if(const T& tensor, const char* text) {
+  if (tensor.data) throw Unsupported(std::string("no GPU kernel computes ") + text);
+}
+
+// What the kernels do not do.
+void require_served(const LstmCall& op) {
+  refuse_if(op.weights.hr, "a projection");
+  refuse_if(op.weights.peephole, "peepholes");
+  refuse_if(op.weights.norm, "normalised gates");
+  refuse_if(op.dropout_input, "dropped inputs");
+  refuse_if(op.dropout_hidden, "dropped states");
+  require_countable(op.rows);
+}
+
+cuda::LstmSequence sequence(const Sequence& s) { return {s.data, s.step, s.row, s.col}; }
+cuda::LstmState state(const Matrix& m) { return {m.data, m.row_stride, m.col_stride}; }
+
+int32_t narrow(int64_t number) { return static_cast<int32_t>(number); }
+
+// The numbers of packed sequences' first rows, on the device.
+const int32_t* offsets(const Call& call, const LstmCall& op) {
+  const int64_t* sizes = op.options.batch_sizes;
+  if (!sizes) return nullptr;
+  constexpr int kMost = cuda::LstmOffsetsArguments::kMost;
+  using Shape = cuda::LstmOffsetsShape<LstmFormat::bf16, 128>;
+  auto* const all = static_cast<int32_t*>(call.allocate((op.steps + 1) * 4));
+  const auto& loaded = call.device.cuda_kernel("lstm_offsets", Shape::kThreads, 0);
+  cuda::LstmOffsetsArguments arguments{};
+  int64_t row = 0;
+  for (int64_t t = 0; t <= op.steps; t++) {
+    if (arguments.count == 0) arguments.to = all + t;
+    arguments.numbers[arguments.count++] = narrow(row);
+    if (t < op.steps) row += sizes[t];
+    if (arguments.count < kMost && t < op.steps) continue;
+    launch_cooperative(call.device, loaded, "lstm_offsets", 1, Shape::kThreads, 0, &arguments,
+                       call.context.stream);
+    arguments.count = 0;
+  }
+  return all;
+}
+
+cuda::LstmShared shared(const Call& call, const LstmCall& op) {
+  cuda::LstmShared to{};
+  to.steps = narrow(op.steps), to.batch = narrow(op.batch), to.units = narrow(op.units);
+  to.cell_activation = op.options.cell_activation;
+  to.gate_activation = op.options.gate_activation;
+  to.reverse = op.options.reverse;
+  to.batch_major = op.options.batch_major;
+  to.zero_masked_output = op.options.zero_masked_output;
+  to.offsets = offsets(call, op);
+  to.mask = op.options.mask;
+  to.mask_step = op.options.mask_stride[0], to.mask_batch = op.options.mask_stride[1];
+  to.hh = op.weights.hh.data;
+  to.hh_row = op.weights.hh.row_stride, to.hh_col = op.weights.hh.col_stride;
+  to.zoneout_hidden = sequence(op.zoneout_hidden);
+  to.zoneout_cell = sequence(op.zoneout_cell);
+  return to;
+}
+
+// All sequences, in as many launches as it takes.
+template <class Arguments>
+void run(const Call& call, const Plan& plan, Arguments* arguments, int64_t batch) {
+  const LstmKernel& kernel = *plan.kernel;
+  cuda::LstmShared& to = arguments->shared;
+  const int64_t rows = divide(plan.slice, kernel.chunk) * kernel.chunk;
+  const int64_t bytes =
+      plan.slices * cuda::kExchangeSlots * rows * kernel.depth * cuda::element_size(kernel.format);
+  if (!kernel.alone) to.exchange = call.allocate(bytes);
+  to.slice = narrow(plan.slice), to.blocks = narrow(plan.blocks);
+  for (int64_t first = 0; first < batch; first += plan.slice * plan.slices) {
+    to.first = narrow(first);
+    to.count = narrow(std::min(plan.slice * plan.slices, batch - first));
+    const int64_t slices = divide(to.count, plan.slice);
+    if (!kernel.alone) set_bits(call.device, to.exchange, bytes / 4, call.context.stream);
+    launch_cooperative(call.device, *plan.loaded, kernel.name, slices * plan.blocks, kernel.threads,
+                       kernel.shared, arguments, call.context.stream);
+  }
+}
+
+Operand operand(const Matrix& m) { return {m.data, m.rows, m.cols, m.row_stride, m.col_stride}; }
+
+Operand transposed(const Operand& m) { return {m.data, m.depth, m.lines, m.step, m.line}; }
+
+Result result(const Matrix& m) { return {m.data, m.row_stride, m.col_stride}; }
+
+void multiply(const Call& call, const Product& product) { run(call, product, plan(call, product)); }
+
+// The input as a matrix whose rows are in the order of what is saved.
+Matrix rows_of(const LstmForward& op) {
+  const Sequence& in = op.input;
+  const bool packed = op.options.batch_sizes, major = op.options.batch_major;
+  int64_t stride = in.row;
+  bool uniform = packed || op.steps == 1 || !op.rows;
+  if (!uniform && op.batch == 1) {
+    stride = in.step, uniform = true;
+  } else if (!uniform) {
+    stride = major ? in.step : in.row;
+    uniform = major ? in.row == op.steps * in.step : in.step == op.batch * in.row;
+  }
+  if (!uniform)
+    throw Unsupported("rows of the input lie at uneven distances, which no GPU kernel takes");
+  return {in.data, op.rows, op.inputs, stride, in.col};
+}
+
+}  // namespace
+
+TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dtype,
+                            const TwinfuseContext& context) {
+  return serve(name, dtype, context, [&](const Call& call) {
+    require_served(op);
+    if (!op.units) return;
+    const Plan chosen = plan(call, Pass::Forward, op.units, op.batch);
+    const Matrix input = rows_of(op), &saved = op.saved.gates;
+    // A call that no kernel could differentiate is the caller's from the start.
+    if (saved.data) plan(call, Pass::Backward, op.units, op.batch);
+    const int64_t gates = 4 * op.units;
+    Matrix products{saved.data, op.rows, gates, saved.row_stride, 1};
+    if (!saved.data) {
+      products.row_stride = divide(gates, kVector) * kVector;
+      products.data = call.allocate(op.rows * products.row_stride * element_size(call.type));
+    }
+    multiply(call, {operand(input), operand(op.weights.ih), result(products)});
+
+    cuda::LstmForwardArguments arguments{};
+    arguments.shared = shared(call, op);
+    arguments.inputs = products.data, arguments.inputs_row = products.row_stride;
+    arguments.bias_ih = op.weights.bias_ih.data;
+    arguments.bias_hh = op.weights.bias_hh.data;
+    arguments.bias_ih_stride = op.weights.bias_ih.stride;
+    arguments.bias_hh_stride = op.weights.bias_hh.stride;
+    arguments.output = sequence(op.output);
+    arguments.initial_h = state(op.initial.h), arguments.initial_c = state(op.initial.c);
+    arguments.final_h = state(op.final.h), arguments.final_c = state(op.final.c);
+    arguments.gates = saved.data, arguments.gates_row = saved.row_stride;
+    arguments.cells = op.saved.cells.data, arguments.cells_row = op.saved.cells.row_stride;
+    arguments.hidden = op.saved.hidden.data, arguments.hidden_row = op.saved.hidden.row_stride;
+    run(call, chosen, &arguments, op.batch);
+  });
+}
+
+TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t dtype,
+                             const TwinfuseContext& context) {
+  return serve(name, dtype, context, [&](const Call& call) {
+    require_served(op);
+    if (!op.units) return;
+    const Plan chosen = plan(call, Pass::Backward, op.units, op.batch);
+    const int64_t gates = 4 * op.units;
+    const LstmWeights& grads = op.grad_weights;
+    const bool sums = grads.bias_ih.data || grads.bias_hh.data;
+
+    cuda::LstmBackwardArguments arguments{};
+    arguments.shared = shared(call, op);
+    arguments.gates = op.saved.gates.data, arguments.gates_row = op.saved.gates.row_stride;
+    arguments.cells = op.saved.cells.data, arguments.cells_row = op.saved.cells.row_stride;
+    arguments.cells_unit = op.saved.cells.col_stride;
+    arguments.grad_output = sequence(op.grad_output);
+    arguments.grad_final_h = state(op.grad_final.h),
+    arguments.grad_final_c = state(op.grad_final.c);
+    arguments.grad_initial_h = state(op.grad_initial.h);
+    arguments.grad_initial_c = state(op.grad_initial.c);
+    arguments.grad_gates = call.allocate(op.rows * gates * element_size(call.type));
+    if (sums) arguments.grad_bias = static_cast<float*>(call.allocate(op.batch * gates * 4));
+    run(call, chosen, &arguments, op.batch);
+
+    const Operand grad_gates{arguments.grad_gates, op.rows, gates, gates, 1};
+    if (op.grad_input_rows.data)
+      multiply(call, {grad_gates, transposed(operand(op.weights.ih)), result(op.grad_input_rows)});
+    const auto weight = [&](const Matrix& of, const Matrix& by) {
+      if (of.data)
+        multiply(call, oriented({transposed(grad_gates), transposed(operand(by)), result(of)}));
+    };
+    weight(grads.ih, op.input_rows);
+    weight(grads.hh, op.saved.hidden);
+    for (const auto& bias : {grads.bias_ih, grads.bias_hh})
+      if (bias.data)
+        combine(call, arguments.grad_bias, narrow(op.batch), 1, gates, {bias.data, 0, bias.stride},
+                Behind::nothing, {});
+  });
+}
+
+}  // namespace twinfuse::gpu
