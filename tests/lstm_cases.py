@@ -74,6 +74,17 @@ LAYERS = (
     _case("one_sequence_of_many", 9, 1, 131, 128),
     _case("long", 2000, 2, 3, 5),
     _case("long_one_sequence_reverse", 300, 1, 1, 3, reverse=True),
+    # More rows than gradients of gates are kept for at once.
+    _case("blocks", 43, 60, 5, 9, projection=4),
+    _case("blocks_extras", 40, 29, 5, 9, peephole=True, zoneout="draws", mask="interior",
+          batch_first=True, reverse=True),
+    _case("blocks_of_one_step", 3, 700, 5, 3, initial="none", batch_first=True, bias="one"),
+    _case("blocks_norm_dropout", 12, 100, 6, 9, projection=4, norm=True, dropout="both",
+          input_layout="strided", weight_layout="transposed", peephole=True),
+    _case("blocks_packed", 60, 30, 5, 9, lengths=(60,) * 9 + (41,) * 10 + (30,) * 6 + (7,) * 5,
+          projection=4),
+    _case("blocks_packed_reverse", 14, 140, 6, 9, weight_layout="strided", reverse=True, norm=True,
+          dropout="both", lengths=(14,) * 60 + (9,) * 50 + (2,) * 30),
     # Biases, states, and what gradients come in.
     _case("one_bias", 4, 3, 5, 17, bias="one"),
     _case("no_bias", 4, 3, 5, 17, bias="none"),

@@ -97,10 +97,8 @@ struct LstmForward : LstmCall {
   LstmState initial, final;
 };
 
-// `input_rows` and `grad_input_rows` are in the order of what is saved.
 struct LstmBackward : LstmCall {
-  Matrix input_rows, grad_input_rows;
-  Sequence grad_output;
+  Sequence input, grad_input, grad_output;
   LstmState grad_initial, grad_final;
   LstmWeights grad_weights;
 };

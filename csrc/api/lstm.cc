@@ -198,7 +198,6 @@ class Call {
   int64_t inputs() const { return call_.inputs; }
   int64_t hidden() const { return call_.state; }
   int64_t batch() const { return call_.batch; }
-  bool batch_major() const { return options_.batch_major && !options_.batch_sizes; }
 
  private:
   void activation(const char* name, int32_t number) {
@@ -231,20 +230,6 @@ class Call {
   TwinfuseLstm options_{};
   LstmCall call_{};
   int64_t saved_gates_ = 0;  // in a row
-};
-
-// A sequence with its rows in the order of what is saved: [B, T, n] if that is batch-major.
-struct InSavedOrder {
-  TwinfuseTensor tensor;
-  int64_t sizes[3], strides[3];
-  const TwinfuseTensor* get(const TwinfuseTensor* t, bool batch_major) {
-    if (!t || !batch_major) return t;
-    tensor = *t;
-    const int order[] = {1, 0, 2};
-    for (int d = 0; d < 3; d++) sizes[d] = t->sizes[order[d]], strides[d] = t->strides[order[d]];
-    tensor.sizes = sizes, tensor.strides = strides;
-    return &tensor;
-  }
 };
 
 TwinfuseStatus forward(const char* op_name, bool is_cell, const TwinfuseTensor* output,
@@ -327,12 +312,11 @@ TwinfuseStatus backward(const char* op_name, bool is_cell, const TwinfuseTensor*
   LstmBackward op{};
   call.fill(&op, *weights, *noise);
   op.saved = Call::view(*saved);
+  op.input = call.view_sequence(input);
+  op.grad_input = call.view_sequence(grad_input);
   op.grad_output = call.view_sequence(grad_output);
   op.grad_initial = Call::view(*grad_initial), op.grad_final = Call::view(*grad_final);
   Matrices matrices(*context);
-  InSavedOrder in_order, out_order;
-  op.input_rows = matrices.input(g.ih ? in_order.get(input, call.batch_major()) : nullptr);
-  op.grad_input_rows = matrices.output(out_order.get(grad_input, call.batch_major()), false);
   op.grad_weights = Call::view(g);
   op.grad_weights.ih = matrices.output(g.ih, true);
   op.grad_weights.hh = matrices.output(g.hh, true);

@@ -44,7 +44,7 @@ class Chunk {
         transpose_(reinterpret_cast<Packed*>(scratch + layout.transpose)),
         partial_(reinterpret_cast<Acc*>(scratch + layout.partial)),
         writer_(g) {
-    in_.run = run_of<Arithmetic>(g.depth);
+    in_.run = run_of<Arithmetic>(max64(g.depth, g.part.depth));
   }
 
   // With `all_sums`, sums over a part of the reduced dimension go there and no further.
@@ -60,7 +60,7 @@ class Chunk {
           writer_.waiting = {partial_, Scratch<T>::partial_stride(cols_), i, j_};
         for (r_ = part.r0; r_ == part.r0 || r_ < part.r1; r_ += layout_.block) {
           depth_ = min64(part.r1 - r_, layout_.block);
-          tile_.first = r_ == part.r0;
+          tile_.first = r_ == part.r0 && g_.part.first;
           tile_.last = !all_sums && r_ + depth_ >= part.r1;
           if (slab_kind_ != InSlab::kNone && !g_.slab_reduces_taps) slab_.fill_windows(r_, depth_);
           for (block_ = 0; block_ < blocks_; block_++) {

@@ -145,7 +145,7 @@ TwinfuseStatus compute_gradients(const ConvReluBackward& op, const TwinfuseConte
     each_grad_weight<T>(op, sums, context, run);
     if (op.grad_bias && !summed) {
       Gather gather;
-      bias.run(axes.source<T>(op, &gather), context, space, sums);
+      bias.run(axes.source<T>(op, &gather), context, space, false, sums);
     }
     if (op.grad_bias) store_grad_bias<T>(sums, k, op.grad_bias, op.grad_bias_stride);
   });

@@ -37,7 +37,7 @@ struct Plan {
   }
 };
 
-// Adds up what the splits of one problem left, in their order.
+// Adds up what the splits or the parts of one problem left, in their order.
 template <class T, class Epilogue>
 void combine_splits(const Plan<T>& plan, const Gemm<T>& g, const typename Convert<T>::Acc* splits) {
   using Acc = typename Convert<T>::Acc;
@@ -68,7 +68,7 @@ void combine_splits(const Plan<T>& plan, const Gemm<T>& g, const typename Conver
     }
   }
   Acc* operand_sums = g.a_sums ? g.a_sums : g.b_sums;
-  const int64_t n = g.a_sums ? g.rows : g.b_sums ? g.cols : 0;
+  const int64_t n = g.splits == 1 ? 0 : g.a_sums ? g.rows : g.b_sums ? g.cols : 0;
   for (int64_t i = 0; i < n; i++) {
     const Acc* from = splits + g.rows * plan.split_row + i;
     SplitSum<Acc> sum;
@@ -84,8 +84,10 @@ void run(const Plan<T>& plan, const TwinfuseContext& context, char* space) {
   if (plan.g.empty()) return;
   const Grid& grid = plan.grid;
   const int64_t splits = plan.g.splits, problems = plan.g.problems();
+  Acc* const waiting = plan.g.part.waiting;
   Acc* split_space =
-      reinterpret_cast<Acc*>(space + plan.layout.total * grid.workers + plan.tap_bytes());
+      waiting ? waiting
+              : reinterpret_cast<Acc*>(space + plan.layout.total * grid.workers + plan.tap_bytes());
   int32_t* taps = nullptr;
   if (plan.g.slab_reduces_taps) {
     using E = Engine<T>;
@@ -112,7 +114,8 @@ void run(const Plan<T>& plan, const TwinfuseContext& context, char* space) {
       if (g.b_sums) g.b_sums = sums;
     }
     const Waiting<Acc> all_sums{to, plan.split_row, 0, 0};
-    Chunk<T, Epilogue>(g, plan.layout, scratch, taps).run(part, splits > 1 ? &all_sums : nullptr);
+    Chunk<T, Epilogue>(g, plan.layout, scratch, taps)
+        .run(part, splits > 1 || waiting ? &all_sums : nullptr);
   };
   const int64_t tasks = problems * splits * grid.count();
   parallel_for(context, grid.workers, [&](int64_t worker) {
@@ -120,7 +123,7 @@ void run(const Plan<T>& plan, const TwinfuseContext& context, char* space) {
     const int64_t end = tasks * (worker + 1) / grid.workers;
     for (int64_t task = tasks * worker / grid.workers; task < end; task++) run_task(task, scratch);
   });
-  if (splits == 1) return;
+  if (splits == 1 && !(waiting && plan.g.part.last)) return;
   parallel_for(context, min64(problems, grid.workers), [&](int64_t worker) {
     for (int64_t p = worker; p < problems; p += min64(problems, grid.workers))
       combine_splits<T, Epilogue>(plan, plan.g.problem(p),

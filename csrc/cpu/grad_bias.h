@@ -29,7 +29,9 @@ class GradBias {
 
   int64_t bytes() const { return workers_ * worker_bytes(); }
 
-  void run(const Source<T>& grad, const TwinfuseContext& context, char* space, Acc* sums) const {
+  // `continued`: on top of the sums that are there, which are of one split.
+  void run(const Source<T>& grad, const TwinfuseContext& context, char* space, bool continued,
+           Acc* sums) const {
     parallel_for(context, workers_, [&](int64_t worker) {
       char* packed = space + worker * worker_bytes();
       for (int64_t j = worker * at_once_; j < cols_; j += workers_ * at_once_) {
@@ -37,6 +39,7 @@ class GradBias {
         SplitSum<Acc> total[kColumns];
         for (int64_t r0 = 0; r0 == 0 || r0 < rows_; r0 += split_length_) {
           Acc split[kColumns];
+          for (int64_t i = 0; i < n; i++) split[i] = continued ? sums[j + i] : 0;
           sum_split(grad, r0, j, n, packed, split);
           for (int64_t i = 0; i < n; i++) total[i].add(split[i]);
         }
@@ -59,6 +62,7 @@ class GradBias {
     return packed_bytes() + round_up(scratch, 64);
   }
 
+  // On top of what is there.
   void sum_split(const Source<T>& grad, int64_t r0, int64_t j, int64_t n, char* space,
                  Acc* split) const {
     const int64_t end = min64(rows_, r0 + split_length_);
@@ -73,13 +77,13 @@ class GradBias {
       if (cols_outer_) {
         Packed* packed = reinterpret_cast<Packed*>(space);
         pack_rows(grad, r, depth, j, n, packed, stride());
-        add_row_sums<T>(packed, stride(), steps, n, r == r0,
+        add_row_sums<T>(packed, stride(), steps, n, false,
                         reinterpret_cast<Packed*>(space + packed_bytes()), split);
       } else {
         Unit* packed = reinterpret_cast<Unit*>(space);
         Lines<T> lines(grad, r);
         pack_steps(lines, depth, j, n, at_once_, packed, at_once_);
-        add_sums<T>(packed, at_once_, steps, n, r == r0, split);
+        add_sums<T>(packed, at_once_, steps, n, false, split);
       }
     }
   }
@@ -93,7 +97,8 @@ class GradBias {
     const int counts[] = {static_cast<int>(min64(n, kWidth)),
                           static_cast<int>(max64(0, min64(n - kWidth, kWidth)))};
     const int vectors = n > kWidth ? 2 : 1;
-    LevelSum<T> sum[] = {LevelSum<T>(S::zero()), LevelSum<T>(S::zero())};
+    LevelSum<T> sum[] = {LevelSum<T>(S::load(out, counts[0])),
+                         LevelSum<T>(S::load(out + kWidth, counts[1]))};
     while (r < end) {
       V run[] = {S::zero(), S::zero()};
       for (const int64_t run_end = min64(end, r + kSummedRun); r < run_end; r++)

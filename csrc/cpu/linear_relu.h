@@ -60,12 +60,14 @@ Gemm<T> grad_input(const LinearReluBackward& op) {
 // The reduced dimension is that of the rows. Whichever of N and K lies densely in grad_weight
 // becomes j. `bias_sums`, if given, receives grad_bias [N].
 template <class T>
-Gemm<T> grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias_sums) {
+Gemm<T> grad_weight(const LinearReluBackward& op, const PartOfSums<typename Convert<T>::Acc>& part,
+                    typename Convert<T>::Acc* bias_sums) {
   const Matrix &w = op.grad_weight, &grad = op.grad_output, &input = op.input;
   bool weight_is_nk = w.col_stride == 1;
   Gemm<T> g{};
   g.depth = grad.rows;
-  g.splits = count_splits<T>(grad.cols, grad.rows);
+  g.splits = part.depth ? 1 : count_splits<T>(grad.cols, grad.rows);
+  g.part = part;
   g.out = static_cast<T*>(w.data);
   if (weight_is_nk) {
     g.rows = w.rows, g.cols = w.cols, g.out_row = w.row_stride;
@@ -85,19 +87,24 @@ Gemm<T> grad_weight(const LinearReluBackward& op, typename Convert<T>::Acc* bias
   return g;
 }
 
-// All gradients of one call.
+// All gradients of one call. The rows may be a `part` of those that the gradients of the weight and
+// of the bias are sums over; the latter's wait in `bias_sums` [N].
 template <class T>
 class LinearBackward {
   using Acc = typename Convert<T>::Acc;
 
  public:
-  LinearBackward(const LinearReluBackward& op, const TwinfuseContext& context)
+  LinearBackward(const LinearReluBackward& op, const TwinfuseContext& context,
+                 const PartOfSums<Acc>& part = {}, Acc* bias_sums = nullptr)
       : op_(op),
+        part_(part),
+        bias_sums_(bias_sums),
         input_(op.grad_input.data ? grad_input<T>(op) : Gemm<T>{}, context),
-        weight_(has_weight() ? grad_weight<T>(op, op.grad_bias ? &planned_ : nullptr) : Gemm<T>{},
-                context),
-        bias_(op.grad_output.rows, n(), count_splits<T>(n(), op.grad_output.rows), false, context) {
-  }
+        weight_(
+            has_weight() ? grad_weight<T>(op, part, op.grad_bias ? &planned_ : nullptr) : Gemm<T>{},
+            context),
+        bias_(op.grad_output.rows, n(), part.depth ? 1 : count_splits<T>(n(), op.grad_output.rows),
+              false, context) {}
 
   // One gradient after the other is made in the same scratch.
   int64_t bytes() const {
@@ -107,26 +114,32 @@ class LinearBackward {
 
   // `space` holds bytes() and starts on a cache line.
   void run(const TwinfuseContext& context, char* space) {
-    Acc* sums = op_.grad_bias ? reinterpret_cast<Acc*>(space) : nullptr;
+    Acc* sums = bias_sums_;
+    if (sum_bytes()) sums = reinterpret_cast<Acc*>(space);
     space += sum_bytes();
     cpu::TWINFUSE_ISA::run<T, Identity>(input_, context, space);
-    if (has_weight()) weight_.g = grad_weight<T>(op_, sums);
+    if (has_weight()) weight_.g = grad_weight<T>(op_, part_, op_.grad_bias ? sums : nullptr);
     cpu::TWINFUSE_ISA::run<T, Identity>(weight_, context, space);
     if (bias_alone())
       bias_.run(source_of<T>(op_.grad_output, false, &op_.output, op_.relu_grad), context, space,
-                sums);
-    if (op_.grad_bias) store_grad_bias<T>(sums, n(), op_.grad_bias, op_.grad_bias_stride);
+                !part_.first, sums);
+    if (op_.grad_bias && part_.last)
+      store_grad_bias<T>(sums, n(), op_.grad_bias, op_.grad_bias_stride);
   }
 
  private:
   int64_t n() const { return op_.grad_output.cols; }
-  int64_t sum_bytes() const { return op_.grad_bias ? round_up(n() * sizeof(Acc), 64) : 0; }
+  int64_t sum_bytes() const {
+    return op_.grad_bias && !bias_sums_ ? round_up(n() * sizeof(Acc), 64) : 0;
+  }
   bool has_weight() const {
     return op_.grad_weight.data && op_.grad_weight.rows && op_.grad_weight.cols;
   }
   bool bias_alone() const { return op_.grad_bias && !has_weight(); }
 
   const LinearReluBackward op_;
+  const PartOfSums<Acc> part_;
+  Acc* const bias_sums_;
   Acc planned_ = 0;  // stands for the sums until there is scratch for them
   const Plan<T> input_;
   Plan<T> weight_;

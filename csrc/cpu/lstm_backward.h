@@ -1,7 +1,8 @@
-// Backward through the steps of an LSTM, and then the gradients of its weights and its input.
+// Backward through the steps of an LSTM, and the gradients of its weights and its input.
 //
-// What the steps have in common is small: the gradients of the gates, and their product with W_hh
-// for the step before. All that sums over steps is left for matrix products over all of them.
+// What a step has to do is small: the gradients of the gates, and their product with W_hh for the
+// step before. All that sums over steps is left for matrix products, after each block of steps:
+// what these read is still in the caches, and there is never more of it than of one block.
 #pragma once
 
 #include "cpu/lstm_gradients.h"
@@ -22,8 +23,9 @@ class LstmBackwardPlan {
   LstmBackwardPlan(const LstmBackward& op, const TwinfuseContext& context)
       : op_(op),
         crew_(op, context),
-        from_steps_(op, &kept_),
-        gradients_(op, from_steps_, context),
+        blocks_(op),
+        from_steps_(op, blocks_, &kept_),
+        gradients_(op, from_steps_, blocks_, context, &kept_),
         hh_{product(0), product(1), product(2), product(3)},
         hr_(op.weights.hr, true, false, op, crew_, &space_) {
     const int64_t batch = op.batch;
@@ -40,12 +42,16 @@ class LstmBackwardPlan {
     transpose_ = space_.take(crew_.workers() * transpose_bytes_);
   }
 
-  // What the steps leave is kept; the rest is first theirs, and then that of the products.
-  int64_t bytes() const { return kept_.bytes() + max64(space_.bytes(), gradients_.bytes()); }
+  // With one block, what the steps need is no longer needed when the products begin.
+  int64_t bytes() const {
+    const int64_t kept = kept_.bytes() + (blocks_.single() ? 0 : space_.bytes());
+    return kept + max64(blocks_.single() ? space_.bytes() : 0, gradients_.bytes());
+  }
 
   void run(const TwinfuseContext& context, char* space) {
     DefaultFloatMode mode;
     from_steps_.place(space);
+    gradients_.place(space);
     int64_t* offsets = reinterpret_cast<int64_t*>(space + offsets_);
     Steps::fill_offsets(op_, offsets);
     base_ = space + kept_.bytes();
@@ -56,34 +62,40 @@ class LstmBackwardPlan {
     for (StepWeights<T>& hh : hh_) hh.prepare(context, base_, base_ + transpose_, transpose_bytes_);
     hr_.prepare(context, base_, base_ + transpose_, transpose_bytes_);
     const Steps steps{op_, offsets};
-    crew_.run(op_, context, [&](Range rows, int64_t, const Team& team) {
-      Walk(*this, steps, gates, norm, rows, team).run();
+    char* free = base_ + (blocks_.single() ? 0 : space_.bytes());
+    blocks_.each([&](const Block& block) {
+      crew_.run(op_, block.times, context, [&](Range sequences, int64_t, const Team& team) {
+        Walk(*this, steps, block, gates, norm, sequences, team).run();
+      });
+      gradients_.run(block, steps, gates, free);
     });
-    gradients_.run(steps, gates, context, base_);
   }
 
  private:
-  // The sequences of one thread, or all of them with a team, from the last step to the first.
+  // The sequences of one thread, or all of them with a team, through a block of steps.
   class Walk {
    public:
-    Walk(const LstmBackwardPlan& plan, const Steps& steps, const Gates<T>& gates,
-         const GateNorm<T>& norm, Range rows, const Team& team)
+    Walk(const LstmBackwardPlan& plan, const Steps& steps, const Block& block,
+         const Gates<T>& gates, const GateNorm<T>& norm, Range sequences, const Team& team)
         : p_(plan),
           op_(plan.op_),
           steps_(steps),
+          block_(block),
           gates_(gates),
           norm_(norm),
           team_(team),
-          begin_(rows.begin),
-          end_(rows.end) {}
+          begin_(sequences.begin),
+          end_(sequences.end) {}
 
     void run() {
-      for (int64_t s = op_.steps - 1; s >= 0; s--) {
+      if (block_.last < op_.steps) active_ = active_at(steps_.time(block_.last));
+      for (int64_t s = block_.last - 1; s >= block_.first; s--) {
         const int64_t t = steps_.time(s);
-        change_active(max64(min64(end_, steps_.active(t)) - begin_, 0));
+        change_active(active_at(t));
         // Nobody may ask for the gradient of the first state.
         if (active_) step(t, s > 0 || op_.grad_initial.h.data);
       }
+      if (block_.first > 0) return;
       if (op_.steps == 0) change_active(end_ - begin_);
       change_active(0);
     }
@@ -105,6 +117,10 @@ class LstmBackwardPlan {
     Acc* waiting(int64_t b) const {
       return p_.template at<Acc>(p_.waiting_) + b * Gates<T>::padded(op_.state);
     }
+
+    int64_t active_at(int64_t t) const { return max64(min64(end_, steps_.active(t)) - begin_, 0); }
+    // Of what the steps of the block leave.
+    int64_t row(int64_t t, int64_t b) const { return steps_.row_in_time(t, b) - block_.rows.begin; }
 
     static int count(int64_t k, int64_t end) { return static_cast<int>(min64(kWidth, end - k)); }
 
@@ -148,31 +164,31 @@ class LstmBackwardPlan {
         for (int64_t b = begin_; b < begin_ + active_; b++)
           for (int64_t p = part.begin; p < part.end; p++) grad_units(t, b, p * kWidth);
       });
-      const int64_t first = steps_.row(t, begin_), apart = steps_.rows_apart();
       if (p_.normalizes())
-        team_.each(active_, [&](int64_t i, int64_t) { grad_sums(t, i, first + i * apart); });
+        team_.each(active_, [&](int64_t i, int64_t) { grad_sums(t, begin_ + i); });
       if (!to_hidden) return;
-      const T* rows = p_.from_steps_.sums(GateNorm<T>::kOfHidden, first);
-      if (!p_.drops_hidden())
-        return multiply(p_.hh_[0], rows, apart * 4 * op_.units, 4 * op_.units, p_.dh_, true);
+      const T* rows = p_.from_steps_.sums(GateNorm<T>::kOfHidden, row(t, begin_));
+      const int64_t gates = 4 * op_.units;
+      if (!p_.drops_hidden()) return multiply(p_.hh_[0], rows, gates, gates, p_.dh_, true);
       for (int gate = 0; gate < 4; gate++) {
-        multiply(p_.hh_[gate], rows + gate * op_.units, apart * 4 * op_.units, op_.units,
-                 p_.dh_of_gate_, false);
+        multiply(p_.hh_[gate], rows + gate * op_.units, gates, op_.units, p_.dh_of_gate_, false);
         for (int64_t b = begin_; b < begin_ + active_; b++) add_dropped(gate, b);
       }
     }
 
     // From the gradients of the gates to those of the two products before they were normalised.
-    void grad_sums(int64_t t, int64_t i, int64_t row) const {
+    void grad_sums(int64_t t, int64_t b) const {
       using Norm = GateNorm<T>;
+      const T* saved = gates_.saved(steps_.row(t, b));
+      const int64_t row = this->row(t, b);
       for (int product = 0; product < Norm::kProducts; product++) {
         T* to = p_.from_steps_.sums(product, row);
         Acc* inverse = p_.from_steps_.inverse(product, row);
-        if (steps_.skips(t, begin_ + i)) {
+        if (steps_.skips(t, b)) {
           memset(static_cast<void*>(to), 0, 4 * op_.units * sizeof(T));
           *inverse = 0;
         } else {
-          *inverse = norm_.backward(product, gates_.saved(row), p_.from_steps_.gates(row), to);
+          *inverse = norm_.backward(product, saved, p_.from_steps_.gates(row), to);
         }
       }
     }
@@ -223,21 +239,21 @@ class LstmBackwardPlan {
     // Through the projection: from the gradients of h~ [R] to those of what it projects [H].
     void unproject(int64_t t) {
       for (int64_t b = begin_; b < begin_ + active_; b++) {
-        T* to = p_.from_steps_.projected(steps_.row(t, b));
+        T* to = p_.from_steps_.projected(row(t, b));
         for (int64_t k = 0; k < op_.state; k += kWidth) {
           if (steps_.skips(t, b)) pass_output(t, b, k);
           store_strided(to + k, 1, steps_.skips(t, b) ? S::zero() : take_hidden(t, b, k),
                         count(k, op_.state));
         }
       }
-      multiply(p_.hr_, p_.from_steps_.projected(steps_.row(t, begin_)),
-               steps_.rows_apart() * op_.state, op_.state, p_.dfull_, false);
+      multiply(p_.hr_, p_.from_steps_.projected(row(t, begin_)), op_.state, op_.state, p_.dfull_,
+               false);
     }
 
     void grad_units(int64_t t, int64_t b, int64_t unit) const {
       const Units u{unit, count(unit, op_.units)};
-      const int64_t row = steps_.row(t, b);
-      T* to = p_.from_steps_.gates(row);
+      const int64_t saved = steps_.row(t, b);
+      T* to = p_.from_steps_.gates(row(t, b));
       if (steps_.skips(t, b)) {
         for (int gate = 0; gate < 4; gate++)
           memset(static_cast<void*>(to + gate * op_.units + unit), 0, u.n * sizeof(T));
@@ -245,7 +261,7 @@ class LstmBackwardPlan {
         return;
       }
       const V d = p_.projects() ? S::load(dfull(b, unit)) : take_hidden(t, b, unit);
-      gates_.backward(d, gates_.old_cell(row, u), u, gates_.saved(row), dc(b), to,
+      gates_.backward(d, gates_.old_cell(saved, u), u, gates_.saved(saved), dc(b), to,
                       {steps_.at<T>(op_.zoneout_cell, t, b), op_.zoneout_cell.col});
     }
 
@@ -273,6 +289,7 @@ class LstmBackwardPlan {
     const LstmBackwardPlan& p_;
     const LstmBackward& op_;
     const Steps& steps_;
+    const Block& block_;
     const Gates<T>& gates_;
     const GateNorm<T>& norm_;
     const Team team_;
@@ -302,6 +319,7 @@ class LstmBackwardPlan {
 
   const LstmBackward& op_;
   const Crew crew_;
+  const Blocks<T> blocks_;
   Space kept_, space_;
   StepGradients<T> from_steps_;
   LstmGradients<T> gradients_;

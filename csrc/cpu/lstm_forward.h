@@ -65,7 +65,7 @@ class LstmForwardPlan {
     for (StepWeights<T>* weights : all)
       weights->prepare(context, space, space + transpose_, transpose_bytes_);
     const Steps steps{op_, offsets};
-    crew_.run(op_, context, [&](Range rows, int64_t chunk, const Team& team) {
+    crew_.run(op_, {0, op_.steps}, context, [&](Range rows, int64_t chunk, const Team& team) {
       Walk(*this, steps, gates, norm, rows, chunk, team).run();
     });
   }

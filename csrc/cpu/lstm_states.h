@@ -122,7 +122,8 @@ class States {
     const Matrix &h = op_.initial.h, &c = op_.initial.c;
     T* to = old_ + b * row_;
     if (h.data)
-      copy(static_cast<const T*>(h.data) + b * h.row_stride, h.col_stride, to, 1);
+      copy_strided(static_cast<const T*>(h.data) + b * h.row_stride, h.col_stride, to, 1,
+                   op_.state);
     else
       memset(static_cast<void*>(to), 0, op_.state * sizeof(T));
     for (int64_t k = 0; k < Gates<T>::padded(op_.units); k += kWidth) {
@@ -133,7 +134,9 @@ class States {
 
   void leave(int64_t b) {
     const Matrix &h = op_.final.h, &c = op_.final.c;
-    if (h.data) copy(this->h(b), 1, static_cast<T*>(h.data) + b * h.row_stride, h.col_stride);
+    if (h.data)
+      copy_strided(this->h(b), 1, static_cast<T*>(h.data) + b * h.row_stride, h.col_stride,
+                   op_.state);
     for (int64_t k = 0; k < op_.units; k += kWidth)
       store(c, b, {k, lanes(k)}, S::load(this->c(b) + k));
   }
@@ -142,14 +145,6 @@ class States {
     if (m.data)
       store_strided(static_cast<T*>(m.data) + b * m.row_stride + u.unit * m.col_stride,
                     m.col_stride, x, u.n);
-  }
-
-  void copy(const T* from, int64_t from_stride, T* to, int64_t to_stride) const {
-    if (from_stride == 1 && to_stride == 1) {
-      memcpy(static_cast<void*>(to), from, op_.state * sizeof(T));
-      return;
-    }
-    for (int64_t k = 0; k < op_.state; k++) to[k * to_stride] = from[k * from_stride];
   }
 
   int lanes(int64_t k) const { return static_cast<int>(max64(min64(kWidth, op_.units - k), 0)); }

@@ -53,17 +53,25 @@ struct Steps {
     if (op.options.batch_sizes) return offsets[t] + b;
     return op.options.batch_major ? b * op.steps + t : t * op.batch + b;
   }
-  int64_t sequence(int64_t row) const {
-    if (!op.options.batch_sizes) return op.options.batch_major ? row / op.steps : row % op.batch;
+  // In the order of time, that of what is saved if it is not batch-major.
+  int64_t row_in_time(int64_t t, int64_t b) const {
+    return op.options.batch_sizes ? offsets[t] + b : t * op.batch + b;
+  }
+  struct Place {
+    int64_t t, b;
+  };
+  Place place(int64_t row_in_time) const {
+    if (!op.options.batch_sizes) return {row_in_time / op.batch, row_in_time % op.batch};
     int64_t t = 0, end = op.steps;
     while (end - t > 1) {
       const int64_t middle = (t + end) / 2;
-      (offsets[middle] <= row ? t : end) = middle;
+      (offsets[middle] <= row_in_time ? t : end) = middle;
     }
-    return row - offsets[t];
+    return {t, row_in_time - offsets[t]};
   }
-  int64_t rows_apart() const {
-    return op.options.batch_major && !op.options.batch_sizes ? op.steps : 1;
+  int64_t saved_row(int64_t row_in_time) const {
+    if (op.options.batch_sizes || !op.options.batch_major) return row_in_time;
+    return row_in_time % op.batch * op.steps + row_in_time / op.batch;
   }
   template <class T>
   T* at(const Sequence& sequence, int64_t t, int64_t b) const {
@@ -119,26 +127,29 @@ struct Crew {
       team = worth;
     else
       chunks = max64(min64(worth, op.batch), 1);
+    const Range all_steps{0, op.steps};
     for (int64_t chunk = 0; chunk < chunks; chunk++)
-      height = max64(height, cut(op, chunk + 1) - cut(op, chunk));
+      height = max64(height, cut(op, all_steps, chunk + 1) - cut(op, all_steps, chunk));
   }
 
-  // Calls body(range of sequences, chunk, team).
+  // Calls body(range of sequences, chunk, team), for the steps at `times`.
   template <class Body>
-  void run(const LstmCall& op, const TwinfuseContext& context, const Body& body) const {
+  void run(const LstmCall& op, Range times, const TwinfuseContext& context,
+           const Body& body) const {
     parallel_for(context, chunks, [&](int64_t chunk) {
-      body(Range{cut(op, chunk), cut(op, chunk + 1)}, chunk, Team{context, team});
+      body(Range{cut(op, times, chunk), cut(op, times, chunk + 1)}, chunk, Team{context, team});
     });
   }
 
  private:
-  // How many sequences the first `count` chunks take: such that they have nearly their share of all
-  // steps. Packed sequences come with the longest first.
-  int64_t cut(const LstmCall& op, int64_t count) const {
-    const int64_t* sizes = op.options.batch_sizes;
-    if (!sizes || count == chunks) return op.batch * count / chunks;
-    const int64_t share = op.rows / chunks * count;
-    int64_t sequences = 0, length = op.steps;
+  // How many sequences the first `count` chunks take: such that they have nearly their share of
+  // these steps. Packed sequences come with the longest first.
+  int64_t cut(const LstmCall& op, Range times, int64_t count) const {
+    if (!op.options.batch_sizes || count == chunks) return op.batch * count / chunks;
+    const int64_t* sizes = op.options.batch_sizes + times.begin;
+    int64_t sequences = 0, length = times.end - times.begin, all = 0;
+    for (int64_t t = 0; t < length; t++) all += sizes[t];
+    const int64_t share = all / chunks * count;
     for (int64_t rows = 0; rows < share; sequences++) {
       while (sizes[length - 1] <= sequences) length--;
       rows += length;
@@ -246,6 +257,15 @@ __attribute__((always_inline)) inline typename Convert<T>::V load_strided(const 
   T piece[kWidth] = {};
   for (int i = 0; i < n; i++) piece[i] = p[i * stride];
   return C::load(piece);
+}
+
+template <class T>
+void copy_strided(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n) {
+  if (from_stride == 1 && to_stride == 1) {
+    memcpy(static_cast<void*>(to), from, n * sizeof(T));
+    return;
+  }
+  for (int64_t k = 0; k < n; k++) to[k * to_stride] = from[k * from_stride];
 }
 
 // A row times the factors of a dropout: rounded to the type of the row, whatever it goes to.

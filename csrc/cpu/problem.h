@@ -14,6 +14,15 @@ struct Batch {
   int64_t a = 0, a_mask = 0, b = 0, b_mask = 0, out = 0, bias = 0, sums = 0;
 };
 
+// Which part of its sums a problem makes: all of them, or what follows on the parts before it.
+template <class Acc>
+struct PartOfSums {
+  int64_t depth = 0;  // of all parts together; 0: there is this one alone
+  bool first = true, last = true;
+  // [rows][Scratch::partial_stride]: where they wait for the next part. Without it, in the output.
+  Acc* waiting = nullptr;
+};
+
 // out[i, j] = epilogue(sum over r of a(i, r) * b(r, j)).
 template <class T>
 struct Gemm {
@@ -31,6 +40,8 @@ struct Gemm {
   // Sums of one operand over the reduced dimension, for bias gradients: [rows] of a or [cols] of b.
   typename Engine<T>::Acc *a_sums, *b_sums;
   Batch batch[2];
+  // With others: one split, no epilogue, and sums of an operand go on from what is there.
+  PartOfSums<typename Engine<T>::Acc> part;
   // Pieces of the reduced dimension that may be summed at the same time.
   int64_t splits = 1;
   // What reads `a` or `b` by windows. With the windows as rows or columns, the taps are reduced,

@@ -99,7 +99,7 @@ struct Scratch {
     transpose = offsets + aligned(slab_size && !g.slab_reduces_taps ? depth * sizeof(int32_t) : 0);
     const bool transposes = (g.b_cols_outer && !g.b_slab) || sums_rows;
     partial = transpose + aligned(transposes ? transpose_scratch<T>(depth) * kPacked : 0);
-    const bool spills = g.splits == 1 && g.depth > block && !sums_in_output(g);
+    const bool spills = g.splits == 1 && g.depth > block && !sums_in_output(g) && !g.part.waiting;
     const int64_t partial_rows = spills ? min64(all_rows, shared * row_block + row_block) : 0;
     total = partial + aligned(partial_rows * partial_stride(width) * sizeof(Acc));
   }

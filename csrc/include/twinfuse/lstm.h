@@ -42,7 +42,10 @@
 // On a CPU, bits depend on the instruction set and the dtype alone: not on strides, layout,
 // packing, alignment or threads. Every sum runs over x and then over h (with a norm, they are two),
 // in runs as linear_relu.h says. Gradients of weights, biases, peepholes and the norm are sums over
-// the rows in the order in which they are saved, and depend on that, too. Factors of a dropout
+// blocks of steps, of about 1024 rows each by the shape alone, from the block that was taken last
+// to the first; within a block over its steps in the order of the tensors, and over the sequences
+// of each, whatever the order of what is saved. A single block is summed as linear_relu.h says,
+// several one after another, without pieces. Factors of a dropout
 // times x or h are rounded to the dtype, and so is what is saved of sums: in float16 those of a
 // norm that leave its range have no finite gradients.
 #pragma once
@@ -120,9 +123,10 @@ TWINFUSE_API TwinfuseStatus twinfuse_lstm_forward(
     const TwinfuseContext* context);
 
 // Gradients that are NULL are not computed. `grad_output` and the parts of `grad_final` may be NULL
-// for zeros. `input` may be NULL without the gradient of `ih`. Scratch: 4H elements a row, with a
-// projection R more, with a norm 8H more, and with dropout I or R more, whichever is larger, for
-// the gradients of weights, and 4I for up to 256 rows for that of the input.
+// for zeros. `input` may be NULL without the gradient of `ih`. Scratch, for the rows of one block
+// of steps: 4H elements a row, with a projection R more, with a norm 8H more, and with dropout or
+// batch-major tensors I or R more, whichever is larger; 4I for up to 256 rows for the gradient of a
+// dropped input. With several blocks of halves, also the gradients of the weights in float32.
 TWINFUSE_API TwinfuseStatus twinfuse_lstm_backward(
     const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
     const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,
