@@ -1,0 +1,382 @@
+"""The kernels of csrc/cuda/lstm.cu on the CPU (cuda_lstm.cc), and calls of them as the host makes.
+
+    kernel = kernels()["lstm_forward_bf16_256"]
+    results = forward(kernel, recurrence, Way(slice=3))    # of tests.gpu.lstm_recurrence
+
+Results are in storage dtype, as `tests.core_lstm_api` has them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.arrays import Array, Operand, lay_out
+from tests.conftest import skip
+from tests.core_api import Output
+from tests.core_lstm_api import ACTIVATIONS, laid, row_count
+from tests.gpu.lstm_recurrence import Recurrence
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FOLDER = ROOT / "build" / "cuda_lstm"
+FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+# Kernels read elements as words of 16 bytes.
+FLAGS += ["-fno-strict-aliasing", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SLOTS = 4  # kExchangeSlots
+BUGS = ("none", "no fence", "no block_sync", "no emptying")  # as cuda_fibers.h has them
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "tf32x3": "float32"}
+
+
+def _names() -> list[str]:
+    """Of all kernels, without compiling them."""
+    found = []
+    text = (ROOT / "csrc" / "cuda" / "lstm_kernels.h").read_text()
+    for bits, formats in ((16, ("bf16", "fp16")), (32, ("tf32", "tf32x3"))):
+        listed = text.split(f"#define TWINFUSE_LSTM_{bits}(")[1].split("#define")[0]
+        for direction, units in re.findall(r"F\(lstm_(\w+)_##format##_(\d+),", listed):
+            found += [f"lstm_{direction}_{format}_{units}" for format in formats]
+    return found
+
+
+NAMES = _names()
+
+
+class CState(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("unit", ctypes.c_int64)]
+
+
+class CSequence(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("step", "batch", "unit")),
+    ]
+
+
+def _numbers(kind: type, names: str) -> list[tuple[str, type]]:
+    return [(name, kind) for name in names.split()]
+
+
+class CShared(ctypes.Structure):
+    _fields_ = [
+        *_numbers(ctypes.c_int32, "steps batch units first count slice blocks"),
+        *_numbers(ctypes.c_int32, "cell_activation gate_activation"),
+        *_numbers(ctypes.c_int32, "reverse batch_major zero_masked_output"),
+        *_numbers(ctypes.c_void_p, "offsets mask"),
+        *_numbers(ctypes.c_int64, "mask_step mask_batch"),
+        ("hh", ctypes.c_void_p),
+        *_numbers(ctypes.c_int64, "hh_row hh_col"),
+        *_numbers(CSequence, "zoneout_hidden zoneout_cell"),
+        ("exchange", ctypes.c_void_p),
+    ]
+
+
+class CForward(ctypes.Structure):
+    _fields_ = [
+        ("shared", CShared),
+        ("inputs", ctypes.c_void_p),
+        ("inputs_row", ctypes.c_int64),
+        *_numbers(ctypes.c_void_p, "bias_ih bias_hh"),
+        *_numbers(ctypes.c_int64, "bias_ih_stride bias_hh_stride"),
+        ("output", CSequence),
+        *_numbers(CState, "initial_h initial_c final_h final_c"),
+        *_numbers(ctypes.c_void_p, "gates cells hidden"),
+        *_numbers(ctypes.c_int64, "gates_row cells_row hidden_row"),
+    ]
+
+
+class CBackward(ctypes.Structure):
+    _fields_ = [
+        ("shared", CShared),
+        *_numbers(ctypes.c_void_p, "gates cells"),
+        *_numbers(ctypes.c_int64, "gates_row cells_row cells_unit"),
+        ("grad_output", CSequence),
+        *_numbers(CState, "grad_final_h grad_final_c grad_initial_h grad_initial_c"),
+        *_numbers(ctypes.c_void_p, "grad_gates grad_bias"),
+    ]
+
+
+class CFacts(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        *_numbers(ctypes.c_int32, "threads units width chunk slice depth alone arguments"),
+    ]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, and the numbers of its shape; `slice` is the most sequences of one."""
+
+    name: str
+    threads: int
+    units: int
+    width: int
+    chunk: int
+    slice: int
+    depth: int
+    alone: int
+    arguments: int
+
+    @property
+    def format(self) -> str:
+        return self.name.split("_")[2]
+
+    @property
+    def dtype(self) -> str:
+        return DTYPES[self.format]
+
+    @property
+    def backward(self) -> bool:
+        return self.name.startswith("lstm_backward")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a call is launched: sequences of a slice (0: as many as may be), where launches begin
+    besides at the first sequence, how outputs lie, and whether gates take the place of inputs."""
+
+    slice: int = 0
+    starts: tuple[int, ...] = ()
+    layout: str = "contiguous"
+    saved_layout: str = "contiguous"
+    in_place: bool = False
+    seed: int = 0
+
+
+def build() -> Path:
+    """The library, compiled where it is not yet."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(compiler[0]) is None:
+        skip("compiler", f"there is no {compiler[0]}")
+    flags = FLAGS + (SANITIZE if "ASAN_OPTIONS" in os.environ else ["-O2"])
+    command = [*compiler, *flags, "-x", "c++", str(HERE / "cuda_lstm.cc")]
+    key = hashlib.sha256(" ".join(command).encode())
+    for source in sorted([*HERE.glob("cuda_*.[ch]*"), *(ROOT / "csrc" / "cuda").iterdir()]):
+        key.update(source.read_bytes())
+    path = FOLDER / f"libcuda_lstm-{key.hexdigest()[:16]}.so"
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / "lock", "w") as lock:
+        # It takes all of a core for a while.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists():
+            return path
+        # The sanitizer is loaded into this process, and is not meant for the compiler.
+        environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+        with tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
+            made = Path(temporary) / path.name
+            subprocess.run([*command, "-o", str(made)], check=True, env=environment)
+            made.replace(path)
+    return path
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(build()))
+    library.lstm_facts.restype = ctypes.POINTER(CFacts)
+    library.run_lstm.argtypes = [
+        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_int,
+        ctypes.c_char_p, ctypes.c_int,
+    ]  # fmt: skip
+    return library
+
+
+@functools.cache
+def kernels() -> dict[str, Kernel]:
+    found: dict[str, Kernel] = {}
+    while facts := load().lstm_facts(len(found)):
+        numbers = {name: getattr(facts.contents, name) for name, _ in CFacts._fields_[1:]}
+        name = facts.contents.name.decode()
+        found[name] = kernel = Kernel(name, **numbers)
+        assert kernel.arguments == ctypes.sizeof(CBackward if kernel.backward else CForward)
+    assert sorted(found) == sorted(NAMES)
+    return found
+
+
+def named(direction: str, format: str, units: int) -> Kernel:
+    return kernels()[f"lstm_{direction}_{format}_{units}"]
+
+
+class KernelFailed(Exception):
+    """A launch did not end as it should."""
+
+
+def run(kernel: str, arguments: Any, blocks: int = 1, seed: int = 0, bug: str = "none") -> None:
+    message = ctypes.create_string_buffer(256)
+    address = ctypes.addressof(arguments)
+    number, size = BUGS.index(bug), len(message)
+    if load().run_lstm(kernel.encode(), address, blocks, seed, number, message, size):
+        raise KernelFailed(message.value.decode())
+
+
+def copied(array: Array, layout: str, dtype: str) -> Operand:
+    operand = lay_out(np.zeros(array.shape), layout, dtype)
+    operand.view[...] = array
+    return operand
+
+
+def _address(array: Array, offset: int = 0) -> int:
+    return array.ctypes.data + offset * array.itemsize
+
+
+def _data(operand: Operand | None) -> int | None:
+    return None if operand is None else _address(operand.base, operand.offset)
+
+
+def _state(operand: Operand | None) -> CState:
+    return CState() if operand is None else CState(_data(operand), *operand.strides)
+
+
+def _sequence(operand: Operand | None) -> CSequence:
+    if operand is None:
+        return CSequence()
+    garbage = 1 << 40  # packed rows have no steps
+    strides = operand.strides if len(operand.strides) == 3 else (garbage, *operand.strides)
+    return CSequence(_data(operand), *strides)
+
+
+class _Call:
+    """The arguments that both passes share, and the memory that they point to."""
+
+    def __init__(self, kernel: Kernel, problem: Recurrence, way: Way, bug: str) -> None:
+        self.kernel, self.problem, self.way, self.bug = kernel, problem, way, bug
+        case = problem.case
+        assert case.units <= kernel.width
+        self.slice = min(way.slice or kernel.slice, case.batch, kernel.slice)
+        self.blocks = -(-case.units // kernel.units)
+        assert self.blocks == 1 or not kernel.alone
+        self.outputs: dict[str, Output] = {}
+        hh = problem.operands["weight_hh"]
+        self.shared = CShared(
+            steps=case.steps, batch=case.batch, units=case.units, slice=self.slice,
+            blocks=self.blocks, cell_activation=ACTIVATIONS[case.activation],
+            gate_activation=ACTIVATIONS[case.recurrent_activation], reverse=case.reverse,
+            batch_major=case.batch_first, hh=_data(hh), hh_row=hh.strides[0], hh_col=hh.strides[1],
+            zoneout_hidden=_sequence(problem.operands.get("zoneout_hidden")),
+            zoneout_cell=_sequence(problem.operands.get("zoneout_cell")),
+        )  # fmt: skip
+        if problem.mask is not None:
+            # Whatever is not zero counts as one.
+            numbers = 1 + np.arange(problem.mask.size).reshape(problem.mask.shape) % 255
+            self.mask = np.where(problem.mask, numbers, 0).astype(np.uint8)
+            self.shared.mask = _address(self.mask)
+            self.shared.mask_step, self.shared.mask_batch = self.mask.strides
+            self.shared.zero_masked_output = case.zero_masked_output
+        if problem.batch_sizes is not None:
+            self.offsets = np.append(0, np.cumsum(problem.batch_sizes)).astype(np.int32)
+            self.shared.offsets = _address(self.offsets)
+
+    def output(self, name: str, sizes: tuple[int, ...], layout: str) -> Operand:
+        self.outputs[name] = Output.poisoned(sizes, self.problem.dtype, layout)
+        return self.outputs[name].operand
+
+    def saved(self, name: str, width: int) -> Operand:
+        return self.output(name, (row_count(self.problem.case), width), self.way.saved_layout)
+
+    def launch(self, arguments: Any) -> None:
+        kernel, batch = self.kernel, self.problem.case.batch
+        starts = [0, *self.way.starts]
+        for first, end in zip(starts, [*self.way.starts, batch]):
+            count = end - first
+            slices = -(-count // self.slice)
+            rows = -(-self.slice // kernel.chunk) * kernel.chunk
+            exchange = Output.poisoned((slices, SLOTS, rows, kernel.depth), self.problem.dtype)
+            exchange.operand.view.view(np.uint8)[...] = 0xFF
+            self.shared.first, self.shared.count = first, count
+            if not kernel.alone:
+                self.shared.exchange = _data(exchange.operand)
+            arguments.shared = self.shared
+            run(kernel.name, arguments, slices * self.blocks, self.way.seed, self.bug)
+            exchange.read(f"{kernel.name} exchange")
+
+    def results(self) -> dict[str, Array]:
+        name = f"{self.kernel.name} {self.problem.case.id}"
+        return {key: output.read(f"{name} {key}") for key, output in self.outputs.items()}
+
+
+def forward(
+    kernel: Kernel,
+    problem: Recurrence,
+    way: Way | None = None,
+    *,
+    save: bool = True,
+    bug: str = "none",
+) -> dict[str, Array]:
+    """`output`, `h_n`, `c_n`, and `gates`, `cells` and `hidden`."""
+    way = way or Way()
+    call, case, operands = _Call(kernel, problem, way, bug), problem.case, problem.operands
+    inputs = copied(problem.inputs, way.saved_layout, problem.dtype)
+    arguments = CForward(
+        inputs=_data(inputs),
+        inputs_row=inputs.strides[0],
+        output=_sequence(
+            call.output("output", case.sizes("output"), laid(case, "output", way.layout))
+        ),
+        initial_h=_state(operands.get("h0")),
+        initial_c=_state(operands.get("c0")),
+        final_h=_state(call.output("h_n", case.sizes("h_n"), way.layout)),
+        final_c=_state(call.output("c_n", case.sizes("c_n"), way.layout)),
+    )
+    for name in ("bias_ih", "bias_hh"):
+        if bias := operands.get(name):
+            setattr(arguments, name, _data(bias))
+            setattr(arguments, f"{name}_stride", bias.strides[0])
+    if save:
+        for name, width in (("gates", 4), ("cells", 1), ("hidden", 1)):
+            saved = call.saved(name, width * case.units)
+            setattr(arguments, name, _data(saved))
+            setattr(arguments, f"{name}_row", saved.strides[0])
+        if way.in_place:
+            call.outputs["gates"].operand.view[...] = problem.inputs
+            arguments.inputs = arguments.gates
+    call.launch(arguments)
+    return call.results()
+
+
+def backward(
+    kernel: Kernel,
+    problem: Recurrence,
+    saved: dict[str, Array],
+    way: Way | None = None,
+    *,
+    bias: bool = True,
+    bug: str = "none",
+) -> dict[str, Array]:
+    """`grad_gates`, its sums over steps as `grad_bias`, and gradients of states that there are."""
+    way = way or Way()
+    call, case, operands = _Call(kernel, problem, way, bug), problem.case, problem.operands
+    arguments = CBackward(
+        grad_output=_sequence(operands.get("grad_output")),
+        grad_final_h=_state(operands.get("grad_h")),
+        grad_final_c=_state(operands.get("grad_c")),
+    )
+    kept = {}
+    for name in ("gates", "cells"):
+        kept[name] = copied(saved[name], way.saved_layout, problem.dtype)
+        setattr(arguments, name, _data(kept[name]))
+        setattr(arguments, f"{name}_row", kept[name].strides[0])
+    arguments.cells_unit = kept["cells"].strides[1]
+    arguments.grad_gates = _data(call.output("grad_gates", saved["gates"].shape, "contiguous"))
+    if bias:
+        sums = Output.poisoned((case.batch, 4 * case.units), "float32")
+        call.outputs["grad_bias"] = sums
+        arguments.grad_bias = _data(sums.operand)
+    for name in ("h", "c"):
+        if f"{name}0" in operands:
+            made = call.output(f"grad_{name}0", case.sizes(f"{name}0"), way.layout)
+            setattr(arguments, f"grad_initial_{name}", _state(made))
+    call.launch(arguments)
+    return call.results()
