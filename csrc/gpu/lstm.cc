@@ -186,21 +186,20 @@ Result result(const Matrix& m) { return {m.data, m.row_stride, m.col_stride}; }
 
 void multiply(const Call& call, const Product& product) { run(call, product, plan(call, product)); }
 
-// The input as a matrix whose rows are in the order of what is saved.
-Matrix rows_of(const LstmForward& op) {
-  const Sequence& in = op.input;
+// Inputs or their gradients as a matrix whose rows are in the order of what is saved.
+Matrix rows_of(const LstmCall& op, const Sequence& s) {
   const bool packed = op.options.batch_sizes, major = op.options.batch_major;
-  int64_t stride = in.row;
+  int64_t stride = s.row;
   bool uniform = packed || op.steps == 1 || !op.rows;
   if (!uniform && op.batch == 1) {
-    stride = in.step, uniform = true;
+    stride = s.step, uniform = true;
   } else if (!uniform) {
-    stride = major ? in.step : in.row;
-    uniform = major ? in.row == op.steps * in.step : in.step == op.batch * in.row;
+    stride = major ? s.step : s.row;
+    uniform = major ? s.row == op.steps * s.step : s.step == op.batch * s.row;
   }
   if (!uniform)
     throw Unsupported("rows of the input lie at uneven distances, which no GPU kernel takes");
-  return {in.data, op.rows, op.inputs, stride, in.col};
+  return {s.data, op.rows, op.inputs, stride, s.col};
 }
 
 }  // namespace
@@ -211,7 +210,7 @@ TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dty
     require_served(op);
     if (!op.units) return;
     const Plan chosen = plan(call, Pass::Forward, op.units, op.batch);
-    const Matrix input = rows_of(op), &saved = op.saved.gates;
+    const Matrix input = rows_of(op, op.input), &saved = op.saved.gates;
     // A call that no kernel could differentiate is the caller's from the start.
     if (saved.data) plan(call, Pass::Backward, op.units, op.batch);
     const int64_t gates = 4 * op.units;
@@ -264,13 +263,14 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
     run(call, chosen, &arguments, op.batch);
 
     const Operand grad_gates{arguments.grad_gates, op.rows, gates, gates, 1};
-    if (op.grad_input_rows.data)
-      multiply(call, {grad_gates, transposed(operand(op.weights.ih)), result(op.grad_input_rows)});
+    if (op.grad_input.data)
+      multiply(call, {grad_gates, transposed(operand(op.weights.ih)),
+                      result(rows_of(op, op.grad_input))});
     const auto weight = [&](const Matrix& of, const Matrix& by) {
       if (of.data)
         multiply(call, oriented({transposed(grad_gates), transposed(operand(by)), result(of)}));
     };
-    weight(grads.ih, op.input_rows);
+    if (grads.ih.data) weight(grads.ih, rows_of(op, op.input));
     weight(grads.hh, op.saved.hidden);
     for (const auto& bias : {grads.bias_ih, grads.bias_hh})
       if (bias.data)
