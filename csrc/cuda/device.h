@@ -26,8 +26,6 @@ TWINFUSE_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
 TWINFUSE_DEVICE void block_sync() { __syncthreads(); }
 TWINFUSE_DEVICE void warp_sync() { __syncwarp(); }
 TWINFUSE_DEVICE void spin() {}
-// Reads behind it are not begun before it, which would take registers.
-TWINFUSE_DEVICE void hold_reads() { asm volatile("" ::: "memory"); }
 
 TWINFUSE_DEVICE void* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];

@@ -6,8 +6,6 @@
 // what could have been read or computed earlier.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/lstm_product.h"
 
 namespace twinfuse::cuda {
@@ -58,29 +56,22 @@ struct LstmBackward : Shape {
       for (int chunk = 0; chunk < s_.count; chunk += kChunk) {
         const bool is_last = chunk + kChunk >= s_.count;
         Factors factors[kCells];
-        for_cells(chunk, [&](int i, const Cell&) { prepare(given[i], factors[i]); });
+        s_.for_cells(chunk, [&](int i, const Cell&) { prepare(given[i], factors[i]); });
         Given next[kCells];
         load(is_last ? step + 1 : step, is_last ? 0 : chunk + kChunk, next);
         exchange_.wait();
         if (step) product(step - 1, chunk, row, part);
         block_sync();
         float grads[kCells][4];
-        for_cells(chunk, [&](int i, const Cell& at) {
+        s_.for_cells(chunk, [&](int i, const Cell& at) {
           compute(step, at, given[i], factors[i], grads[i]);
         });
         if (is_last) exchange_.leave();
-        for_cells(chunk, [&](int i, const Cell& at) { store(step, at, given[i], grads[i]); });
+        s_.for_cells(chunk, [&](int i, const Cell& at) { store(step, at, given[i], grads[i]); });
 #pragma unroll
         for (int i = 0; i < kCells; i++) given[i] = next[i];
       }
     finish(row, part);
-  }
-
-  template <class Body>
-  TWINFUSE_DEVICE void for_cells(int chunk, const Body& body) const {
-#pragma unroll
-    for (int i = 0; i < kCells; i++)
-      if (const Cell at = s_.cell(chunk, i); at.there) body(i, at);
   }
 
   TWINFUSE_DEVICE void load_weights(int first, int part) {
@@ -110,7 +101,7 @@ struct LstmBackward : Shape {
   TWINFUSE_DEVICE void load(int step, int chunk, Given (&given)[kCells]) const {
     if (step == s_.p.steps) return;
     const int t = s_.time(s_.p.steps - 1 - step);
-    for_cells(chunk, [&](int i, const Cell& at) {
+    s_.for_cells(chunk, [&](int i, const Cell& at) {
       given[i].active = s_.active(t, at.b);
       given[i].grad_output = rounded<Element>(0);
       if (p_.grad_output.data && (given[i].active || !s_.p.offsets))
@@ -147,13 +138,9 @@ struct LstmBackward : Shape {
   }
 
   TWINFUSE_DEVICE void product(int step, int chunk, int row, int part) {
-    // Of sequences that are not there nothing is read.
-    const int columns = (s_.count - chunk + 7) / 8;
-    if constexpr (kColumns > 1)
-      if (columns == 1) return product<1>(step, chunk, row, part);
-    if constexpr (kColumns > 2)
-      if (columns == 2) return product<2>(step, chunk, row, part);
-    product<kColumns>(step, chunk, row, part);
+    for_columns<kColumns>(s_.count - chunk, [&](auto some) {
+      product<decltype(some)::value>(step, chunk, row, part);
+    });
   }
 
   template <int kSome>
@@ -236,7 +223,7 @@ struct LstmBackward : Shape {
       exchange_.wait();
       if (s_.p.steps) product(s_.p.steps - 1, chunk, row, part);
       block_sync();
-      for_cells(chunk, [&](int, const Cell& at) {
+      s_.for_cells(chunk, [&](int, const Cell& at) {
         const float of_products = s_.p.steps ? sum(at) : 0;
         convert(memory_.h[at.sequence][at.place] + of_products, &s_.at(p_.grad_initial_h, at));
       });

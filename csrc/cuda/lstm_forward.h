@@ -7,8 +7,6 @@
 // is written when the results that others wait for have left.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/lstm_product.h"
 
 namespace twinfuse::cuda {
@@ -62,17 +60,17 @@ struct LstmForward : Shape {
       for (int chunk = 0; chunk < s_.count; chunk += kChunk) {
         const bool is_last = chunk + kChunk >= s_.count;
         float sums[kCells][4];
-        for_cells(chunk, [&](int i, const Cell& at) { add_bias(given[i], at, sums[i]); });
+        s_.for_cells(chunk, [&](int i, const Cell& at) { add_bias(given[i], at, sums[i]); });
         Given next[kCells];
         load(is_last ? step + 1 : step, is_last ? 0 : chunk + kChunk, next);
         exchange_.wait();
         product(step, chunk, part, octet);
         block_sync();
         Made made[kCells];
-        for_cells(chunk,
-                  [&](int i, const Cell& at) { compute(step, at, given[i], sums[i], made[i]); });
+        s_.for_cells(chunk,
+                     [&](int i, const Cell& at) { compute(step, at, given[i], sums[i], made[i]); });
         if (is_last) exchange_.leave();
-        for_cells(chunk, [&](int i, const Cell& at) { store(step, at, given[i], made[i]); });
+        s_.for_cells(chunk, [&](int i, const Cell& at) { store(step, at, given[i], made[i]); });
 #pragma unroll
         for (int i = 0; i < kCells; i++) given[i] = next[i];
       }
@@ -80,13 +78,6 @@ struct LstmForward : Shape {
       if (p_.final_h.data) convert(memory_.h[at.sequence][at.place], &s_.at(p_.final_h, at));
       if (p_.final_c.data) convert(memory_.c[at.sequence][at.place], &s_.at(p_.final_c, at));
     });
-  }
-
-  template <class Body>
-  TWINFUSE_DEVICE void for_cells(int chunk, const Body& body) const {
-#pragma unroll
-    for (int i = 0; i < kCells; i++)
-      if (const Cell at = s_.cell(chunk, i); at.there) body(i, at);
   }
 
   TWINFUSE_DEVICE void load_weights(int part, int octet) {
@@ -130,7 +121,7 @@ struct LstmForward : Shape {
     if (step == s_.p.steps) return;
     const int t = s_.time(step);
     const auto* inputs = static_cast<const Element*>(p_.inputs);
-    for_cells(chunk, [&](int i, const Cell& at) {
+    s_.for_cells(chunk, [&](int i, const Cell& at) {
       given[i].active = s_.active(t, at.b);
       if (!given[i].active) return;
       const Element* row = inputs + s_.row(t, at.b) * p_.inputs_row + at.unit;
@@ -146,13 +137,9 @@ struct LstmForward : Shape {
   }
 
   TWINFUSE_DEVICE void product(int step, int chunk, int part, int octet) {
-    // Of sequences that are not there nothing is read.
-    const int columns = (s_.count - chunk + 7) / 8;
-    if constexpr (kColumns > 1)
-      if (columns == 1) return product<1>(step, chunk, part, octet);
-    if constexpr (kColumns > 2)
-      if (columns == 2) return product<2>(step, chunk, part, octet);
-    product<kColumns>(step, chunk, part, octet);
+    for_columns<kColumns>(s_.count - chunk, [&](auto some) {
+      product<decltype(some)::value>(step, chunk, part, octet);
+    });
   }
 
   template <int kSome>

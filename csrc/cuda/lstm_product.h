@@ -2,6 +2,8 @@
 // what all blocks left at the step before.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/lstm_exchange.h"
 #include "cuda/lstm_gates.h"
 
@@ -17,7 +19,6 @@ class Product {
   using Element = typename Format::Element;
   static constexpr int kElements = 16 / static_cast<int>(sizeof(Element));  // of 16 bytes
   static constexpr int kDepth = kGroups * Format::kGroup;                   // of a warp
-  static constexpr int kWidth = kDepth * kParts;
   // Registers of a thread, and reads of 16 bytes at a time for which weights leave some.
   static constexpr int kRegisters = kThreads > 256 ? 65536 / kThreads : 255;
   // A product waits for the one before into the same sums: a warp has some of these, always as
@@ -137,5 +138,16 @@ class Product {
 
   uint32_t weights_[kTiles][kGroups][2][4] = {};
 };
+
+// `body` with the number of columns as a constant: of sequences that are not there nothing is read.
+template <int kColumns, class Body>
+TWINFUSE_DEVICE void for_columns(int sequences, const Body& body) {
+  const int columns = (sequences + 7) / 8;
+  if constexpr (kColumns > 1)
+    if (columns == 1) return body(std::integral_constant<int, 1>());
+  if constexpr (kColumns > 2)
+    if (columns == 2) return body(std::integral_constant<int, 2>());
+  body(std::integral_constant<int, kColumns>());
+}
 
 }  // namespace twinfuse::cuda

@@ -42,6 +42,13 @@ class Slice {
     const bool there = index < kMost * kUnits && sequence < count && unit + place < p.units;
     return {sequence, place, begin + sequence, unit + place, there};
   }
+  // `body(i, cell)` for this thread's cells of a chunk that are there.
+  template <class Body>
+  TWINFUSE_DEVICE void for_cells(int chunk, const Body& body) const {
+#pragma unroll
+    for (int i = 0; i < kCells; i++)
+      if (const Cell at = cell(chunk, i); at.there) body(i, at);
+  }
   // `body(cell)` for all of the block's cells that are there.
   template <class Body>
   TWINFUSE_DEVICE void for_each(const Body& body) const {

@@ -88,8 +88,8 @@ Plan plan(const Call& call, Pass pass, int64_t units, int64_t batch) {
     made.slice = divide(divide(batch, made.slices), least) * least;
     made.slice = std::clamp<int64_t>(made.slice, 1, kernel.most_slice);
     made.slices = std::clamp<int64_t>(divide(batch, made.slice), 1, made.slices);
-    best = made;
-    if (made.slice * made.slices >= batch) break;
+    if (!best.kernel || made.slice * made.slices > best.slice * best.slices) best = made;
+    if (best.slice * best.slices >= batch || !kernel.alone) break;
   }
   if (best.kernel) return best;
   if (!refused.empty()) throw Unsupported(refused);
@@ -247,6 +247,10 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
     const int64_t gates = 4 * op.units;
     const LstmWeights& grads = op.grad_weights;
     const bool sums = grads.bias_ih.data || grads.bias_hh.data;
+    // What they refuse they refuse before anything is launched.
+    Matrix input, grad_input;
+    if (grads.ih.data) input = rows_of(op, op.input);
+    if (op.grad_input.data) grad_input = rows_of(op, op.grad_input);
 
     cuda::LstmBackwardArguments arguments{};
     arguments.shared = shared(call, op);
@@ -263,14 +267,13 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
     run(call, chosen, &arguments, op.batch);
 
     const Operand grad_gates{arguments.grad_gates, op.rows, gates, gates, 1};
-    if (op.grad_input.data)
-      multiply(call, {grad_gates, transposed(operand(op.weights.ih)),
-                      result(rows_of(op, op.grad_input))});
+    if (grad_input.data)
+      multiply(call, {grad_gates, transposed(operand(op.weights.ih)), result(grad_input)});
     const auto weight = [&](const Matrix& of, const Matrix& by) {
       if (of.data)
         multiply(call, oriented({transposed(grad_gates), transposed(operand(by)), result(of)}));
     };
-    if (grads.ih.data) weight(grads.ih, rows_of(op, op.input));
+    weight(grads.ih, input);
     weight(grads.hh, op.saved.hidden);
     for (const auto& bias : {grads.bias_ih, grads.bias_hh})
       if (bias.data)

@@ -57,7 +57,6 @@ inline void warp_sync() {
   fibers::meet_warp("warp_sync", [] {});
 }
 inline void spin() { fibers::wait_for_others(); }
-inline void hold_reads() {}
 
 inline void* shared_memory() {
   const auto address = reinterpret_cast<uintptr_t>(fibers::current->block->memory.get());
