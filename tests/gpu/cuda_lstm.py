@@ -110,6 +110,14 @@ class CBackward(ctypes.Structure):
     ]
 
 
+class COffsets(ctypes.Structure):
+    _fields_ = [
+        ("to", ctypes.c_void_p),
+        ("count", ctypes.c_int32),
+        ("numbers", ctypes.c_int32 * 512),
+    ]
+
+
 class CFacts(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p),

@@ -13,6 +13,7 @@ from tests.gpu.cuda_lstm import (
     BUGS,
     DTYPES,
     NAMES,
+    COffsets,
     KernelFailed,
     Way,
     backward,
@@ -227,23 +228,15 @@ def test_bugs_are_found(bug: str, direction: str) -> None:
             assert_same(computed(seed, bug), expected, bug)
 
 
-class _Offsets(ctypes.Structure):
-    _fields_ = [
-        ("to", ctypes.c_void_p),
-        ("count", ctypes.c_int32),
-        ("numbers", ctypes.c_int32 * 512),
-    ]
-
-
 @pytest.mark.parametrize("count", [1, 127, 128, 129, 512])
 def test_offsets(count: int) -> None:
     numbers = np.arange(512, dtype=np.int32) * 3 + 1
     to = np.full(600, -1, np.int32)
-    run("lstm_offsets", _Offsets(to.ctypes.data, count, (ctypes.c_int32 * 512)(*numbers)))
+    run("lstm_offsets", COffsets(to.ctypes.data, count, (ctypes.c_int32 * 512)(*numbers)))
     np.testing.assert_array_equal(to[:count], numbers[:count])
     assert (to[count:] == -1).all()
 
 
 def test_a_kernel_that_is_not_there() -> None:
     with pytest.raises(KernelFailed, match="no such kernel"):
-        run("lstm_forward_bf16_1", _Offsets())
+        run("lstm_forward_bf16_1", COffsets())

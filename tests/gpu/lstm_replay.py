@@ -1,0 +1,108 @@
+"""A framework's side of a call of the LSTM on the fake driver: what it launches is run in order,
+Triton's kernels in the interpreter, those of csrc/cuda by stand-ins for the GPU's instructions."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+from tests.core_api import CContext, Lender
+from tests.gpu import cuda_lstm, fake_driver
+from tests.gpu.cuda_lstm import CBackward, CForward
+from tests.gpu.fake_driver import Launch
+from tests.gpu.replay import IEEE, NAMES, PRECISIONS, TF32, GpuLender, Ran
+
+FORMATS = {"float16": "fp16", "bfloat16": "bf16"}
+NUMBERS = {IEEE: "tf32x3", TF32: "tf32"}  # of float32
+OFFSETS = "lstm_offsets"
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A launch of a kernel of csrc/cuda."""
+
+    launch: Launch
+
+    def __post_init__(self) -> None:
+        launch = self.launch
+        (argument,) = launch.arguments
+        assert launch.cooperative and launch.attributes == 1 and launch.cluster == (0, 0, 0)
+        assert launch.grid[1:] == launch.block[1:] == (1, 1)
+        if self.name == OFFSETS:
+            assert len(argument) == ctypes.sizeof(cuda_lstm.COffsets)
+            assert (launch.grid[0], launch.block[0], launch.shared) == (1, 128, 0)
+            return
+        kernel = cuda_lstm.kernels()[self.name]
+        assert (len(argument), launch.block[0]) == (kernel.arguments, kernel.threads)
+        shared = self.arguments.shared
+        assert 0 < shared.units <= kernel.width and shared.first + shared.count <= shared.batch
+        assert 0 < shared.slice <= kernel.slice
+        assert shared.blocks == -(-shared.units // kernel.units)
+        assert launch.grid[0] == shared.blocks * -(-shared.count // shared.slice)
+        assert (shared.exchange is None) == bool(kernel.alone)
+
+    @property
+    def name(self) -> str:
+        return self.launch.entry
+
+    @property
+    def arguments(self) -> CForward | CBackward:
+        kind = CBackward if self.name.startswith("lstm_backward") else CForward
+        return kind.from_buffer_copy(self.launch.arguments[0])
+
+    def run(self, seed: int) -> None:
+        argument = ctypes.create_string_buffer(self.launch.arguments[0])
+        cuda_lstm.run(self.name, argument, self.launch.grid[0], seed)
+
+
+@dataclass
+class LstmLender(GpuLender):
+    """`launched` has the launches of all its calls, in order; `sets` counts memory that was set."""
+
+    launched: list[Ran | Recurrent] = field(default_factory=list)
+    sets: int = 0
+    first_set: int = 0
+
+    def context(self) -> CContext:
+        self.first_set = len(fake_driver.load().memsets)
+        return super().context()
+
+    def check(self) -> None:
+        driver = fake_driver.load()
+        sets = driver.memsets[self.first_set :]
+        for index, launch in enumerate(driver.launches(self.first), self.first):
+            assert launch.stream == self.stream
+            while sets and sets[0].launch == index:
+                made = sets.pop(0)
+                assert (made.stream, made.value) == (self.stream, 0xFFFFFFFF)
+                ctypes.memset(made.at, 0xFF, 4 * made.count)
+                self.sets += 1
+            self.launched.append(self._decoded(launch))
+            if self.interpret:
+                self._run(self.launched[-1])
+        assert not sets
+        Lender.check(self)
+
+    def _decoded(self, launch: Launch) -> Ran | Recurrent:
+        if launch.cooperative:
+            made = Recurrent(launch)
+            format = FORMATS.get(self.dtype, NUMBERS[self.precision])
+            assert made.name == OFFSETS or made.name.split("_")[2] == format
+            return made
+        ran = Ran.decode(launch, self.dtype)
+        assert ran.variant.dtype == NAMES[self.dtype], ran.name
+        if ran.is_product and ran.variant.dtype == "fp32":
+            # Those that read single elements have no fewer terms.
+            precision = IEEE if "elements" in ran.name.split("-") else self.precision
+            assert ran.variant.precision in PRECISIONS[precision], ran.name
+        return ran
+
+    def _run(self, launched: Ran | Recurrent) -> None:
+        if isinstance(launched, Ran):
+            launched.interpret()
+        else:
+            launched.run(len(self.launched))
+
+    @property
+    def recurrent(self) -> list[Recurrent]:
+        return [made for made in self.launched if isinstance(made, Recurrent)]
