@@ -45,8 +45,8 @@ def up_to_date(kernels: Path) -> bool:
 def cuda_sources_hash(folder: Path = HERE / "cuda") -> str:
     """Of what csrc/cuda_build.py compiles: the host passes structs of these files."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*")):
-        if path.suffix in (".h", ".cu"):
+    for path in (*sorted(folder.glob("*")), HERE / "cuda_build.py"):
+        if path.suffix in (".h", ".cu", ".py"):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

@@ -102,14 +102,6 @@ TWINFUSE_DEVICE void fence() { __threadfence(); }
 TWINFUSE_DEVICE bool any_of_warp(bool here) { return __any_sync(0xffffffff, here); }
 // The larger of each half.
 TWINFUSE_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
-TWINFUSE_DEVICE void store_release(uint32_t* to, uint32_t value) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
-}
-TWINFUSE_DEVICE uint32_t load_acquire(const uint32_t* from) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
 
 }  // namespace twinfuse::cuda
 

@@ -9,10 +9,11 @@ namespace twinfuse::cuda {
 // to be written holds a number that no step leaves, a NaN with all bits set.
 //
 // Step n writes slot n % 4, and each element is written by the same thread every time. That thread
-// also empties the place for step n + 2. Nobody reads there any more: what it held is of step n -
-// 2, and this block has seen all of step n - 1, which others left when they had read all of step n
-// - 2. The fence behind it makes it empty for whoever has seen step n + 1 of the same thread, as
-// those have who wait for step n + 2.
+// also empties the place for step n + 2. Nobody reads there any more: what it held is of the step
+// two before n, and this block has seen all of the one between, which others left when they had
+// read all of that. The fence behind it makes it empty for whoever has seen step n + 1 of the same
+// thread, as those have who wait for step n + 2: a thread reads the same places at every step, and
+// its own fence stands between what it reads of two steps.
 template <class Element, int kDepth>
 class GridExchange {
  public:

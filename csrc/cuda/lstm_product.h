@@ -92,6 +92,7 @@ class Product {
   TWINFUSE_DEVICE void add_from(float (&chains)[kChains][kTiles][kColumns][4],
                                 const Element* const (&from)[kColumns]) const {
     constexpr int kBatch = kSmaller<kInFlight / kColumns, kGroups - kFirst>;
+    static_assert(kBatch > 0);
     uint4 words[kBatch][kColumns];
     Exchange::template read<kBatch, kColumns>(words, from, kFirst * Format::kGroup, Format::kGroup);
 #pragma unroll
@@ -113,8 +114,8 @@ class Product {
 #pragma unroll
             for (int k = 0; k < 4; k++) chains[0][tile][column][k] += sums[k];
           } else {
-            Format::product(chains[2 * i % kChains][tile][column], first, low);
-            Format::product(chains[(2 * i + 1) % kChains][tile][column], second, high);
+            Format::product(chains[2 * (kFirst + i) % kChains][tile][column], first, low);
+            Format::product(chains[(2 * (kFirst + i) + 1) % kChains][tile][column], second, high);
           }
         }
       }

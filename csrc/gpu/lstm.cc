@@ -66,6 +66,7 @@ struct Plan {
 // The narrowest kernel that can hold the weights. Where blocks have all units of their sequences,
 // wider ones take more sequences at a time.
 Plan plan(const Call& call, Pass pass, int64_t units, int64_t batch) {
+  if (!units) throw Unsupported("no GPU kernel takes 0 units");
   const LstmFormat format = format_of(call);
   Plan best;
   int64_t widest = 0;
@@ -98,6 +99,11 @@ Plan plan(const Call& call, Pass pass, int64_t units, int64_t batch) {
                     std::to_string(widest) + " at most");
 }
 
+// What the kernels know of: more would be left out without a word.
+static_assert(TWINFUSE_ACTIVATION_COUNT == 4);
+static_assert(sizeof(TwinfuseLstmWeights) == 7 * sizeof(void*));
+static_assert(sizeof(TwinfuseLstmNoise) == 4 * sizeof(void*));
+
 template <class T>
 void refuse_if(const T& tensor, const char* text) {
   if (tensor.data) throw Unsupported(std::string("no GPU kernel computes ") + text);
@@ -110,7 +116,7 @@ void require_served(const LstmCall& op) {
   refuse_if(op.weights.norm, "normalised gates");
   refuse_if(op.dropout_input, "dropped inputs");
   refuse_if(op.dropout_hidden, "dropped states");
-  require_countable(op.rows);
+  for (const int64_t size : {op.rows, op.steps, op.batch, 4 * op.units}) require_countable(size);
 }
 
 cuda::LstmSequence sequence(const Sequence& s) { return {s.data, s.step, s.row, s.col}; }
@@ -208,7 +214,6 @@ TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dty
                             const TwinfuseContext& context) {
   return serve(name, dtype, context, [&](const Call& call) {
     require_served(op);
-    if (!op.units) return;
     const Plan chosen = plan(call, Pass::Forward, op.units, op.batch);
     const Matrix input = rows_of(op, op.input), &saved = op.saved.gates;
     // A call that no kernel could differentiate is the caller's from the start.
@@ -242,7 +247,6 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
                              const TwinfuseContext& context) {
   return serve(name, dtype, context, [&](const Call& call) {
     require_served(op);
-    if (!op.units) return;
     const Plan chosen = plan(call, Pass::Backward, op.units, op.batch);
     const int64_t gates = 4 * op.units;
     const LstmWeights& grads = op.grad_weights;
@@ -258,7 +262,7 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
     arguments.cells = op.saved.cells.data, arguments.cells_row = op.saved.cells.row_stride;
     arguments.cells_unit = op.saved.cells.col_stride;
     arguments.grad_output = sequence(op.grad_output);
-    arguments.grad_final_h = state(op.grad_final.h),
+    arguments.grad_final_h = state(op.grad_final.h);
     arguments.grad_final_c = state(op.grad_final.c);
     arguments.grad_initial_h = state(op.grad_initial.h);
     arguments.grad_initial_c = state(op.grad_initial.c);
@@ -283,3 +287,18 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
 }
 
 }  // namespace twinfuse::gpu
+
+extern "C" int64_t twinfuse_lstm_most_units(int32_t dtype, int32_t backward) {
+  using namespace twinfuse;
+  using gpu::LstmFormat;
+  if (gpu::kCudaKernelCount == 0 || dtype == TWINFUSE_FLOAT64) return 0;
+  const LstmFormat format = dtype == TWINFUSE_BFLOAT16  ? LstmFormat::bf16
+                            : dtype == TWINFUSE_FLOAT16 ? LstmFormat::fp16
+                                                        : LstmFormat::tf32x3;
+  int64_t most = 0;
+  for (const gpu::LstmKernel& kernel : gpu::kLstmKernels)
+    if (kernel.format == format &&
+        kernel.pass == (backward ? gpu::Pass::Backward : gpu::Pass::Forward))
+      most = std::max<int64_t>(most, kernel.width);
+  return most;
+}

@@ -42,16 +42,18 @@
 // On a CPU, bits depend on the instruction set and the dtype alone: not on strides, layout,
 // packing, alignment or threads. Every sum runs over x and then over h (with a norm, they are two),
 // in runs as linear_relu.h says. Gradients of weights, biases, peepholes and the norm are sums over
-// blocks of steps, of about 1024 rows each by the shape alone, from the block that was taken last
-// to the first; within a block over its steps in the order of the tensors, and over the sequences
-// of each, whatever the order of what is saved. A single block is summed as linear_relu.h says,
-// several one after another, without pieces. Factors of a dropout
-// times x or h are rounded to the dtype, and so is what is saved of sums: in float16 those of a
-// norm that leave its range have no finite gradients.
+// blocks of steps, of about 1024 rows each by the shape and the dtype alone, from the block that
+// was taken last to the first; within a block over its steps in the order of the tensors, and over
+// the sequences of each, whatever the order of what is saved. A single block is summed as
+// linear_relu.h says, several one after another, without pieces. Factors of a dropout times x or h
+// are rounded to the dtype, and so is what is saved of sums: in float16 those of a norm that leave
+// its range have no finite gradients.
 //
 // A GPU takes float32, bfloat16 and float16, up to 1024 units (in float32 512, and without `saved`
-// 1280 and 1024), and no hr, peephole, norm or dropout. Rows of `input` and `grad_input` lie there at
-// one distance in the order of what is saved; `mask` is on the device, `batch_sizes` is not.
+// 1280 and 1024), and no hr, peephole, norm or dropout. Rows of `input` and `grad_input` lie there
+// at one distance in the order of what is saved; `mask` is on the device, `batch_sizes` is not.
+// Scratch: forward without `saved` 4H elements a row; backward as much, and 4H numbers of float32 a
+// sequence.
 #pragma once
 
 #include "twinfuse/core.h"
@@ -152,6 +154,10 @@ TWINFUSE_API TwinfuseStatus twinfuse_lstm_cell_backward(
     const TwinfuseTensor* gates, const TwinfuseTensor* input, const TwinfuseLstmState* initial,
     const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
     const TwinfuseContext* context);
+
+// Units that GPU kernels of this dtype take at most, forward alone or backward, too; 0: this build
+// has none. More, and what a device has no room for, is TWINFUSE_UNSUPPORTED.
+TWINFUSE_API int64_t twinfuse_lstm_most_units(int32_t dtype, int32_t backward);
 
 #ifdef __cplusplus
 }  // extern "C"

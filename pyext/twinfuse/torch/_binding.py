@@ -31,12 +31,16 @@ def _on_fallback(op: bytes, reason: bytes, message: int, capacity: int) -> int:
 _state = threading.local()
 
 
+def _depth() -> int:
+    return getattr(_state, "raises", 0)
+
+
 class _Raising:
     def __enter__(self) -> None:
-        _state.raises = 1
+        _state.raises = _depth() + 1
 
     def __exit__(self, *_: object) -> None:
-        _state.raises = 0
+        _state.raises = _depth() - 1
 
 
 # Inside, operators of this thread raise for what no kernel serves, and leave it to the caller.
@@ -45,7 +49,7 @@ raising = _Raising()
 
 @ctypes.CFUNCTYPE(ctypes.c_int32)
 def _on_native() -> int:
-    return getattr(_state, "raises", 0)
+    return _depth()
 
 
 def _load(path: Path) -> str:
