@@ -7,7 +7,7 @@ each, and `kernels.json`, which says how each is launched. Warps, shared memory,
 and the boxes of descriptors are read from what the compiler reports, never from what was asked for,
 and the arguments of the variant are compared with the parameters of the compiled code (behind which
 two pointers follow, for scratch of the kernel and of a profiler). A kernel that spills registers,
-needs more shared memory than the smallest device of its architecture has, or was not compiled to
+needs more shared memory than the smallest device that runs its code has, or was not compiled to
 the instructions that it was written for is an error.
 
 Triton keeps what it has compiled under a hash of its sources, in `<folder>/cache`.
@@ -25,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -131,13 +132,49 @@ def source(variant: Any) -> Any:
     return ASTSource(variant.function, signature, constants, attributes)
 
 
-def compile_variant(arch: int, variant: Any) -> Kernel:
-    """Raises RuntimeError where the compiled code has other parameters than the variant says."""
+@contextmanager
+def _for_family(arch: int) -> Iterator[None]:
+    """Triton's code, which is for `arch` alone ("a" targets), is for all of its family ("f"), of
+    which ptxas lets no instruction through that one of them lacks."""
+    from triton import knobs
+    from triton.backends.nvidia import compiler
+
+    name = "sm_arch_from_capability"
+    of = getattr(compiler, name, None)
+    if of is None or of(arch) != f"sm_{arch}a" or not hasattr(knobs, "runtime"):
+        raise RuntimeError(f"this version of Triton has no {name} as 3.7.1 has it")
+    hook = "add_stages_inspection_hook"
+    kept = getattr(knobs.runtime, hook)
+    setattr(compiler, name, lambda capability: f"sm_{capability}f")
+    # Without stages to change, this gives a part of the keys under which Triton keeps its code.
+    setattr(knobs.runtime, hook, lambda *stages: None if stages else ("family", "family"))
+    try:
+        yield
+    finally:
+        setattr(compiler, name, of)
+        setattr(knobs.runtime, hook, kept)
+
+
+def check_family(arch: int, ptx: str, image: bytes) -> None:
+    """Raises RuntimeError where code is not for the whole family."""
+    in_ptx = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    in_image = re.search(rb" -arch (\w+)", image)  # ptxas notes how it was called
+    found = {in_ptx and in_ptx[1], in_image and in_image[1].decode()}
+    if found != {f"sm_{arch}f"}:
+        raise RuntimeError(f"expected code for sm_{arch}f, found targets {found}")
+
+
+def compile_variant(arch: int, variant: Any, *, family: bool = False) -> Kernel:
+    """`family`: for all architectures that run this one's code, not for `arch` alone.
+
+    Raises RuntimeError where the compiled code has other parameters than the variant says.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source(variant), target=target, options=variant.options)
+    with _for_family(arch) if family else nullcontext():
+        compiled = triton.compile(source(variant), target=target, options=variant.options)
     metadata, ptx = compiled.metadata, compiled.asm["ptx"]
     parameters = list(_parameters(variant, metadata.tensordesc_meta or []))
     expected = [t for p in parameters for t in passed(p)]
@@ -148,6 +185,8 @@ def compile_variant(arch: int, variant: Any) -> Kernel:
             f"the compiled code has {found}"
         )
     image = bytes(compiled.asm["cubin"])
+    if family:
+        check_family(arch, ptx, image)
     registers, spilled = resources(image)
     return Kernel(
         arch=arch,
@@ -244,7 +283,8 @@ def complaints(kernel: Kernel, variant: Any) -> list[str]:
 
 
 def parse_architectures(text: str) -> list[int]:
-    """From TORCH_CUDA_ARCH_LIST's form, such as `8.0;9.0+PTX`: those that we build for.
+    """From TORCH_CUDA_ARCH_LIST's form, such as `8.0;9.0+PTX`: those that we build for, which may
+    be others that the wanted ones run the code of.
 
     Raises ValueError for what is no architecture. Those that nothing is built for are left out.
     """
@@ -253,19 +293,21 @@ def parse_architectures(text: str) -> list[int]:
         found = re.fullmatch(r"(\d+)\.(\d)a?f?(?:\+PTX)?", word)
         if not found:
             raise ValueError(f"expected architectures such as '8.0 9.0', got {word!r} in {text!r}")
-        arch = int(found[1]) * 10 + int(found[2])
-        # Code for 8.0 runs on all of 8.x.
-        arch = 80 if arch // 10 == 8 else arch
+        wanted = int(found[1]) * 10 + int(found[2])
+        arch = catalogue.code_for(wanted)
         if arch in catalogue.ARCHITECTURES:
             chosen.append(arch)
+            if arch != wanted:
+                print(f"aot: {word} runs the code of {arch / 10}", file=sys.stderr)
         else:
             print(f"aot: no kernels for architecture {word}: left out", file=sys.stderr)
     return sorted(set(chosen))
 
 
 def _job(job: tuple[int, Any]) -> tuple[Kernel, list[str]]:
-    kernel = compile_variant(*job)
-    return kernel, complaints(kernel, job[1])
+    arch, variant = job
+    kernel = compile_variant(arch, variant, family=arch in catalogue.FAMILIES)
+    return kernel, complaints(kernel, variant)
 
 
 def build(folder: Path, architectures: list[int], jobs: int, only: str = "") -> list[Kernel]:

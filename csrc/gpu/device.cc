@@ -10,9 +10,17 @@
 namespace twinfuse::gpu {
 namespace {
 
-// "a" targets run on exactly one architecture; code for 8.0 runs on all of 8.x.
+// The architecture whose machine code runs on this one: that of 8.0 on all of 8.x, that of families
+// ("f" targets) on their later members, and any other ("a" targets) on exactly one.
+// csrc/triton/catalogue.py knows the same.
+int code_for(int arch) {
+  if (arch / 10 == 8) return 80;
+  if (arch == 103 || arch == 121) return arch / 10 * 10;
+  return arch;
+}
+
 Rows rows_for(int arch) {
-  const int own = arch / 10 == 8 ? 80 : arch;
+  const int own = code_for(arch);
   for (int i = 0; i < kKernelCount; i++)
     if (kKernels[i].arch == own) return {own, true};
   if (arch < kLeastCompiled || kKernelCount == 0) return {};

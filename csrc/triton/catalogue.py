@@ -1,7 +1,7 @@
 """Which variants are built for an architecture.
 
 Tiles are the largest that the machine code has no spills for and that fit into the shared memory of
-every device of the architecture (csrc/aot.py checks both); which one serves a call is decided where
+every device that runs the code (csrc/aot.py checks both); which one serves a call is decided where
 it is launched.
 """
 
@@ -113,7 +113,8 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Architecture:
-    """`shared`: bytes of shared memory that a block may have on its smallest device."""
+    """`shared`: bytes of shared memory that a block may have on the smallest device that runs the
+    code."""
 
     tensors: bool
     shared: int
@@ -208,10 +209,17 @@ ARCHITECTURES = {
     80: _AMPERE,
     90: _HOPPER,
     100: _BLACKWELL,
-    103: _BLACKWELL,
     120: _CONSUMER,
-    121: _CONSUMER,
 }
+# Whose code also runs on these later ones. csrc/gpu/device.cc knows the same.
+FAMILIES = {100: (103,), 120: (121,)}
+
+
+def code_for(arch: int) -> int:
+    """The architecture whose code a device of `arch` runs, if any is built for it."""
+    if arch // 10 == 8:
+        return 80
+    return next((first for first, later in FAMILIES.items() if arch in later), arch)
 
 
 _ELEMENTS = (Tile(64, 64, 32, 4, 2), Tile(64, 64, 16, 4, 2))  # of halves, of floats

@@ -178,11 +178,9 @@ int cuModuleLoadData(void** out, const void* image) {
             "a stream is capturing");
   std::string copy = copy_image(static_cast<const char*>(image));
   REFUSE_IF(copy.empty(), kInvalidImage, "not an ELF file");
-  const int built = architecture(copy), device = state.devices[thread.current()->device].spec.arch;
-  // Triton's code from 9.0 on is for one architecture.
-  const bool family = built < 90 || is_plain(copy);
-  const bool runs = built == device || (family && built / 10 == device / 10 && built < device);
-  REFUSE_IF(!runs, kNoBinary, std::to_string(built) + " on " + std::to_string(device));
+  const int device = state.devices[thread.current()->device].spec.arch;
+  REFUSE_IF(!runs_on(copy, device), kNoBinary,
+            std::to_string(architecture(copy)) + " on " + std::to_string(device));
   auto module = std::make_unique<Module>();
   module->context = thread.current();
   module->image = &*state.images.insert(std::move(copy)).first;

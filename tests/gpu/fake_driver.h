@@ -143,8 +143,9 @@ extern thread_local Thread thread;
 // The ELF file at `image`, whose end its own tables tell; empty if it is none.
 std::string copy_image(const char* image);
 int architecture(const std::string& image);
-// Whether it is for all devices of a major number from its own on, as nvcc makes it unless told.
-bool is_plain(const std::string& image);
+// Plain code, as nvcc makes it unless told, is for all devices of a major number from its own on;
+// that of "f" targets for those of their family, and that of "a" targets for its own alone.
+bool runs_on(const std::string& image, int device);
 // Parameters of the function of that name. False if there is none.
 bool read_function(const std::string& image, Function* function);
 

@@ -41,8 +41,8 @@ class Device:
 
 
 # What `load` gives the process, by number: the second has as many multiprocessors as real ones do,
-# and then come one without kernels and one that runs the code of its older sibling. Nothing is ever
-# built for NEW and ODD: Triton compiles for the first, and not for the second.
+# and then come one without kernels and one that runs the code of its older sibling, as do 10.3 and
+# 12.1. Nothing is ever built for NEW and ODD: Triton compiles for the first alone.
 SMALL = 99 << 10
 DEVICES = (
     Device(90),

@@ -45,10 +45,15 @@ int architecture(const std::string& image) {
   return static_cast<int>(old ? header.e_flags & 0xFF : header.e_flags >> 8 & 0xFF);
 }
 
-bool is_plain(const std::string& image) {
-  const size_t found = image.find("-arch sm_");  // nvcc notes how it was called
-  return found != std::string::npos &&
-         image.find_first_of("af ", found + 9) == image.find(' ', found + 9);
+bool runs_on(const std::string& image, int device) {
+  const int built = architecture(image);
+  if (built == device) return true;
+  if (built / 10 != device / 10 || built > device) return false;
+  if (built < 90) return true;
+  const size_t found = image.find("-arch sm_");  // compilers note how they were called
+  if (found == std::string::npos) return false;
+  const char suffix = image[image.find_first_not_of("0123456789", found + 9)];
+  return suffix == ' ' || (suffix == 'f' && (device == 103 || device == 121));
 }
 
 bool read_function(const std::string& image, Function* function) {

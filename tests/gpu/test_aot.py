@@ -76,6 +76,9 @@ def test_files_of_kernels_that_are_gone_are_removed(tmp_path: Path) -> None:
         ("9.0a;8.6+PTX", [80, 90]),
         ("12.0,10.0 8.9 8.0", [80, 100, 120]),
         ("7.5 9.0", [90]),
+        ("10.3 12.1a", [100, 120]),
+        ("10.0f;10.3;12.0+PTX", [100, 120]),
+        ("10.1 11.0 12.2 8.0", [80]),
     ],
 )
 def test_architectures(text: str, expected: list[int]) -> None:
@@ -85,6 +88,57 @@ def test_architectures(text: str, expected: list[int]) -> None:
 def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert aot.parse_architectures("7.5") == []
     assert "no kernels for architecture 7.5" in capsys.readouterr().err
+    assert aot.parse_architectures("12.2") == []
+    assert "no kernels for architecture 12.2" in capsys.readouterr().err
+
+
+def test_whose_code_an_architecture_runs_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert aot.parse_architectures("8.0 10.0 10.3 8.9") == [80, 100]
+    lines = ["aot: 10.3 runs the code of 10.0", "aot: 8.9 runs the code of 8.0"]
+    assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_code_for_families(tmp_path: Path) -> None:
+    """As the PTX and the machine code say, and whatever is kept for one architecture."""
+    name = "tensor_depth-tensor_depth-identity-tensor-bf16-vectors-128x64"
+    table = build(tmp_path, "--arch", "10.3 12.1", "--only", name)
+    assert [kernel["arch"] for kernel in table] == [100, 120]
+    text = f"""
+import os, sys
+os.environ.update(aot.ENVIRONMENT, TRITON_CACHE_DIR={str(tmp_path / "cache")!r})
+for arch in (100, 120, 100):
+    (variant,) = (v for v in aot.catalogue.variants(arch) if {name!r} in v.name)
+    for family in (False, True, False):
+        kernel = aot.compile_variant(arch, variant, family=family)
+        print(b" -arch sm_%d%c" % (arch, b"af"[family]) in kernel.image, kernel.image[1:4])
+"""
+    code = f"import sys; sys.path.insert(0, {str(launcher.ROOT / 'csrc')!r}); import aot{text}"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert done.splitlines() == ["True b'ELF'"] * 9
+    for kernel in table:
+        image = (tmp_path / kernel["file"]).read_bytes()
+        aot.check_family(kernel["arch"], f".target sm_{kernel['arch']}f", image)
+        assert kernel["instructions"]["tcgen05" if kernel["arch"] == 100 else "mma"]
+
+
+@pytest.mark.parametrize(
+    ("in_ptx", "in_image"), [("100f", "100a"), ("100a", "100f"), ("120f", "120f"), ("", "100f")]
+)
+def test_code_that_is_not_for_the_family(in_ptx: str, in_image: str) -> None:
+    image = f"\0-v  -arch sm_{in_image} \0".encode()
+    with pytest.raises(RuntimeError, match="expected code for sm_100f"):
+        aot.check_family(100, f".version 9.0\n.target sm_{in_ptx}\n", image)
+
+
+def test_another_version_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.nvidia import compiler
+
+    variant = launcher.find(100, a="tensor_depth", b="tensor_depth", dtype="bf16")
+    for other in (lambda capability: f"sm_{capability}", None):
+        monkeypatch.setattr(compiler, "sm_arch_from_capability", other)
+        with pytest.raises(RuntimeError, match="this version of Triton"):
+            aot.compile_variant(100, variant, family=True)
 
 
 @pytest.mark.parametrize("text", ["", "Hopper", "90", "9.0 x"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from tests.core_api import (
     forward,
 )
 from tests.core_cases import BY_ID, every_case, output_layouts
-from tests.gpu import fake_driver
+from tests.gpu import fake_driver, launcher, replay
 from tests.gpu.fake_driver import Driver, driver_fixture  # noqa: F401
 from tests.gpu.launch_cases import CASES as VECTORS
 from tests.gpu.replay import IEEE, TF32, GpuLender, architectures
@@ -34,6 +35,7 @@ every_op = pytest.mark.parametrize("case", [LINEAR, CONV], ids=lambda case: case
 # The interpreter takes minutes over more.
 MOST_PIXELS, MOST_GROUPS = 600, 6
 SOME = [LINEAR, CONV, *(BY_ID[f"conv_relu {name}"] for name in ("stem", "groups", "weight_hwio"))]
+NO_BINARY = 209  # no kernel image is available for the device
 PARTS = (GRADIENTS, ("grad_input",), ("grad_weight",))
 COMPUTED = [*SOME, *VECTORS[:4]]
 
@@ -121,7 +123,7 @@ def test_vectors(driver: Driver, case: Case, dtype: str) -> None:
     check(case, dtype, layout_of(case), parts=PARTS)
 
 
-# Of 10.3 and 12.1 the catalogue is that of their older siblings, and 8.6 runs the code of 8.0.
+# The last run the code of their older siblings.
 OTHERS = [(case, arch) for arch in (80, 100, 120) for case in (*VECTORS, *SOME)]
 OTHERS += [(case, arch) for arch in (86, 103, 121) for case in SOME]
 
@@ -131,7 +133,7 @@ OTHERS += [(case, arch) for arch in (86, 103, 121) for case in SOME]
     ("case", "arch"), OTHERS, ids=[f"{case.op}-{case.id}-{arch}" for case, arch in OTHERS]
 )
 def test_other_architectures(driver: Driver, case: Case, arch: int, dtype: str) -> None:
-    built = 80 if arch == 86 else arch
+    built = launcher.catalogue.code_for(arch)
     if built not in architectures():
         skip("kernels", f"none are built for architecture {built}")
     index = [device.arch for device in fake_driver.DEVICES].index(arch)
@@ -139,6 +141,37 @@ def test_other_architectures(driver: Driver, case: Case, arch: int, dtype: str) 
     lender = check(case, dtype, layout, index=index, compute=compute, parts=PARTS)
     assert {ran.kernel["arch"] for ran in lender.ran} == {built}
     assert {ran.launch.device for ran in lender.ran} == {index}
+
+
+# Machine code by its target, and the devices that load it.
+TARGETS = {
+    "80": {80, 86},
+    "90a": {90},
+    "100f": {100, 103},
+    "100a": {100},
+    "120f": {120, 121},
+    "120a": {120},
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_code_runs_on_the_devices_of_its_target(driver: Driver, target: str) -> None:
+    """On the fake driver, so that no other test passes with code that a device would not load."""
+    arch, suffix = int(target.rstrip("af")), target.lstrip("0123456789")
+    if arch not in architectures():
+        skip("kernels", f"none are built for architecture {arch}")
+    file = next(replay.FOLDER.glob(f"*.sm_{arch}.cubin"))
+    image = file.read_bytes().replace(b"-arch sm_%df " % arch, f"-arch sm_{arch}{suffix} ".encode())
+    loaded = set()
+    for index, device in enumerate(fake_driver.DEVICES):
+        with driver.current(driver.primary(index)):
+            module = ctypes.c_void_p()
+            status = driver.library.cuModuleLoadData(ctypes.byref(module), image)
+            assert status in (0, NO_BINARY)
+            if status == 0:
+                loaded.add(device.arch)
+                assert driver.library.cuModuleUnload(module) == 0
+    assert loaded == TARGETS[target]
 
 
 @every_op
