@@ -6,6 +6,9 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from tests.arrays import STORAGE
 from tests.core_api import CContext, Lender
 from tests.gpu import cuda_lstm, fake_driver
 from tests.gpu.cuda_lstm import CBackward, CForward
@@ -15,6 +18,7 @@ from tests.gpu.replay import IEEE, NAMES, PRECISIONS, TF32, GpuLender, Ran
 FORMATS = {"float16": "fp16", "bfloat16": "bf16"}
 NUMBERS = {IEEE: "tf32x3", TF32: "tf32"}  # of float32
 OFFSETS = "lstm_offsets"
+NAN = np.array([0xFF, 0x7F], np.uint8)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,23 @@ class Recurrent:
         kind = CBackward if self.name.startswith("lstm_backward") else CForward
         return kind.from_buffer_copy(self.launch.arguments[0])
 
+    @property
+    def exchanged(self) -> int:
+        """Bytes."""
+        kernel, shared = cuda_lstm.kernels()[self.name], self.arguments.shared
+        slices = self.launch.grid[0] // shared.blocks
+        rows = -(-shared.slice // kernel.chunk) * kernel.chunk
+        return (
+            slices
+            * cuda_lstm.SLOTS
+            * rows
+            * kernel.depth
+            * np.dtype(STORAGE[kernel.dtype]).itemsize
+        )
+
     def run(self, seed: int) -> None:
+        if self.name != OFFSETS and (at := self.arguments.shared.exchange):
+            assert ctypes.string_at(at, self.exchanged) == b"\xff" * self.exchanged
         argument = ctypes.create_string_buffer(self.launch.arguments[0])
         cuda_lstm.run(self.name, argument, self.launch.grid[0], seed)
 
@@ -66,6 +86,14 @@ class LstmLender(GpuLender):
     def context(self) -> CContext:
         self.first_set = len(fake_driver.load().memsets)
         return super().context()
+
+    def _allocate(self, opaque: int, size: int) -> int | None:
+        """Still NaN in every dtype, but not what memory of an exchange must be set to."""
+        address = super()._allocate(opaque, size)
+        if address is not None:
+            buffer, start, size = self.scratch[-1]
+            buffer[start : start + size] = np.resize(NAN, size)
+        return address
 
     def check(self) -> None:
         driver = fake_driver.load()
