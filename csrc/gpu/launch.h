@@ -52,8 +52,8 @@ class Launch {
 };
 
 // A kernel of csrc/cuda, whose blocks may wait for each other. `name` is for texts, `arguments`
-// points to the struct that the kernel takes. Throws Unsupported where the device has no room for all
-// blocks at once, or DriverError.
+// points to the struct that the kernel takes. Throws Unsupported where the device has no room for
+// all blocks at once, or DriverError.
 void launch_cooperative(Device& device, const Device::CudaLoaded& loaded, const char* name,
                         int64_t blocks, int threads, uint32_t shared, const void* arguments,
                         void* stream);
