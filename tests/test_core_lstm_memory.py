@@ -190,6 +190,8 @@ def test_scratch_grows_by_what_the_header_says(
     assert most["forward"] == many["forward"] == few["forward"]
     if batch_first and "dropout" not in options:
         elements += max(case.inputs, case.outputs)
+    if not _core.isa().startswith("avx512"):  # the others' products pack what they multiply by
+        elements += int(1.2 * (case.inputs + case.outputs))
     grown = many["backward"] - few["backward"]
     if dtype != "bfloat16":  # whose products pack more, the more rows there are
         assert grown <= 70 * 6 * elements * STORAGE[dtype].itemsize * 1.1 + (1 << 14), grown

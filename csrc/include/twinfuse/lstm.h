@@ -133,6 +133,7 @@ TWINFUSE_API TwinfuseStatus twinfuse_lstm_forward(
 // of steps: 4H elements a row, with a projection R more, with a norm 8H more, and with dropout or
 // batch-major tensors I or R more, whichever is larger; 4I for up to 256 rows for the gradient of a
 // dropped input. With several blocks of halves, also the gradients of the weights in float32.
+// Without AVX-512, products pack I + R elements of a row, too.
 TWINFUSE_API TwinfuseStatus twinfuse_lstm_backward(
     const TwinfuseTensor* grad_input, const TwinfuseLstmState* grad_initial,
     const TwinfuseLstmWeights* grad_weights, const TwinfuseTensor* grad_output,
