@@ -57,6 +57,7 @@ def test_wheel_contents(workspace: Workspace) -> None:
     sources |= {
         f"twinfuse/_src/{path.relative_to(REPOSITORY).as_posix()}"
         for path in (REPOSITORY / "csrc").rglob("*.py")
+        if path.name != "cuda_build.py"  # what needs nvcc is never compiled at first use
     }
     assert {name for name in names if name.startswith("twinfuse/_src/")} == sources
     modules = {
