@@ -8,14 +8,6 @@ namespace {
 
 constexpr const char* kOp = "linear_relu";
 
-Operand operand(const Matrix& m) { return {m.data, m.rows, m.cols, m.row_stride, m.col_stride}; }
-
-Operand transposed(const Operand& m) {
-  return {m.data, m.depth, m.lines, m.step, m.line, m.mask, m.mask_step, m.mask_line};
-}
-
-Result result(const Matrix& m) { return {m.data, m.row_stride, m.col_stride}; }
-
 }  // namespace
 
 TwinfuseStatus linear_relu_forward(const LinearReluForward& op, int32_t dtype,

@@ -184,12 +184,6 @@ void run(const Call& call, const Plan& plan, Arguments* arguments, int64_t batch
   }
 }
 
-Operand operand(const Matrix& m) { return {m.data, m.rows, m.cols, m.row_stride, m.col_stride}; }
-
-Operand transposed(const Operand& m) { return {m.data, m.depth, m.lines, m.step, m.line}; }
-
-Result result(const Matrix& m) { return {m.data, m.row_stride, m.col_stride}; }
-
 void multiply(const Call& call, const Product& product) { run(call, product, plan(call, product)); }
 
 // Inputs or their gradients as a matrix whose rows are in the order of what is saved.

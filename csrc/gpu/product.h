@@ -55,6 +55,16 @@ struct Result {
   int64_t row, col;
 };
 
+inline Operand operand(const Matrix& m) {
+  return {m.data, m.rows, m.cols, m.row_stride, m.col_stride};
+}
+
+inline Operand transposed(const Operand& m) {
+  return {m.data, m.depth, m.lines, m.step, m.line, m.mask, m.mask_step, m.mask_line};
+}
+
+inline Result result(const Matrix& m) { return {m.data, m.row_stride, m.col_stride}; }
+
 enum class Behind { nothing, bias_relu };
 
 struct Product {
