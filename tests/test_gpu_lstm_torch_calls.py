@@ -237,20 +237,6 @@ def test_dropout_and_other_options_take_torchs_operators() -> None:
             module(x.to(module.weight_ih_l0.dtype))
 
 
-def test_what_fits_no_kernel_runs_on_native_layers(launched: Launched) -> None:
-    ours, native = pair("float32", 8, 4096)
-    x = r(2, 3, 8)
-    with pytest.raises(twinfuse.FallbackError, match="lstm"):
-        ours(x)
-    with (
-        twinfuse.strict(False),
-        launched("lstm", times=0),
-        pytest.warns(twinfuse.FallbackWarning),
-    ):
-        got = ours(x)[0]
-    assert torch.equal(got, native(x)[0])
-
-
 def test_explain() -> None:
     x, h, c, *weights = layer("float16", 3, 2, 8, 16)
     params = [nn.Parameter(w) for w in weights]

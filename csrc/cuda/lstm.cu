@@ -1,6 +1,8 @@
 // The kernels of the LSTM. TWINFUSE_UNIT is the list of those that this unit compiles.
 #include "cuda/lstm_backward.h"
+#include "cuda/lstm_backward_step.h"
 #include "cuda/lstm_forward.h"
+#include "cuda/lstm_forward_step.h"
 #include "cuda/lstm_offsets.h"
 
 namespace twinfuse::cuda {

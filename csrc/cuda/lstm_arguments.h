@@ -29,12 +29,18 @@ struct LstmShared {
   int64_t hh_row, hh_col;
   LstmSequence zoneout_hidden, zoneout_cell;
   void* exchange;  // [slices, kExchangeSlots, slice rounded up to chunks, depth], all bits set
+  // Of launches of single steps, whose `exchange` is [2, B, H] and not set to anything.
+  int32_t step;    // 0 first; backward also as many as there are, for what lies behind them
+  float* carried;  // [2 forward or 7 backward, B, H]; backward NULL where no other step follows
 };
 
 struct LstmForwardArguments {
   LstmShared shared;
-  const void* inputs;  // [rows, 4H]: the products of inputs; may be `gates`
+  const void* inputs;  // [rows, 4H]: the products of inputs; may be `gates`, or NULL
   int64_t inputs_row;
+  // Of a single step: inputs [B, n] and weights [4H, n], where there are no products yet.
+  LstmState x, ih;
+  int32_t x_units;
   const void* bias_ih;
   const void* bias_hh;
   int64_t bias_ih_stride, bias_hh_stride;
@@ -55,6 +61,8 @@ struct LstmBackwardArguments {
   LstmState grad_final_h, grad_final_c, grad_initial_h, grad_initial_c;
   void* grad_gates;  // [rows, 4H]
   float* grad_bias;  // [B, 4H]: sums over the steps
+  // Of single steps of one slice: gradients of both biases, [1, 4H].
+  LstmState grad_biases[2];
 };
 
 // Numbers from the host into memory, by a launch that may be captured.

@@ -1,49 +1,35 @@
 // All steps of a layer, backward: the gradients of the gates' sums, from the last step to the
 // first. Products with them give all other gradients.
 //
-// A block has kUnits units: as many columns of W_hh. What it needs of all others are the gradients
-// of the step after, of all four gates, one gate behind the other. As forward, nobody waits for
-// what could have been read or computed earlier.
+// As forward, nobody waits for what could have been read or computed earlier.
 #pragma once
 
+#include "cuda/lstm_backward_cell.h"
 #include "cuda/lstm_product.h"
 
 namespace twinfuse::cuda {
 
 template <class Format, class Shape>
-struct LstmBackward : Shape {
-  using Arguments = LstmBackwardArguments;
-  using Memory = typename Shape::Memory;
-  using Element = typename Format::Element;
-  using Shape::kChunk, Shape::kThreads, Shape::kUnits;
+struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
+  using Cells = LstmBackwardCells<typename Format::Element, Shape>;
+  using Shape::kChunk, Shape::kThreads;
+  using typename Cells::Element, typename Cells::Memory;
 
   TWINFUSE_DEVICE static void run(const LstmBackwardArguments& p) {
     LstmBackward(p, *static_cast<Memory*>(shared_memory())).run();
   }
 
  private:
-  static constexpr int kParts = Shape::kParts, kColumns = Shape::kColumns;
+  using Cells::kCells, Cells::p_, Cells::s_, Cells::memory_;
+  using typename Cells::Given, typename Cells::Factors;
+  static constexpr int kParts = Shape::kParts;
   static constexpr int kGate = Shape::kWidth;  // gates of the exchange lie so far apart
   using Exchange = std::conditional_t<Shape::kAlone, BlockExchange<Element, 4 * kGate, kChunk>,
                                       GridExchange<Element, 4 * kGate>>;
   using WeightProduct = Product<Format, Shape::kTiles, Shape::kGroups, kParts, kThreads>;
-  static constexpr int kCells = Slice<Element, Shape>::kCells;
-
-  // Of a cell at a step: what is read of memory, and by what gradients of the output and of c~ are
-  // multiplied.
-  struct Given {
-    bool active;
-    Element gates[4], c, grad_output;
-  };
-  struct Factors {
-    float c_of_h, gates[4], f;
-  };
 
   TWINFUSE_DEVICE LstmBackward(const LstmBackwardArguments& p, Memory& memory)
-      : p_(p),
-        s_(p.shared),
-        memory_(memory),
-        exchange_(p.shared, s_.number, s_.rows(), memory.exchange) {}
+      : Cells(p, memory), exchange_(p.shared, s_.number, s_.rows(), memory.exchange) {}
 
   TWINFUSE_DEVICE void run() {
     const int warp = thread_index() / 32, part = warp % kParts, row = warp / kParts * 16;
@@ -51,23 +37,30 @@ struct LstmBackward : Shape {
     block_sync();
     begin();
     Given given[kCells];
-    load(0, 0, given);
+    this->load(0, 0, given);
     for (int step = 0; step < s_.p.steps; step++)
       for (int chunk = 0; chunk < s_.count; chunk += kChunk) {
         const bool is_last = chunk + kChunk >= s_.count;
         Factors factors[kCells];
-        s_.for_cells(chunk, [&](int i, const Cell&) { prepare(given[i], factors[i]); });
+        s_.for_cells(chunk, [&](int i, const Cell&) { this->prepare(given[i], factors[i]); });
         Given next[kCells];
-        load(is_last ? step + 1 : step, is_last ? 0 : chunk + kChunk, next);
+        this->load(is_last ? step + 1 : step, is_last ? 0 : chunk + kChunk, next);
         exchange_.wait();
         if (step) product(step - 1, chunk, row, part);
         block_sync();
         float grads[kCells][4];
+        // What others wait for leaves at once.
         s_.for_cells(chunk, [&](int i, const Cell& at) {
-          compute(step, at, given[i], factors[i], grads[i]);
+          this->compute(step, at, given[i], factors[i], grads[i]);
+#pragma unroll
+          for (int gate = 0; gate < 4; gate++) {
+            const Element left = rounded<Element>(grads[i][gate]);
+            exchange_.put(step, at.sequence, gate * kGate + at.unit, left);
+          }
         });
         if (is_last) exchange_.leave();
-        s_.for_cells(chunk, [&](int i, const Cell& at) { store(step, at, given[i], grads[i]); });
+        s_.for_cells(chunk,
+                     [&](int i, const Cell& at) { this->store(step, at, given[i], grads[i]); });
 #pragma unroll
         for (int i = 0; i < kCells; i++) given[i] = next[i];
       }
@@ -85,12 +78,7 @@ struct LstmBackward : Shape {
 
   // What is not there is zeros to all.
   TWINFUSE_DEVICE void begin() {
-    s_.for_each([&](const Cell& at) {
-      memory_.h[at.sequence][at.place] = s_.state(p_.grad_final_h, at);
-      memory_.c[at.sequence][at.place] = s_.state(p_.grad_final_c, at);
-      memory_.last[at.sequence][at.place] = 0;
-      for (float& bias : memory_.bias[at.sequence][at.place]) bias = 0;
-    });
+    s_.for_each([&](const Cell& at) { Cells::begin(at); });
     if (s_.block) return;
     for (int i = thread_index(); i < s_.rows() * 4 * kGate; i += kThreads) {
       const int row = i / (4 * kGate), k = i % (4 * kGate);
@@ -98,149 +86,25 @@ struct LstmBackward : Shape {
     }
   }
 
-  TWINFUSE_DEVICE void load(int step, int chunk, Given (&given)[kCells]) const {
-    if (step == s_.p.steps) return;
-    const int t = s_.time(s_.p.steps - 1 - step);
-    s_.for_cells(chunk, [&](int i, const Cell& at) {
-      given[i].active = s_.active(t, at.b);
-      given[i].grad_output = rounded<Element>(0);
-      if (p_.grad_output.data && (given[i].active || !s_.p.offsets))
-        given[i].grad_output = s_.at(p_.grad_output, t, at);
-      if (!given[i].active) return;
-      const int64_t row = s_.row(t, at.b);
-      const auto* gates = static_cast<const Element*>(p_.gates) + row * p_.gates_row + at.unit;
-#pragma unroll
-      for (int gate = 0; gate < 4; gate++) given[i].gates[gate] = gates[int64_t{gate} * s_.p.units];
-      given[i].c =
-          static_cast<const Element*>(p_.cells)[row * p_.cells_row + at.unit * p_.cells_unit];
+  TWINFUSE_DEVICE void product(int step, int chunk, int row, int part) {
+    for_columns<Shape::kColumns>(s_.count - chunk, [&](auto some) {
+      float sums[1][decltype(some)::value][4];
+      product_.times(sums, exchange_, step, chunk, part);
+      this->put(part, row, sums);
     });
   }
 
-  TWINFUSE_DEVICE void prepare(const Given& given, Factors& factors) const {
-    if (!given.active) return;
-    const int act = s_.p.cell_activation, gate = s_.p.gate_activation;
-    if (act == kTanh && gate == kSigmoid) {
-      prepare(kTanh, kSigmoid, given, factors);
-    } else {
-      prepare(act, gate, given, factors);
-    }
-  }
-  TWINFUSE_DEVICE static void prepare(int act, int gate, const Given& given, Factors& factors) {
-    const float i = to_float(given.gates[0]), f = to_float(given.gates[1]);
-    const float g = to_float(given.gates[2]), o = to_float(given.gates[3]);
-    const float c = to_float(given.c), shown = activate<Element>(act, f * c + i * g);
-    factors.c_of_h = o * slope(act, shown);
-    factors.gates[0] = g * slope(gate, i);
-    factors.gates[1] = c * slope(gate, f);
-    factors.gates[2] = i * slope(act, g);
-    factors.gates[3] = shown * slope(gate, o);
-    factors.f = f;
-  }
-
-  TWINFUSE_DEVICE void product(int step, int chunk, int row, int part) {
-    for_columns<kColumns>(s_.count - chunk, [&](auto some) {
-      product<decltype(some)::value>(step, chunk, row, part);
-    });
-  }
-
-  template <int kSome>
-  TWINFUSE_DEVICE void product(int step, int chunk, int row, int part) {
-    float sums[1][kSome][4];
-    product_.times(sums, exchange_, step, chunk, part);
-    const int lane = thread_index() % 32;
-#pragma unroll
-    for (int column = 0; column < kSome; column++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int sequence = column * 8 + lane % 4 * 2 + i % 2;
-        memory_.sums[part][sequence][row + lane / 4 + i / 2 * 8] = sums[0][column][i];
-      }
-  }
-
-  // What the step after gave by its products.
-  TWINFUSE_DEVICE float sum(const Cell& at) const {
-    float total = 0;
-#pragma unroll
-    for (int part = 0; part < kParts; part++)
-      total += memory_.sums[part][at.sequence % kChunk][at.place];
-    return total;
-  }
-
-  // One step of a cell. What others wait for leaves at once.
-  TWINFUSE_DEVICE void compute(int step, const Cell& at, const Given& given, const Factors& factors,
-                               float (&grads)[4]) {
-    float& h = memory_.h[at.sequence][at.place];
-    float& c = memory_.c[at.sequence][at.place];
-    float& last = memory_.last[at.sequence][at.place];
-    const int t = s_.time(s_.p.steps - 1 - step);
-    const float grad_output = to_float(given.grad_output);
-    float grad_h = h;
-    if (step) grad_h += sum(at);
-    grads[0] = grads[1] = grads[2] = grads[3] = 0;
-    if (given.active) {
-      grad_h += grad_output + last;
-      last = h = 0;
-      float grad_c = c, passed = 0;
-      if (s_.p.zoneout_hidden.data) {
-        const float share = to_float(s_.at(s_.p.zoneout_hidden, t, at));
-        h = share * grad_h;
-        grad_h *= 1 - share;
-      }
-      if (s_.p.zoneout_cell.data) {
-        const float share = to_float(s_.at(s_.p.zoneout_cell, t, at));
-        passed = share * grad_c;
-        grad_c *= 1 - share;
-      }
-      grad_c += grad_h * factors.c_of_h;
-      grads[0] = grad_c * factors.gates[0];
-      grads[1] = grad_c * factors.gates[1];
-      grads[2] = grad_c * factors.gates[2];
-      grads[3] = grad_h * factors.gates[3];
-      c = grad_c * factors.f + passed;
-    } else {
-      h = grad_h;
-      if (!s_.p.zero_masked_output) last += grad_output;
-    }
-#pragma unroll
-    for (int gate = 0; gate < 4; gate++)
-      exchange_.put(step, at.sequence, gate * kGate + at.unit, rounded<Element>(grads[gate]));
-  }
-
-  TWINFUSE_DEVICE void store(int step, const Cell& at, const Given& given,
-                             const float (&grads)[4]) {
-    if (!given.active && s_.p.offsets) return;  // a packed sequence that has ended has no row
-    auto& bias = *reinterpret_cast<float4*>(memory_.bias[at.sequence][at.place]);
-    bias = {bias.x + grads[0], bias.y + grads[1], bias.z + grads[2], bias.w + grads[3]};
-    const int64_t row = s_.row(s_.time(s_.p.steps - 1 - step), at.b);
-    auto* to = static_cast<Element*>(p_.grad_gates) + row * 4 * s_.p.units + at.unit;
-#pragma unroll
-    for (int gate = 0; gate < 4; gate++) convert(grads[gate], to + int64_t{gate} * s_.p.units);
-  }
-
-  // The state before the first step.
   TWINFUSE_DEVICE void finish(int row, int part) {
     for (int chunk = 0; p_.grad_initial_h.data && chunk < s_.count; chunk += kChunk) {
       exchange_.wait();
       if (s_.p.steps) product(s_.p.steps - 1, chunk, row, part);
       block_sync();
-      s_.for_cells(chunk, [&](int, const Cell& at) {
-        const float of_products = s_.p.steps ? sum(at) : 0;
-        convert(memory_.h[at.sequence][at.place] + of_products, &s_.at(p_.grad_initial_h, at));
-      });
+      s_.for_cells(
+          chunk, [&](int, const Cell& at) { this->finish_h(at, s_.p.steps ? this->sum(at) : 0); });
     }
-    s_.for_each([&](const Cell& at) {
-      if (p_.grad_initial_c.data)
-        convert(memory_.c[at.sequence][at.place], &s_.at(p_.grad_initial_c, at));
-      if (!p_.grad_bias) return;
-      float* to = p_.grad_bias + int64_t{at.b} * 4 * s_.p.units + at.unit;
-      for (int gate = 0; gate < 4; gate++)
-        to[int64_t{gate} * s_.p.units] = memory_.bias[at.sequence][at.place][gate];
-    });
+    s_.for_each([&](const Cell& at) { this->finish_c_and_bias(at); });
   }
 
-  const LstmBackwardArguments& p_;
-  const Slice<Element, Shape> s_;
-  Memory& memory_;
   Exchange exchange_;
   WeightProduct product_;
 };

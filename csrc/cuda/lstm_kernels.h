@@ -92,7 +92,43 @@ struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, alone
   static constexpr int kSharedBytes = Base::template shared_bytes<Memory, kTiles>();
 };
 
-// F(name, Forward or Backward, format, the shape's numbers), by the units that a kernel takes.
+// One step in a launch, of any depth: `rows` groups of warps have `tiles` tiles each, and a warp of
+// these one of `parts` parts of the reduced dimension. No weights are held.
+template <int rows, int parts, int tiles, int columns>
+struct LstmStepShape {
+  static constexpr int kParts = parts, kTiles = tiles, kColumns = columns;
+  static constexpr int kThreads = 32 * rows * parts, kChunk = 8 * columns, kMostSlice = kChunk;
+  static constexpr int kWidth = INT32_MAX, kDepth = 0;
+  static constexpr bool kAlone = true;
+};
+
+template <LstmFormat, int rows, int parts, int tiles, int columns>
+struct LstmForwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
+  using Base = LstmStepShape<rows, parts, tiles, columns>;
+  static constexpr int kUnits = 4 * tiles * rows;
+
+  struct Memory {
+    alignas(16) float sums[parts][Base::kChunk][4 * kUnits + 4];
+    float bias[kUnits][4];
+    float h[Base::kChunk][kUnits], c[Base::kChunk][kUnits], last[Base::kChunk][kUnits];
+  };
+  static constexpr int kSharedBytes = sizeof(Memory);
+};
+
+template <LstmFormat, int rows, int parts, int tiles, int columns>
+struct LstmBackwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
+  using Base = LstmStepShape<rows, parts, tiles, columns>;
+  static constexpr int kUnits = 16 * tiles * rows;
+
+  struct Memory {
+    float sums[parts][Base::kChunk][kUnits + 4];
+    float h[Base::kChunk][kUnits], c[Base::kChunk][kUnits], last[Base::kChunk][kUnits];
+    alignas(16) float bias[Base::kChunk][kUnits][4];
+  };
+  static constexpr int kSharedBytes = sizeof(Memory);
+};
+
+// F(name, pass, format, the shape's numbers), by the units that a kernel takes.
 #define TWINFUSE_LSTM_16(F, format)                                      \
   F(lstm_forward_##format##_64, Forward, format, 8, 2, 1, 1, 1, true)    \
   F(lstm_forward_##format##_128, Forward, format, 16, 1, 1, 4, 1, true)  \
@@ -106,7 +142,11 @@ struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, alone
   F(lstm_backward_##format##_256, Backward, format, 1, 8, 4, 4, false)   \
   F(lstm_backward_##format##_512, Backward, format, 1, 8, 8, 2, false)   \
   F(lstm_backward_##format##_768, Backward, format, 1, 8, 12, 1, false)  \
-  F(lstm_backward_##format##_1024, Backward, format, 1, 8, 16, 1, false)
+  F(lstm_backward_##format##_1024, Backward, format, 1, 8, 16, 1, false) \
+  F(lstm_forward_##format##_step, ForwardStep, format, 1, 8, 2, 4)       \
+  F(lstm_forward_##format##_widestep, ForwardStep, format, 2, 4, 2, 8)   \
+  F(lstm_backward_##format##_step, BackwardStep, format, 1, 16, 1, 4)    \
+  F(lstm_backward_##format##_widestep, BackwardStep, format, 2, 8, 1, 4)
 
 #define TWINFUSE_LSTM_32(F, format)                                      \
   F(lstm_forward_##format##_64, Forward, format, 4, 2, 2, 2, 1, true)    \
@@ -116,7 +156,11 @@ struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, alone
   F(lstm_forward_##format##_1024, Forward, format, 1, 8, 1, 8, 2, false) \
   F(lstm_backward_##format##_64, Backward, format, 4, 2, 8, 1, true)     \
   F(lstm_backward_##format##_256, Backward, format, 1, 8, 8, 2, false)   \
-  F(lstm_backward_##format##_512, Backward, format, 1, 8, 16, 1, false)
+  F(lstm_backward_##format##_512, Backward, format, 1, 8, 16, 1, false)  \
+  F(lstm_forward_##format##_step, ForwardStep, format, 1, 8, 2, 4)       \
+  F(lstm_forward_##format##_widestep, ForwardStep, format, 2, 4, 2, 8)   \
+  F(lstm_backward_##format##_step, BackwardStep, format, 1, 16, 1, 4)    \
+  F(lstm_backward_##format##_widestep, BackwardStep, format, 2, 8, 1, 4)
 
 // Only the threads of a block are its shape.
 template <LstmFormat, int threads>

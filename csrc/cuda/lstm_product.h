@@ -2,23 +2,19 @@
 // what all blocks left at the step before.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/lstm_exchange.h"
-#include "cuda/lstm_gates.h"
+#include "cuda/lstm_fragments.h"
 
 namespace twinfuse::cuda {
 
 // A warp has `kTiles` tiles of 16 rows of weights and `kGroups` groups of the reduced dimension;
-// `kParts` warps share the rows and have different groups. Groups are cut as memory is read best:
-// thread q of four has 16 bytes in a row, of weights and of states alike, so that the order in
-// which the tensor cores see them is the same for both.
+// `kParts` warps share the rows and have different groups.
 template <class Format, int kTiles, int kGroups, int kParts, int kThreads>
 class Product {
  public:
   using Element = typename Format::Element;
-  static constexpr int kElements = 16 / static_cast<int>(sizeof(Element));  // of 16 bytes
-  static constexpr int kDepth = kGroups * Format::kGroup;                   // of a warp
+  static constexpr int kElements = kVectorElements<Element>;
+  static constexpr int kDepth = kGroups * Format::kGroup;  // of a warp
   // Registers of a thread, and reads of 16 bytes at a time for which weights leave some.
   static constexpr int kRegisters = kThreads > 256 ? 65536 / kThreads : 255;
   // A product waits for the one before into the same sums: a warp has some of these, always as
@@ -29,6 +25,23 @@ class Product {
   static constexpr int kInFlight = kSmaller<12, kLeft / 22>;
 
   static constexpr int kStaged = kTiles * 16 * 64;  // bytes for each warp while it loads
+
+  // Of weights that can be read by 16 bytes: `line(row)` is asked for the warp's rows.
+  template <class Line>
+  TWINFUSE_DEVICE void load_lines(int part, int depth, const Line& line) {
+    const int lane = thread_index() % 32, first = part * kDepth + lane % 4 * kElements;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; tile++) {
+      const Element* const low = line(tile * 16 + lane / 4);
+      const Element* const high = line(tile * 16 + lane / 4 + 8);
+#pragma unroll
+      for (int g = 0; g < kGroups; g++) {
+        const int k = first + g * Format::kGroup;
+        interleave<Format>(weights_[tile][g], read_line<true>(low, 1, k, depth),
+                           read_line<true>(high, 1, k, depth));
+      }
+    }
+  }
 
   // `weight(row, k)` is asked for the warp's rows and all k of its part. The loop over groups stays
   // one, or the addresses of single elements would make most of the kernel's code.
@@ -98,27 +111,10 @@ class Product {
 #pragma unroll
     for (int i = 0; i < kBatch; i++)
 #pragma unroll
-      for (int tile = 0; tile < kTiles; tile++) {
-        const auto& weights = weights_[tile][kFirst + i];
-        const typename Format::Weight first = Format::weight(weights[0]);
-        const typename Format::Weight second = Format::weight(weights[1]);
-#pragma unroll
-        for (int column = 0; column < kColumns; column++) {
-          const uint4& word = words[i][column];
-          const typename Format::State low = Format::state(word.x, word.y);
-          const typename Format::State high = Format::state(word.z, word.w);
-          if constexpr (Format::kApart) {
-            float sums[4] = {};
-            Format::product(sums, first, low);
-            Format::product(sums, second, high);
-#pragma unroll
-            for (int k = 0; k < 4; k++) chains[0][tile][column][k] += sums[k];
-          } else {
-            Format::product(chains[2 * (kFirst + i) % kChains][tile][column], first, low);
-            Format::product(chains[(2 * (kFirst + i) + 1) % kChains][tile][column], second, high);
-          }
-        }
-      }
+      for (int tile = 0; tile < kTiles; tile++)
+        add_group<Format>(chains[2 * (kFirst + i) % kChains][tile],
+                          chains[(2 * (kFirst + i) + 1) % kChains][tile],
+                          weights_[tile][kFirst + i], words[i]);
     if constexpr (kFirst + kBatch < kGroups) add_from<kFirst + kBatch, Exchange>(chains, from);
   }
 
@@ -139,16 +135,5 @@ class Product {
 
   uint32_t weights_[kTiles][kGroups][2][4] = {};
 };
-
-// `body` with the number of columns as a constant: of sequences that are not there nothing is read.
-template <int kColumns, class Body>
-TWINFUSE_DEVICE void for_columns(int sequences, const Body& body) {
-  const int columns = (sequences + 7) / 8;
-  if constexpr (kColumns > 1)
-    if (columns == 1) return body(std::integral_constant<int, 1>());
-  if constexpr (kColumns > 2)
-    if (columns == 2) return body(std::integral_constant<int, 2>());
-  body(std::integral_constant<int, kColumns>());
-}
 
 }  // namespace twinfuse::cuda

@@ -75,6 +75,10 @@ class Slice {
   TWINFUSE_DEVICE Element& at(const LstmState& state, const Cell& cell) const {
     return static_cast<Element*>(state.data)[cell.b * state.batch + cell.unit * state.unit];
   }
+  // What one launch leaves for the next, of this kind.
+  TWINFUSE_DEVICE float& kept(int kind, const Cell& cell) const {
+    return p.carried[(int64_t{kind} * p.batch + cell.b) * p.units + cell.unit];
+  }
   TWINFUSE_DEVICE float state(const LstmState& state, const Cell& cell) const {
     return state.data ? to_float(at(state, cell)) : 0;
   }

@@ -98,10 +98,10 @@ void Launch::run(int64_t programs, void* stream) {
         driver.cuLaunchKernelEx(&config, loaded.function, arguments_, nullptr));
 }
 
-void launch_cooperative(Device& device, const Device::CudaLoaded& loaded, const char* name,
-                        int64_t blocks, int threads, uint32_t shared, const void* arguments,
-                        void* stream) {
-  if (blocks > loaded.resident)
+void launch_cuda(Device& device, const Device::CudaLoaded& loaded, const char* name, Blocks kind,
+                 int64_t blocks, int threads, uint32_t shared, const void* arguments,
+                 void* stream) {
+  if (kind == Blocks::waiting && blocks > loaded.resident)
     throw Unsupported(std::string("kernel ") + name + " needs " + std::to_string(blocks) +
                       " blocks at once, the device has room for " +
                       std::to_string(loaded.resident));
@@ -113,7 +113,7 @@ void launch_cooperative(Device& device, const Device::CudaLoaded& loaded, const 
                                  shared,
                                  static_cast<CUstream>(stream),
                                  &attribute,
-                                 1};
+                                 kind == Blocks::waiting ? 1u : 0u};
   void* list[] = {const_cast<void*>(arguments)};
   const Driver& driver = device.driver();
   check(driver, "cuLaunchKernelEx",

@@ -51,12 +51,13 @@ class Launch {
   void* arguments_[kMostArguments];
 };
 
-// A kernel of csrc/cuda, whose blocks may wait for each other. `name` is for texts, `arguments`
-// points to the struct that the kernel takes. Throws Unsupported where the device has no room for
-// all blocks at once, or DriverError.
-void launch_cooperative(Device& device, const Device::CudaLoaded& loaded, const char* name,
-                        int64_t blocks, int threads, uint32_t shared, const void* arguments,
-                        void* stream);
+enum class Blocks { apart, waiting };  // for each other
+
+// A kernel of csrc/cuda. `name` is for texts, `arguments` points to the struct that the kernel
+// takes. Throws DriverError, or Unsupported where blocks that wait do not all fit on the device at
+// once.
+void launch_cuda(Device& device, const Device::CudaLoaded& loaded, const char* name, Blocks kind,
+                 int64_t blocks, int threads, uint32_t shared, const void* arguments, void* stream);
 
 // Sets all bits of so many words of 32 bits. Throws DriverError.
 void set_bits(Device& device, void* words, int64_t count, void* stream);

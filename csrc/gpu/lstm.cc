@@ -1,5 +1,6 @@
-// LSTM on a GPU: the products of all inputs at once, then a kernel of csrc/cuda for all steps; and
-// backward that kernel first, then products of all gradients at once.
+// LSTM on a GPU: the products of all inputs at once, then a kernel of csrc/cuda for all steps, or a
+// launch for each where none holds the weights; and backward steps first, then products of all
+// gradients at once. A cell is one launch forward.
 #include <algorithm>
 
 #include "cuda/lstm_arguments.h"
@@ -12,7 +13,10 @@ namespace {
 
 using cuda::LstmFormat;
 
-enum class Pass { Forward, Backward };
+enum class Pass { Forward, Backward, ForwardStep, BackwardStep };
+
+// Sequences of a cell up to which its kernel reads weights hardly more often than a product would.
+constexpr int64_t kMostFused = 128;
 
 // What launches need to know of a kernel's shape.
 struct LstmKernel {
@@ -63,25 +67,45 @@ struct Plan {
   int64_t slices = 0;  // of a launch
 };
 
-// The narrowest kernel that can hold the weights. Where blocks have all units of their sequences,
-// wider ones take more sequences at a time.
-Plan plan(const Call& call, Pass pass, int64_t units, int64_t batch) {
-  if (!units) throw Unsupported("no GPU kernel takes 0 units");
-  const LstmFormat format = format_of(call);
+const Device::CudaLoaded& loaded(const Call& call, const LstmKernel& kernel) {
+  return call.device.cuda_kernel(kernel.name, kernel.threads, kernel.shared);
+}
+
+// A launch for each step: of as many sequences and units for each block as let all run at once.
+Plan plan_steps(const Call& call, Pass pass, int64_t units, int64_t batch) {
   Plan best;
-  int64_t widest = 0;
-  std::string refused;
   for (const LstmKernel& kernel : kLstmKernels) {
-    if (kernel.pass != pass || kernel.format != format) continue;
-    widest = std::max<int64_t>(widest, kernel.width);
-    if (kernel.width < units) continue;
+    if (kernel.pass != pass || kernel.format != format_of(call)) continue;
     Plan made{&kernel, nullptr, divide(units, kernel.units)};
-    made.loaded = &call.device.cuda_kernel(kernel.name, kernel.threads, kernel.shared);
-    if (made.blocks > made.loaded->resident) {
-      refused = std::to_string(units) + " units need " + std::to_string(made.blocks) +
-                " blocks at once, the device has room for " + std::to_string(made.loaded->resident);
-      continue;
+    made.slices = std::max<int64_t>(divide(batch, kernel.most_slice), 1);
+    made.slice = std::max<int64_t>(divide(divide(batch, made.slices), 8) * 8, 8);
+    made.slices = divide(batch, made.slice);
+    require_countable(made.slices * made.blocks);
+    try {
+      made.loaded = &loaded(call, kernel);
+    } catch (const Unsupported&) {
+      if (!best.kernel) throw;
+      break;  // the device has less memory for a block
     }
+    best = made;
+    if (made.slices * made.blocks <= made.loaded->resident) break;
+  }
+  return best;
+}
+
+// All steps at once by the narrowest kernel that can hold the weights; none where the device has
+// no room. Where blocks have all units of their sequences, wider ones take more of these at a time.
+Plan plan_layer(const Call& call, Pass pass, int64_t units, int64_t batch) {
+  Plan best;
+  for (const LstmKernel& kernel : kLstmKernels) {
+    if (kernel.pass != pass || kernel.format != format_of(call) || kernel.width < units) continue;
+    Plan made{&kernel, nullptr, divide(units, kernel.units)};
+    try {
+      made.loaded = &loaded(call, kernel);
+    } catch (const Unsupported&) {
+      continue;  // that a build has no kernels at all, those of single steps will say
+    }
+    if (made.blocks > made.loaded->resident) continue;
     // The tensor cores take eight sequences at a time; alone, more blocks have less to do.
     const int64_t least = kernel.alone ? 1 : 8;
     const int64_t most = made.loaded->resident / made.blocks;
@@ -92,11 +116,14 @@ Plan plan(const Call& call, Pass pass, int64_t units, int64_t batch) {
     if (!best.kernel || made.slice * made.slices > best.slice * best.slices) best = made;
     if (best.slice * best.slices >= batch || !kernel.alone) break;
   }
-  if (best.kernel) return best;
-  if (!refused.empty()) throw Unsupported(refused);
-  throw Unsupported("no GPU kernel takes " + std::to_string(units) + " units" +
-                    (pass == Pass::Backward ? " backward" : "") + " in this precision, " +
-                    std::to_string(widest) + " at most");
+  return best;
+}
+
+Plan plan(const Call& call, const LstmCall& op, Pass layer, Pass step) {
+  if (!op.units) throw Unsupported("no GPU kernel takes 0 units");
+  // To load weights once would be no gain.
+  const Plan best = op.steps > 1 ? plan_layer(call, layer, op.units, op.batch) : Plan();
+  return best.kernel ? best : plan_steps(call, step, op.units, op.batch);
 }
 
 // What the kernels know of: more would be left out without a word.
@@ -139,8 +166,8 @@ const int32_t* offsets(const Call& call, const LstmCall& op) {
     arguments.numbers[arguments.count++] = narrow(row);
     if (t < op.steps) row += sizes[t];
     if (arguments.count < kMost && t < op.steps) continue;
-    launch_cooperative(call.device, loaded, "lstm_offsets", 1, Shape::kThreads, 0, &arguments,
-                       call.context.stream);
+    launch_cuda(call.device, loaded, "lstm_offsets", Blocks::apart, 1, Shape::kThreads, 0,
+                &arguments, call.context.stream);
     arguments.count = 0;
   }
   return all;
@@ -164,9 +191,55 @@ cuda::LstmShared shared(const Call& call, const LstmCall& op) {
   return to;
 }
 
+bool is_of_steps(const Plan& plan) {
+  return plan.kernel->pass == Pass::ForwardStep || plan.kernel->pass == Pass::BackwardStep;
+}
+
+template <class Arguments>
+void launch(const Call& call, const Plan& plan, const Arguments& arguments, Blocks kind) {
+  const LstmKernel& kernel = *plan.kernel;
+  const int64_t slices = divide(arguments.shared.count, plan.slice);
+  launch_cuda(call.device, *plan.loaded, kernel.name, kind, slices * plan.blocks, kernel.threads,
+              kernel.shared, &arguments, call.context.stream);
+}
+
+// Single steps read weights again and again, fastest where what they sum over lies side by side:
+// forward the columns of W_hh, backward the rows.
+template <class Arguments>
+void line_up(const Call& call, Arguments* arguments, bool rows) {
+  cuda::LstmShared& to = arguments->shared;
+  int64_t &step = rows ? to.hh_row : to.hh_col, &line = rows ? to.hh_col : to.hh_row;
+  if (step == 1) return;
+  const int64_t gates = 4 * int64_t{to.units};
+  const int64_t lines = rows ? to.units : gates, depth = rows ? gates : to.units;
+  const int64_t pitch = divide(depth, kVector) * kVector;
+  void* const copy = call.allocate(lines * pitch * element_size(call.type));
+  rearrange(call, {false, 1, lines, depth, {to.hh, 0, line, step}, {}}, copy, pitch, nullptr);
+  to.hh = copy, line = pitch, step = 1;
+}
+
+// One launch after the other. Between them, `kept` numbers of each cell wait, and forward states.
+template <class Arguments>
+void run_steps(const Call& call, const Plan& plan, Arguments* arguments, int64_t launches,
+               int64_t kept) {
+  cuda::LstmShared& to = arguments->shared;
+  const int64_t cells = int64_t{to.batch} * to.units;
+  to.slice = narrow(plan.slice), to.blocks = narrow(plan.blocks), to.count = to.batch;
+  if (launches > 1) {
+    to.carried = static_cast<float*>(call.allocate(kept * cells * 4));
+    if (plan.kernel->pass == Pass::ForwardStep)
+      to.exchange = call.allocate(2 * cells * element_size(call.type));
+  }
+  if (to.batch && to.steps > 1) line_up(call, arguments, plan.kernel->pass == Pass::BackwardStep);
+  for (int64_t step = 0; to.batch && step < launches; step++) {
+    to.step = narrow(step);
+    launch(call, plan, *arguments, Blocks::apart);
+  }
+}
+
 // All sequences, in as many launches as it takes.
 template <class Arguments>
-void run(const Call& call, const Plan& plan, Arguments* arguments, int64_t batch) {
+void run_layer(const Call& call, const Plan& plan, Arguments* arguments, int64_t batch) {
   const LstmKernel& kernel = *plan.kernel;
   cuda::LstmShared& to = arguments->shared;
   const int64_t rows = divide(plan.slice, kernel.chunk) * kernel.chunk;
@@ -177,10 +250,8 @@ void run(const Call& call, const Plan& plan, Arguments* arguments, int64_t batch
   for (int64_t first = 0; first < batch; first += plan.slice * plan.slices) {
     to.first = narrow(first);
     to.count = narrow(std::min(plan.slice * plan.slices, batch - first));
-    const int64_t slices = divide(to.count, plan.slice);
     if (!kernel.alone) set_bits(call.device, to.exchange, bytes / 4, call.context.stream);
-    launch_cooperative(call.device, *plan.loaded, kernel.name, slices * plan.blocks, kernel.threads,
-                       kernel.shared, arguments, call.context.stream);
+    launch(call, plan, *arguments, Blocks::waiting);
   }
 }
 
@@ -208,21 +279,24 @@ TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dty
                             const TwinfuseContext& context) {
   return serve(name, dtype, context, [&](const Call& call) {
     require_served(op);
-    const Plan chosen = plan(call, Pass::Forward, op.units, op.batch);
+    const Plan chosen = plan(call, op, Pass::Forward, Pass::ForwardStep);
     const Matrix input = rows_of(op, op.input), &saved = op.saved.gates;
-    // A call that no kernel could differentiate is the caller's from the start.
-    if (saved.data) plan(call, Pass::Backward, op.units, op.batch);
-    const int64_t gates = 4 * op.units;
-    Matrix products{saved.data, op.rows, gates, saved.row_stride, 1};
-    if (!saved.data) {
-      products.row_stride = divide(gates, kVector) * kVector;
-      products.data = call.allocate(op.rows * products.row_stride * element_size(call.type));
-    }
-    multiply(call, {operand(input), operand(op.weights.ih), result(products)});
-
     cuda::LstmForwardArguments arguments{};
+    // A product of few terms is more accurate by itself.
+    if (op.steps == 1 && op.batch <= kMostFused && !call.shallow(op.inputs)) {
+      arguments.x = state(input), arguments.ih = state(op.weights.ih);
+      arguments.x_units = narrow(op.inputs);
+    } else {
+      const int64_t gates = 4 * op.units;
+      Matrix products{saved.data, op.rows, gates, saved.row_stride, 1};
+      if (!saved.data) {
+        products.row_stride = divide(gates, kVector) * kVector;
+        products.data = call.allocate(op.rows * products.row_stride * element_size(call.type));
+      }
+      multiply(call, {operand(input), operand(op.weights.ih), result(products)});
+      arguments.inputs = products.data, arguments.inputs_row = products.row_stride;
+    }
     arguments.shared = shared(call, op);
-    arguments.inputs = products.data, arguments.inputs_row = products.row_stride;
     arguments.bias_ih = op.weights.bias_ih.data;
     arguments.bias_hh = op.weights.bias_hh.data;
     arguments.bias_ih_stride = op.weights.bias_ih.stride;
@@ -233,7 +307,11 @@ TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dty
     arguments.gates = saved.data, arguments.gates_row = saved.row_stride;
     arguments.cells = op.saved.cells.data, arguments.cells_row = op.saved.cells.row_stride;
     arguments.hidden = op.saved.hidden.data, arguments.hidden_row = op.saved.hidden.row_stride;
-    run(call, chosen, &arguments, op.batch);
+    if (is_of_steps(chosen)) {
+      run_steps(call, chosen, &arguments, std::max<int64_t>(op.steps, 1), 2);
+    } else {
+      run_layer(call, chosen, &arguments, op.batch);
+    }
   });
 }
 
@@ -241,7 +319,7 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
                              const TwinfuseContext& context) {
   return serve(name, dtype, context, [&](const Call& call) {
     require_served(op);
-    const Plan chosen = plan(call, Pass::Backward, op.units, op.batch);
+    const Plan chosen = plan(call, op, Pass::Backward, Pass::BackwardStep);
     const int64_t gates = 4 * op.units;
     const LstmWeights& grads = op.grad_weights;
     const bool sums = grads.bias_ih.data || grads.bias_hh.data;
@@ -261,8 +339,20 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
     arguments.grad_initial_h = state(op.grad_initial.h);
     arguments.grad_initial_c = state(op.grad_initial.c);
     arguments.grad_gates = call.allocate(op.rows * gates * element_size(call.type));
-    if (sums) arguments.grad_bias = static_cast<float*>(call.allocate(op.batch * gates * 4));
-    run(call, chosen, &arguments, op.batch);
+    // A block that has all sequences adds up.
+    const bool adds_up = is_of_steps(chosen) && chosen.slices == 1;
+    if (sums && !adds_up)
+      arguments.grad_bias = static_cast<float*>(call.allocate(op.batch * gates * 4));
+    if (adds_up) {
+      arguments.grad_biases[0] = {grads.bias_ih.data, 0, grads.bias_ih.stride};
+      arguments.grad_biases[1] = {grads.bias_hh.data, 0, grads.bias_hh.stride};
+    }
+    if (is_of_steps(chosen)) {
+      const bool behind = op.steps == 0 || op.grad_initial.h.data;
+      run_steps(call, chosen, &arguments, op.steps + behind, 7);
+    } else {
+      run_layer(call, chosen, &arguments, op.batch);
+    }
 
     const Operand grad_gates{arguments.grad_gates, op.rows, gates, gates, 1};
     if (grad_input.data)
@@ -274,25 +364,10 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
     weight(grads.ih, input);
     weight(grads.hh, op.saved.hidden);
     for (const auto& bias : {grads.bias_ih, grads.bias_hh})
-      if (bias.data)
+      if (bias.data && !adds_up)
         combine(call, arguments.grad_bias, narrow(op.batch), 1, gates, {bias.data, 0, bias.stride},
                 Behind::nothing, {});
   });
 }
 
 }  // namespace twinfuse::gpu
-
-extern "C" int64_t twinfuse_lstm_most_units(int32_t dtype, int32_t backward) {
-  using namespace twinfuse;
-  using gpu::LstmFormat;
-  if (gpu::kCudaKernelCount == 0 || dtype == TWINFUSE_FLOAT64) return 0;
-  const LstmFormat format = dtype == TWINFUSE_BFLOAT16  ? LstmFormat::bf16
-                            : dtype == TWINFUSE_FLOAT16 ? LstmFormat::fp16
-                                                        : LstmFormat::tf32x3;
-  int64_t most = 0;
-  for (const gpu::LstmKernel& kernel : gpu::kLstmKernels)
-    if (kernel.format == format &&
-        kernel.pass == (backward ? gpu::Pass::Backward : gpu::Pass::Forward))
-      most = std::max<int64_t>(most, kernel.width);
-  return most;
-}

@@ -25,7 +25,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "twinfuse_kernel_count": (ctypes.c_int32, []),
     "twinfuse_kernel_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "twinfuse_kernel_launches": (ctypes.c_int64, [ctypes.c_int32]),
-    "twinfuse_lstm_most_units": (ctypes.c_int64, [ctypes.c_int32, ctypes.c_int32]),
     "twinfuse_find_kernel": (ctypes.c_char_p, [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32]),
 }
 
@@ -111,17 +110,6 @@ def find_kernel(role: str, dtype: str, device: str) -> tuple[str, str]:
     if name is None:
         return "", library.twinfuse_last_error().decode()
     return name.decode(), ""
-
-
-def too_many_units(units: int, dtype: str, backward: bool) -> str:
-    """Why no GPU kernel takes an LSTM of so many units, or ""."""
-    library, _ = load()
-    if library is None or dtype not in DTYPES:
-        return ""
-    most = library.twinfuse_lstm_most_units(DTYPES[dtype], int(backward))
-    if not most or units <= most:
-        return ""
-    return f"no GPU kernel takes {units} units of {dtype}, {most} at most"
 
 
 def device_backend(index: int) -> tuple[str, str]:

@@ -35,8 +35,8 @@ void launch(int index, uintptr_t stream, const char* entry, int threads, uint32_
   const TwinfuseContext context = context_of(index, stream);
   const Current current(context);
   Device& device = current.device();
-  launch_cooperative(device, device.cuda_kernel(entry, threads, shared), entry, blocks, threads,
-                     shared, arguments.data(), context.stream);
+  launch_cuda(device, device.cuda_kernel(entry, threads, shared), entry, Blocks::waiting, blocks,
+              threads, shared, arguments.data(), context.stream);
 }
 
 void set_bits_of(int index, uintptr_t stream, uintptr_t words, int64_t count) {

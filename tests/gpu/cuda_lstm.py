@@ -48,7 +48,7 @@ def _names() -> list[str]:
     text = (ROOT / "csrc" / "cuda" / "lstm_kernels.h").read_text()
     for bits, formats in ((16, ("bf16", "fp16")), (32, ("tf32", "tf32x3"))):
         listed = text.split(f"#define TWINFUSE_LSTM_{bits}(")[1].split("#define")[0]
-        for direction, units in re.findall(r"F\(lstm_(\w+)_##format##_(\d+),", listed):
+        for direction, units in re.findall(r"F\(lstm_(\w+)_##format##_(\w+),", listed):
             found += [f"lstm_{direction}_{format}_{units}" for format in formats]
     return found
 
@@ -82,6 +82,8 @@ class CShared(ctypes.Structure):
         *_numbers(ctypes.c_int64, "hh_row hh_col"),
         *_numbers(CSequence, "zoneout_hidden zoneout_cell"),
         ("exchange", ctypes.c_void_p),
+        ("step", ctypes.c_int32),
+        ("carried", ctypes.c_void_p),
     ]
 
 
@@ -90,6 +92,8 @@ class CForward(ctypes.Structure):
         ("shared", CShared),
         ("inputs", ctypes.c_void_p),
         ("inputs_row", ctypes.c_int64),
+        *_numbers(CState, "x ih"),
+        ("x_units", ctypes.c_int32),
         *_numbers(ctypes.c_void_p, "bias_ih bias_hh"),
         *_numbers(ctypes.c_int64, "bias_ih_stride bias_hh_stride"),
         ("output", CSequence),
@@ -107,6 +111,7 @@ class CBackward(ctypes.Structure):
         ("grad_output", CSequence),
         *_numbers(CState, "grad_final_h grad_final_c grad_initial_h grad_initial_c"),
         *_numbers(ctypes.c_void_p, "grad_gates grad_bias"),
+        ("grad_biases", CState * 2),
     ]
 
 
@@ -150,6 +155,16 @@ class Kernel:
     @property
     def backward(self) -> bool:
         return self.name.startswith("lstm_backward")
+
+    @property
+    def of_steps(self) -> bool:
+        """Launched once for each step."""
+        return self.name.endswith("step")
+
+    @property
+    def kept(self) -> int:
+        """Numbers of a cell that wait for the next launch."""
+        return 7 if self.backward else 2
 
 
 @dataclass(frozen=True)
@@ -214,7 +229,7 @@ def kernels() -> dict[str, Kernel]:
     return found
 
 
-def named(direction: str, format: str, units: int) -> Kernel:
+def named(direction: str, format: str, units: int | str) -> Kernel:
     return kernels()[f"lstm_{direction}_{format}_{units}"]
 
 
@@ -265,7 +280,7 @@ class _Call:
         assert case.units <= kernel.width
         self.slice = min(way.slice or kernel.slice, case.batch, kernel.slice)
         self.blocks = -(-case.units // kernel.units)
-        assert self.blocks == 1 or not kernel.alone
+        assert self.blocks == 1 or kernel.of_steps or not kernel.alone
         self.outputs: dict[str, Output] = {}
         hh = problem.operands["weight_hh"]
         self.shared = CShared(
@@ -294,7 +309,26 @@ class _Call:
     def saved(self, name: str, width: int) -> Operand:
         return self.output(name, (row_count(self.problem.case), width), self.way.saved_layout)
 
+    def launch_steps(self, arguments: Any) -> None:
+        kernel, case = self.kernel, self.problem.case
+        sizes = (case.batch, case.units)
+        carried = Output.poisoned((kernel.kept, *sizes), "float32")
+        exchange = Output.poisoned((2, *sizes), self.problem.dtype)
+        self.shared.count, slices = case.batch, -(-case.batch // self.slice)
+        self.shared.carried = _data(carried.operand)
+        if not kernel.backward:
+            self.shared.exchange = _data(exchange.operand)
+        behind = kernel.backward and bool(arguments.grad_initial_h.data)
+        for self.shared.step in range(case.steps + behind):
+            arguments.shared = self.shared
+            run(kernel.name, arguments, slices * self.blocks, self.way.seed, self.bug)
+        carried.read(f"{kernel.name} carried")
+        exchange.read(f"{kernel.name} exchange")
+
     def launch(self, arguments: Any) -> None:
+        if self.kernel.of_steps:
+            self.launch_steps(arguments)
+            return
         kernel, batch = self.kernel, self.problem.case.batch
         starts = [0, *self.way.starts]
         for first, end in zip(starts, [*self.way.starts, batch]):

@@ -30,8 +30,8 @@ class Recurrent:
     def __post_init__(self) -> None:
         launch = self.launch
         (argument,) = launch.arguments
-        assert launch.cooperative and launch.attributes == 1 and launch.cluster == (0, 0, 0)
-        assert launch.grid[1:] == launch.block[1:] == (1, 1)
+        assert (launch.cooperative, launch.attributes) == (self.waits, self.waits)
+        assert launch.cluster == (0, 0, 0) and launch.grid[1:] == launch.block[1:] == (1, 1)
         if self.name == OFFSETS:
             assert len(argument) == ctypes.sizeof(cuda_lstm.COffsets)
             assert (launch.grid[0], launch.block[0], launch.shared) == (1, 128, 0)
@@ -43,11 +43,27 @@ class Recurrent:
         assert 0 < shared.slice <= kernel.slice
         assert shared.blocks == -(-shared.units // kernel.units)
         assert launch.grid[0] == shared.blocks * -(-shared.count // shared.slice)
-        assert (shared.exchange is None) == bool(kernel.alone)
+        if self.of_steps:
+            behind = kernel.backward and bool(self.arguments.grad_initial_h.data)
+            assert 0 <= shared.step < max(shared.steps + behind, 1)
+            assert shared.count == shared.batch and shared.first == 0
+            assert bool(shared.carried) == (shared.steps + behind > 1)
+            assert bool(shared.exchange) == (shared.steps > 1 and not kernel.backward)
+        else:
+            assert (shared.exchange is None) == bool(kernel.alone)
 
     @property
     def name(self) -> str:
         return self.launch.entry
+
+    @property
+    def of_steps(self) -> bool:
+        return self.name.endswith("step")
+
+    @property
+    def waits(self) -> bool:
+        """Its blocks do, for each other."""
+        return self.name != OFFSETS and not self.of_steps
 
     @property
     def arguments(self) -> CForward | CBackward:
@@ -69,7 +85,7 @@ class Recurrent:
         )
 
     def run(self, seed: int) -> None:
-        if self.name != OFFSETS and (at := self.arguments.shared.exchange):
+        if self.waits and (at := self.arguments.shared.exchange):
             assert ctypes.string_at(at, self.exchanged) == b"\xff" * self.exchanged
         argument = ctypes.create_string_buffer(self.launch.arguments[0])
         cuda_lstm.run(self.name, argument, self.launch.grid[0], seed)
@@ -112,7 +128,7 @@ class LstmLender(GpuLender):
         Lender.check(self)
 
     def _decoded(self, launch: Launch) -> Ran | Recurrent:
-        if launch.cooperative:
+        if launch.entry.startswith("lstm_"):
             made = Recurrent(launch)
             format = FORMATS.get(self.dtype, NUMBERS[self.precision])
             assert made.name == OFFSETS or made.name.split("_")[2] == format

@@ -32,6 +32,8 @@ FORMATS = tuple(DTYPES)
 every_format = pytest.mark.parametrize("format", FORMATS)
 # By the most units: one block has all of a sequence, or blocks share them.
 ALONE, SHARED = 64, 256
+STEP, WIDE = "step", "widestep"  # a launch for each step
+every_kind = pytest.mark.parametrize("units", [ALONE, SHARED, STEP])
 LAYOUTS = ("transposed", "strided", "padded", "misaligned", "broadcast_rows")
 # Those that the table has with what no such kernel serves.
 MORE = (
@@ -57,7 +59,9 @@ CASES = [
 ]
 
 
-def both(problem: Recurrence, format: str, units: int, way: Way | None = None) -> dict[str, Array]:
+def both(
+    problem: Recurrence, format: str, units: int | str, way: Way | None = None
+) -> dict[str, Array]:
     results = forward(named("forward", format, units), problem, way)
     return results | backward(named("backward", format, units), problem, results, way)
 
@@ -72,7 +76,8 @@ def test_cases(case: LstmCase) -> None:
     """In slices, layouts and orders by the case."""
     number = CASES.index(case)
     for k, format in enumerate(FORMATS):
-        units = SHARED if case.units > ALONE or (number + k) % 2 else ALONE
+        kinds = (SHARED, STEP, WIDE, ALONE)[: 3 if case.units > ALONE else 4]
+        units = kinds[(number + k) % len(kinds)]
         layout = ("contiguous", "strided", "transposed")[number % 3]
         way = Way(
             slice=2 + number % 2 + case.batch // 4,
@@ -88,14 +93,14 @@ def test_cases(case: LstmCase) -> None:
 def test_units(name: str) -> None:
     """That fill a tile, a block and a kernel, that do not, and that need one more."""
     kernel = kernels()[name]
-    own = kernel.units
-    sizes = {own - 1, own, own + 1, kernel.width // 2 + 1, kernel.width - 1, kernel.width}
+    own, most = kernel.units, 130 if kernel.of_steps else kernel.width
+    sizes = {own - 1, own, own + 1, most // 2 + 1, most - 1, most}
     if kernel.alone:
         sizes |= {1, 5, 8, 9}
-    if kernel.width > SHARED:
-        sizes = {own + 1, kernel.width}
-    for units in sorted(n for n in sizes if 0 < n <= kernel.width):
-        case = LstmCase(f"units_{units}", 2, 3 if kernel.width > SHARED else 9, 3, units)
+    if most > SHARED:
+        sizes = {own + 1, most}
+    for units in sorted(n for n in sizes if 0 < n <= most):
+        case = LstmCase(f"units_{units}", 2, 3 if most > SHARED else 9, 3, units)
         problem, way = build(case, kernel.dtype), Way(seed=units)
         if kernel.backward:
             results = backward(kernel, problem, saved(problem), way)
@@ -126,13 +131,13 @@ def test_slices_and_launches(batch: int, way: Way, format: str) -> None:
         ),
     ):
         problem = build(case, DTYPES[format])
-        for units in (ALONE, SHARED):
+        for units in (ALONE, SHARED, STEP, WIDE):
             assert_close(problem, both(problem, format, units, way), format)
 
 
 @every_format
-@pytest.mark.parametrize("units", [ALONE, SHARED])
-def test_orders_have_the_same_bits(units: int, format: str) -> None:
+@every_kind
+def test_orders_have_the_same_bits(units: int | str, format: str) -> None:
     case = LstmCase("orders", 6, 12, 3, 40, zoneout="draws", mask="interior")
     problem = build(case, DTYPES[format])
     expected = both(problem, format, units, Way(slice=6))
@@ -142,8 +147,8 @@ def test_orders_have_the_same_bits(units: int, format: str) -> None:
 
 
 @every_format
-@pytest.mark.parametrize("units", [ALONE, SHARED])
-def test_gates_in_the_place_of_inputs(units: int, format: str) -> None:
+@every_kind
+def test_gates_in_the_place_of_inputs(units: int | str, format: str) -> None:
     """Steps that are skipped leave them."""
     for name in ("mask_interior", "packed_stairs", "batch_first_reverse"):
         problem, kernel = build(BY_ID[name], DTYPES[format]), named("forward", format, units)
@@ -157,8 +162,8 @@ def test_gates_in_the_place_of_inputs(units: int, format: str) -> None:
 
 
 @every_format
-@pytest.mark.parametrize("units", [ALONE, SHARED])
-def test_what_is_not_wanted(units: int, format: str) -> None:
+@every_kind
+def test_what_is_not_wanted(units: int | str, format: str) -> None:
     problem, kernel = build(BY_ID["mask_interior"], DTYPES[format]), named("forward", format, units)
     everything = forward(kernel, problem)
     few = forward(kernel, problem, save=False)
@@ -187,8 +192,8 @@ def test_no_number_is_taken_for_none(format: str) -> None:
 
 
 @every_format
-@pytest.mark.parametrize("units", [ALONE, SHARED])
-def test_cells_are_not_rounded_between_steps(units: int, format: str) -> None:
+@every_kind
+def test_cells_are_not_rounded_between_steps(units: int | str, format: str) -> None:
     """Steps of 1/512 in a cell of four, which 16 bits would lose."""
     case = LstmCase("steps", 512, 2, 1, 3, bias="one", activation="relu")
     # With the activations of the case no draw would stay away from their kinks.

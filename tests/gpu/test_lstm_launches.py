@@ -197,45 +197,69 @@ def test_slices_and_launches(driver: Driver, dtype: str) -> None:
         assert lender.sets == sum(made.name.endswith("_256") for made in lender.recurrent)
 
 
+def by_direction(lender: LstmLender) -> dict[str, list[str]]:
+    """Of each direction: what its launches take, by name."""
+    found: dict[str, list[str]] = {}
+    for made in lender.recurrent:
+        _, direction, _, units = made.name.split("_")
+        found.setdefault(direction, []).append(units)
+    return found
+
+
 def test_units_that_need_more_blocks_than_there_are(driver: Driver) -> None:
-    problem = build(LstmCase("blocks", 2, 3, 2, 70), "float32")
-    reason = "70 units need {} blocks at once, the device has room for {}"
-    with pytest.raises(CallFailed, match=reason.format(9, 3)):
-        forward(problem, LstmLender())
-    with pytest.raises(CallFailed, match=reason.format(5, 3)):
-        backward(problem, nothing_saved(problem), LstmLender())
-    assert driver.launch_count == 0
-    driver.set_occupancy(3)
-    with driver.stream() as stream:
-        results = both_ways(problem, lender=LstmLender(stream=stream))
-        close(problem, results)
-    driver.set_occupancy(2)
-    with driver.stream() as stream:
-        lender = LstmLender(stream=stream)
-        # A pass that a kernel has would be of no use without the other.
-        with pytest.raises(CallFailed, match=reason.format(9, 6)):
-            forward(problem, lender)
-        backward(problem, results, lender)
-        assert spans(lender, "backward", 256) == [(0, 3, 8, 5)]
+    """Each step is a launch then, and backward one more gives the gradient of the state."""
+    problem = build(LstmCase("blocks", 3, 3, 2, 70), "float32")
+    for occupancy, expected in (
+        (1, {"forward": ["widestep"] * 3, "backward": ["widestep"] * 4}),
+        (2, {"forward": ["widestep"] * 3, "backward": ["256"]}),
+        (3, {"forward": ["256"], "backward": ["256"]}),
+    ):
+        driver.set_occupancy(occupancy)
+        with driver.stream() as stream:
+            lender = LstmLender(stream=stream)
+            close(problem, both_ways(problem, lender=lender))
+        assert by_direction(lender) == expected
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most", "both"), [("float32", 1024, 512), ("bfloat16", 1280, 1024)]
+    ("dtype", "backward", "kernel", "forward"),
+    [("float32", 512, "768", 1024), ("bfloat16", 1024, "1280", 1280)],
 )
-def test_more_units_than_any_kernel_takes(dtype: str, most: int, both: int) -> None:
-    reason = "no GPU kernel takes {} units{} in this precision, {} at most"
-    options: dict[str, Any] = {"dtype": dtype, "index": LARGE, "interpret": False}
-    problem = build(LstmCase("units", 1, 1, 1, both + 1), dtype)
-    text = reason.format(both + 1, " backward", both)
-    with pytest.raises(CallFailed, match=text):
-        forward(problem, LstmLender(**options))
-    with pytest.raises(CallFailed, match=text):
-        backward(problem, nothing_saved(problem), LstmLender(**options))
-    # Nobody needs the other pass.
-    forward(problem, LstmLender(**options), save=False)
-    problem = build(LstmCase("units", 1, 1, 1, most + 1), dtype)
-    with pytest.raises(CallFailed, match=reason.format(most + 1, "", most)):
-        forward(problem, LstmLender(**options), save=False)
+def test_more_units_than_any_kernel_holds(
+    dtype: str, backward: int, kernel: str, forward: int
+) -> None:
+    for units, forward_kernel in ((backward + 1, kernel), (forward + 1, "step")):
+        case = LstmCase("units", 2, 1, 1, units, initial="none")
+        lender = check(case, dtype, compute=False, index=LARGE)
+        kernels = by_direction(lender)
+        assert {name.removeprefix("wide") for name in kernels["forward"]} == {forward_kernel}
+        assert [name.removeprefix("wide") for name in kernels["backward"]] == ["step"] * 2
+
+
+@every_dtype
+def test_steps_whose_blocks_all_run_at_once(driver: Driver, dtype: str) -> None:
+    """They do where the device has room: others have more sequences and units."""
+    for occupancy, kind in ((16, "step"), (15, "widestep")):
+        driver.set_occupancy(occupancy)
+        with driver.stream() as stream:
+            lender = check(LstmCase("steps", 1, 40, 17, 190, cell=True), dtype, stream=stream)
+        assert by_direction(lender)["forward"] == [kind]
+
+
+@every_dtype
+def test_a_cell_is_one_launch(dtype: str) -> None:
+    """Unless a product of its inputs is faster or, of few terms, more accurate."""
+    few = 1 + (dtype == "float32")
+    for batch, inputs, launches in (
+        (1, 17, 1), (40, 17, 1), (128, 17, 1), (129, 17, 2), (1, 16, few), (1, 1, few)
+    ):  # fmt: skip
+        problem = build(LstmCase("launches", 1, batch, inputs, 20, cell=True), dtype)
+        lender = LstmLender(dtype=dtype, interpret=False)
+        forward(problem, lender)
+        assert len(lender.launched) == launches
+        (made,) = lender.recurrent
+        arguments = made.arguments
+        assert bool(arguments.x.data) == (launches == 1) != bool(arguments.inputs)
 
 
 @pytest.mark.parametrize("steps", [511, 512, 1023, 1024])
@@ -250,11 +274,11 @@ def test_offsets_of_many_steps(steps: int) -> None:
 @every_kind
 @every_dtype
 def test_nothing_depends_on_which_results_are_wanted(cell: bool, dtype: str) -> None:
-    problem = build(LstmCase("wanted", 1 if cell else 3, 5, 4, 9, cell=cell), dtype)
+    problem = build(LstmCase("wanted", 1 if cell else 3, 5, 20, 9, cell=cell), dtype)
     lender = LstmLender(dtype=dtype)
     everything = both_ways(problem, lender=lender)
     arguments = lender.recurrent[0].arguments
-    assert arguments.inputs == arguments.gates is not None
+    assert arguments.gates and arguments.inputs == (None if cell else arguments.gates)
     results = ("h_n", "c_n") if cell else ("output", "h_n", "c_n")
     for wanted in [*((name,) for name in results), results]:
         lender = LstmLender(dtype=dtype)
@@ -319,7 +343,7 @@ def test_first_calls_while_a_stream_is_captured(driver: Driver, cell: bool) -> N
     """What a capture forbids spoils it."""
     with driver.stream() as stream, driver.capture_mode(0), driver.capture(stream):
         lender = check(of_kind(cell), "float32", stream=stream)
-        assert driver.held["mode"] == 0 and lender.sets
+        assert driver.held["mode"] == 0 and bool(lender.sets) != cell
         assert all(made.launch.captured for made in lender.launched)
         assert driver.calls.count("cuModuleLoadData") > 0
 

@@ -156,10 +156,6 @@ TWINFUSE_API TwinfuseStatus twinfuse_lstm_cell_backward(
     const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
     const TwinfuseContext* context);
 
-// Units that GPU kernels of this dtype take at most, forward alone or backward, too; 0: this build
-// has none. More, and what a device has no room for, is TWINFUSE_UNSUPPORTED.
-TWINFUSE_API int64_t twinfuse_lstm_most_units(int32_t dtype, int32_t backward);
-
 #ifdef __cplusplus
 }  // extern "C"
 #endif

@@ -220,7 +220,7 @@ def misfit(call: Call) -> str:
             raise RuntimeError(f"lstm: {found}")
     options: dict[str, object] = {"projection": projected or None, **call.lists}
     options["recurrent_dropout"] = (call.train and call.recurrent_dropout) or None
-    return needs_gradient(call) or missing_on_gpu(call.input, call.params[1], options)
+    return needs_gradient(call) or missing_on_gpu(call.input, options)
 
 
 def needs_gradient(call: Call) -> str:

@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twinfuse import _core
-
 # TwinfuseActivation.
 ACTIVATIONS = {"tanh": 0, "sigmoid": 1, "relu": 2, "hard_sigmoid": 3}
 
@@ -42,16 +40,14 @@ def noise_needs_gradient(*noise: Tensor | None) -> str:
     return ""
 
 
-def missing_on_gpu(input: Tensor, weight_hh: Tensor, given: Mapping[str, object]) -> str:
-    """What no kernel has for the device, of the options that are given or of units; or ""."""
+def missing_on_gpu(input: Tensor, given: Mapping[str, object]) -> str:
+    """Which of the options that are given no kernel has for the device, or ""."""
     if not input.is_cuda:
         return ""
     for name, value in given.items():
         if value is not None:
             return f"{name}: no GPU kernel takes it"
-    backward = torch.is_grad_enabled() and (input.requires_grad or weight_hh.requires_grad)
-    dtype = str(input.dtype).removeprefix("torch.")
-    return _core.too_many_units(weight_hh.shape[0] // 4, dtype, backward)
+    return ""
 
 
 def check_dtype(op: str, input: Tensor) -> None:

@@ -91,7 +91,7 @@ def _misfit(*args: Any) -> str:
         if tensor is not None and (misfit := broadcast(name, tensor, *sizes)):
             return misfit
     given = dict(zip((*_NAMES[7:9], *_NAMES[11:]), (*args[7:9], *noise[2:])))
-    return noise_needs_gradient(*noise) or missing_on_gpu(input, args[4], given)
+    return noise_needs_gradient(*noise) or missing_on_gpu(input, given)
 
 
 def broadcast(name: str, tensor: Tensor, *sizes: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.eager import backprop, record
 
-from twinfuse import _backend, _core
+from twinfuse import _backend
 from twinfuse.tensorflow import _binding, _lstm_reference
 from twinfuse.tensorflow._gradients import _skipped
 from twinfuse.tensorflow._lstm_reference import NUMBERS, Operands, Settings
@@ -93,10 +93,6 @@ def find_kernel(kind: Kind, role: str, operands: Operands) -> tuple[str, str]:
     for name in _NOT_ON_GPUS if device == "cuda" else ():
         if getattr(operands, name) is not None:
             return "", f"{name}: no GPU kernel takes it"
-    units, dtype = operands.recurrent_kernel.shape[1], operands.x.dtype.base_dtype.name
-    # A graph has a backward pass, or may get one.
-    if device == "cuda" and units and (reason := _core.too_many_units(units // 4, dtype, True)):
-        return "", reason
     return _binding.find_kernel(f"{kind.name}_{role}", operands.x.dtype, device)
 
 
