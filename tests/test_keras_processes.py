@@ -186,6 +186,37 @@ def test_torch_backend() -> None:
     )
 
 
+def test_torch_backend_runs_layers_together() -> None:
+    require("torch")
+    run(
+        """
+    import numpy as np, keras, twinfuse, twinfuse.keras as tfk
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    parts = [
+        *(layers.Conv2D(5, 3), layers.BatchNormalization(), layers.ReLU()),
+        *(layers.Flatten(), layers.Dense(4), layers.Activation("relu"), layers.Dense(2)),
+    ]
+    model = keras.Sequential([keras.Input((6, 6, 3)), *parts])
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((8, 6, 6, 3)).astype("f"), rng.standard_normal((8, 2)).astype("f")
+    model.fit(x, y, verbose=0)
+    expected = model.predict(x, verbose=0)
+    names = list(model.state_dict())
+    tfk.fuse(model, fold_batch_norm=True)
+    assert list(model.state_dict()) == names
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-5)
+    counts = {name: n for name, n in twinfuse.launches().items() if n}
+    assert sorted(counts.values()) == [1, 1], counts
+    model.fit(x, y, verbose=0)
+    assert sum(twinfuse.launches().values()) == 4, twinfuse.launches()
+    assert not np.array_equal(model.predict(x, verbose=0), expected)
+    """,
+        KERAS_BACKEND="torch",
+    )
+
+
 def test_torch_backend_imports_no_tensorflow() -> None:
     require("torch")
     run(
