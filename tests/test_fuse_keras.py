@@ -280,6 +280,17 @@ def test_only_exact_layers_are_fused(launched: Launched) -> None:
     assert len(fused) == 2 and "sequential/last" in str(report)
 
 
+@pytest.mark.parametrize("make", [lambda: layers.Dense(5, "relu"), lambda: layers.LSTM(5)])
+def test_a_layer_with_another_call_is_left_alone(make: Any) -> None:
+    layer = make()
+    layer.build((2, 3, 7))
+    layer.call = lambda inputs, **options: -inputs
+    tfk.fuse(layer)
+    np.testing.assert_array_equal(layer(data(2, 3, 7)), -data(2, 3, 7))
+    (row,) = tfk.explain(layer)
+    assert row.reason == "its call method is not that of its class"
+
+
 def test_fuse_takes_only_layers() -> None:
     with pytest.raises(TypeError, match="model: expected a Keras model or layer, got int"):
         tfk.fuse(3)  # type: ignore[type-var]

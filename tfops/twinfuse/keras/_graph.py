@@ -19,14 +19,11 @@ from keras.src.models import Functional
 from twinfuse.keras import _ops
 from twinfuse.keras.layers import Conv1D, Conv2D, Dense
 
-# What computes a layer and the ReLU behind it, by the class of the layer.
-_FUSED = {
+# Native class -> the one that computes a ReLU as well.
+FUSED = {
     keras.layers.Dense: Dense,
     keras.layers.Conv1D: Conv1D,
     keras.layers.Conv2D: Conv2D,
-    Dense: Dense,
-    Conv1D: Conv1D,
-    Conv2D: Conv2D,
 }
 
 
@@ -162,7 +159,8 @@ def survey(graph: Functional) -> Survey:
             users[id(tensor)].append(node)
     outputs = {id(tensor) for tensor in graph._outputs}
     for node in nodes:
-        if type(node.operation) not in _FUSED or not _is_linear(node.operation):
+        kind = type(node.operation)
+        if not (kind in FUSED or kind in FUSED.values()) or not _is_linear(node.operation):
             continue
         for chain in _chains_from(node, users):
             values = [id(n.outputs[0]) for n in chain.nodes[:-1]]
@@ -254,7 +252,7 @@ def _node(chain: Chain) -> SimpleNamespace:
 
 def _twin(layer: Any, **attributes: Callable[[], Any]) -> Any:
     """`layer` itself, of its fused class, but for `attributes`, which functions compute."""
-    fused: Any = _FUSED[type(layer)]
+    fused: Any = FUSED.get(type(layer), type(layer))
     members = {name: _computed(get) for name, get in attributes.items()}
     twin = object.__new__(type(fused)(fused.__name__, (fused,), members))
     # One state for both: weights, LoRA, dtype and losses are the layer's at any time.

@@ -57,8 +57,6 @@ def own_convolution(layer: Any) -> str:
 
 def native_reason(layer: Any) -> str:
     """Why a Dense or a convolution computes natively, whatever its activation is."""
-    if "call" in vars(layer):
-        return "its call method is not that of its class"
     if layer.quantization_mode is not None:
         return f"it is quantized to {layer.quantization_mode}"
     is_dense = isinstance(layer, keras.layers.Dense)

@@ -11,16 +11,13 @@ import keras
 
 from twinfuse._backend import Choice, Report
 from twinfuse.keras import _graph, _lstm_ops, _ops
-from twinfuse.keras.layers import LSTM, Conv1D, Conv2D, Dense, LSTMCell
+from twinfuse.keras.layers import LSTM, LSTMCell
 
 Model = TypeVar("Model", bound=keras.layers.Layer)
 
 # Native class -> fused class. A class is swapped only on an exact match: a subclass may compute
 # something else.
-_FUSED = {
-    keras.layers.Dense: Dense,
-    keras.layers.Conv1D: Conv1D,
-    keras.layers.Conv2D: Conv2D,
+_FUSED = _graph.FUSED | {
     keras.layers.LSTM: LSTM,
     keras.layers.LSTMCell: LSTMCell,
 }
@@ -161,6 +158,8 @@ def _native_reason(layer: keras.layers.Layer) -> str:
         return "no fused kernel computes it"
     if type(layer) not in _FUSED and not isinstance(layer, _FUSED[native]):
         return f"a subclass of {native.__name__} may compute something else"
+    if "call" in vars(layer):
+        return "its call method is not that of its class"
     if native in _RECURRENT:
         return _lstm_ops.native_reason(layer)
     if not _ops.is_relu(layer.activation):
