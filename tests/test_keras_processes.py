@@ -147,6 +147,37 @@ def test_replicas_on_two_logical_devices() -> None:
     )
 
 
+def test_replicas_of_a_fused_model() -> None:
+    run(
+        """
+    import numpy as np, tensorflow as tf
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    import keras, twinfuse, twinfuse.keras as tfk
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((32, 6, 6, 3)).astype("f"), rng.standard_normal((32, 2)).astype("f")
+    def losses(change):
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            parts = [
+                *(layers.Conv2D(5, 3), layers.BatchNormalization(), layers.ReLU()),
+                *(layers.Flatten(), layers.Dense(4), layers.Activation("relu"), layers.Dense(2)),
+            ]
+            model = keras.Sequential([keras.Input((6, 6, 3)), *parts])
+            model.compile("sgd", "mse")
+        change(model)
+        fit = model.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False)
+        return [*fit.history["loss"], model.evaluate(x, y, batch_size=8, verbose=0)]
+    native = losses(lambda model: model)
+    ours = losses(lambda model: tfk.fuse(model, fold_batch_norm=True))
+    # Of 2 replicas: 8 steps forward and backward of the Dense, 4 evaluations of both.
+    assert sum(twinfuse.launches().values()) == 2 * (8 * 2 + 4 * 2), twinfuse.launches()
+    np.testing.assert_allclose(ours, native, rtol=1e-5)
+    """
+    )
+
+
 TORCH = """
     import sys, numpy as np, keras, twinfuse, twinfuse.keras as tfk
     assert "tensorflow" not in sys.modules
