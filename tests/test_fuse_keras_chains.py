@@ -262,28 +262,6 @@ def test_a_model_with_a_call_of_its_own_runs_no_graph(launched: Launched) -> Non
     assert fused_rows(model) == []
 
 
-@pytest.mark.parametrize("mode", ["int8", "float8"])
-def test_quantize_after_fuse(mode: str, launched: Launched) -> None:
-    results = []
-    for change in (tfk.fuse, lambda model: model):
-        model = change(made(built_by_a_call))
-        model.quantize(mode)
-        with launched("linear_relu_", times=0):
-            results.append(model.predict(data(4, 7), verbose=0))
-        assert fused_rows(model) == []
-    np.testing.assert_array_equal(*results)
-
-
-def test_lora_after_fuse(launched: Launched) -> None:
-    model = tfk.fuse(made(built_by_a_call))
-    model.layers[0].enable_lora(2)
-    model.layers[0].lora_kernel_b.assign(data(2, 6))
-    with launched("linear_relu_forward_", times=1):
-        ours = model.predict(data(4, 7), verbose=0)
-    native = tfk.unfuse(model).predict(data(4, 7), verbose=0)
-    np.testing.assert_allclose(ours, native, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("policy", "tolerance"), [("mixed_bfloat16", 0.03), ("mixed_float16", 4e-3), ("float64", 1e-12)]
 )
@@ -352,6 +330,8 @@ def test_saved_models(build: Any, tmp_path: Path, launched: Launched) -> None:
     with launched("linear_relu_forward_", times=MODELS[build]):
         np.testing.assert_array_equal(exported.serve(tf.constant(x)), expected)
     copy = keras.models.clone_model(model)
+    types = [[type(layer) for layer in each._flatten_layers()] for each in (copy, model)]
+    assert types[0] == types[1]
     copy.set_weights(model.get_weights())
     np.testing.assert_allclose(copy.predict(x, verbose=0), expected, atol=1e-6)
 

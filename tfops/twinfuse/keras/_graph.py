@@ -66,6 +66,7 @@ class _Graph(keras.Function):
     def __init__(self, model: Functional, chains: list[Chain]) -> None:
         # Without that of Function, which would look for nodes behind the outputs: they are given.
         self.chains = chains
+        self._unfused = type(model)._run_through_graph.__get__(model)
         self._inputs, self._outputs = model._inputs, model._outputs
         self._outputs_struct = model._outputs_struct
         last = {id(chain.nodes[-1]): _node(chain) for chain in self.chains}
@@ -75,25 +76,34 @@ class _Graph(keras.Function):
             for depth, nodes in model._nodes_by_depth.items()
         }
 
+    def _run_through_graph(self, inputs: Any, *args: Any, **options: Any) -> Any:
+        # Whoever clones the model or asks for shapes wants its layers.
+        symbolic = any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(inputs))
+        run = self._unfused if symbolic else super()._run_through_graph
+        return run(inputs, *args, **options)
 
-class _Folded(keras.layers.Layer):
-    """A chain with a BatchNormalization: one kernel at inference, layer by layer in training."""
+
+class _Fused(keras.layers.Layer):
+    """What stands in a graph for the layers of a chain: one kernel while that computes the same.
+
+    That is no longer so in training with a BatchNormalization, or where a layer has been changed.
+    """
 
     def __init__(self, chain: Chain) -> None:
-        layer, norm, _ = chain.layers
+        layer = chain.layers[0]
         super().__init__(name=layer.name, dtype=layer.dtype_policy)
         self.supports_masking = True
         self._chain = chain
-        self._run_folded = _twin(layer, **_folded(layer, norm)).__call__
+        self._run = _twin(chain).__call__
 
     def call(self, inputs: Any, training: bool | None = None) -> Any:
-        layer, norm, relu = self._chain.layers
-        if (training and norm.trainable) or layer.quantization_mode is not None:
-            return relu(norm(layer(inputs)))
-        return self._run_folded(inputs)
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return self._chain.layers[0].compute_output_shape(input_shape)
+        norm = self._chain.norm
+        if not (norm and training and norm.trainable) and not unfusable(self._chain):
+            return self._run(inputs)
+        outputs = inputs
+        for layer in self._chain.layers:
+            outputs = layer(outputs)
+        return outputs
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """No mask but what the layers inside have set."""
@@ -169,7 +179,7 @@ def survey(graph: Functional) -> Survey:
             elif any(len(users[value]) > 1 for value in values):
                 reason = "the value before the ReLU is used as well"
             else:
-                reason = _unfusable(chain)
+                reason = unfusable(chain)
             if reason:
                 found.reasons[id(node.operation)] = reason
             else:
@@ -190,9 +200,11 @@ def _chains_from(node: Any, users: dict[int, list[Any]]) -> Iterator[Chain]:
             yield from (Chain((node, user, n)) for n in after if _is_relu(n.operation))
 
 
-def _unfusable(chain: Chain) -> str:
+def unfusable(chain: Chain) -> str:
     """Why nothing may compute `chain` but its layers one by one; empty when something may."""
-    layer, *others = chain.layers
+    layer, *_, relu = chain.layers
+    if not (_is_linear(layer) and _is_relu(relu)):
+        return f"{layer.name} and {relu.name} have other activations"
     if reason := _ops.native_reason(layer):
         return reason
     for each in chain.layers:
@@ -202,7 +214,7 @@ def _unfusable(chain: Chain) -> str:
             return f"{each.name} has an activity_regularizer"
         if each.compute_dtype != layer.compute_dtype:
             return f"{each.name} computes in {each.compute_dtype}, it in {layer.compute_dtype}"
-    for node, each in zip(chain.nodes[1:], others):
+    for node, each in zip(chain.nodes, chain.layers):
         given = [*node.arguments.args, *node.arguments.kwargs.values()]
         if sum(value is not None for value in given) > 1:
             return f"{each.name} is called with arguments of its own"
@@ -216,8 +228,6 @@ def _unfoldable(chain: Chain) -> str:
         return f"{norm.name} is folded only where variables have the dtype of the layers"
     if layer.compute_dtype not in ("float32", "float64"):
         return f"{norm.name} is folded only in float32 and float64"
-    if any(value is not None for value in chain.nodes[0].arguments.kwargs.values()):
-        return "it is called with arguments of its own"
     rank = len(chain.nodes[0].outputs[0].shape)
     channels_first = getattr(layer, "data_format", "") == "channels_first"
     if norm.axis % rank != (1 if channels_first else rank - 1):
@@ -240,9 +250,8 @@ def _is_linear(layer: Any) -> bool:
 def _node(chain: Chain) -> SimpleNamespace:
     """What stands in a graph for the nodes of `chain`."""
     first, last = chain.nodes[0], chain.nodes[-1]
-    relu = {"activation": lambda: keras.activations.relu}
     return SimpleNamespace(
-        operation=_Folded(chain) if chain.norm else _twin(first.operation, **relu),
+        operation=_Fused(chain),
         is_input=False,
         arguments=first.arguments,
         input_tensors=first.input_tensors,
@@ -250,9 +259,13 @@ def _node(chain: Chain) -> SimpleNamespace:
     )
 
 
-def _twin(layer: Any, **attributes: Callable[[], Any]) -> Any:
-    """`layer` itself, of its fused class, but for `attributes`, which functions compute."""
+def _twin(chain: Chain) -> Any:
+    """The first layer of `chain` itself, of its fused class, but with what follows inside of it."""
+    layer = chain.layers[0]
     fused: Any = FUSED.get(type(layer), type(layer))
+    attributes = {"activation": lambda: keras.activations.relu}
+    if chain.norm:
+        attributes |= _folded(layer, chain.norm)
     members = {name: _computed(get) for name, get in attributes.items()}
     twin = object.__new__(type(fused)(fused.__name__, (fused,), members))
     # One state for both: weights, LoRA, dtype and losses are the layer's at any time.
@@ -275,9 +288,4 @@ def _folded(layer: Any, norm: Any) -> dict[str, Callable[[], Any]]:
         mean = norm.moving_mean if layer.bias is None else norm.moving_mean - layer.bias
         return norm.beta - mean * scale() if norm.center else -mean * scale()
 
-    return {
-        "activation": lambda: keras.activations.relu,
-        "kernel": lambda: layer.kernel * scale(),
-        "bias": bias,
-        "use_bias": lambda: True,
-    }
+    return {"kernel": lambda: layer.kernel * scale(), "bias": bias, "use_bias": lambda: True}

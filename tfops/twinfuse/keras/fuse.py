@@ -107,18 +107,17 @@ def explain(model: keras.layers.Layer) -> Report:
 
 def _choice(layer: keras.layers.Layer, role: _graph.Role) -> tuple[str, str, str]:
     """`(backend, kernel, reason)` of a row of `explain`."""
-    if role.fused:
+    if role.fused and not _graph.unfusable(role.fused[0]):
         first, *others = role.fused[0].layers
         others = others if layer is first else [first]
-        if not _ops.native_reason(first):
-            backend, kernel, reason = _find_kernel(first) if layer is first else ("fused", "", "")
-            part = f", in {len(role.fused)} of {role.calls} calls"
-            reason = reason or (
-                f"together with {', '.join(other.name for other in others)}"
-                f"{' at inference' if role.fused[0].norm else ''}"
-                f"{part if len(role.fused) < role.calls else ''}"
-            )
-            return backend, kernel, reason
+        backend, kernel, reason = _find_kernel(first) if layer is first else ("fused", "", "")
+        part = f", in {len(role.fused)} of {role.calls} calls"
+        reason = reason or (
+            f"together with {', '.join(other.name for other in others)}"
+            f"{' at inference' if role.fused[0].norm else ''}"
+            f"{part if len(role.fused) < role.calls else ''}"
+        )
+        return backend, kernel, reason
     reason = role.reason or _native_reason(layer)
     if reason or type(layer) in _FUSED:
         return "native", "", reason or "not fused: call twinfuse.keras.fuse(model)"
