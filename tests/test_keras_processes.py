@@ -147,6 +147,37 @@ def test_replicas_on_two_logical_devices() -> None:
     )
 
 
+def test_replicas_of_a_fused_model() -> None:
+    run(
+        """
+    import numpy as np, tensorflow as tf
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    import keras, twinfuse, twinfuse.keras as tfk
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((32, 6, 6, 3)).astype("f"), rng.standard_normal((32, 2)).astype("f")
+    def losses(change):
+        keras.utils.set_random_seed(0)
+        layers = keras.layers
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            parts = [
+                *(layers.Conv2D(5, 3), layers.BatchNormalization(), layers.ReLU()),
+                *(layers.Flatten(), layers.Dense(4), layers.Activation("relu"), layers.Dense(2)),
+            ]
+            model = keras.Sequential([keras.Input((6, 6, 3)), *parts])
+            model.compile("sgd", "mse")
+        change(model)
+        fit = model.fit(x, y, batch_size=8, epochs=2, verbose=0, shuffle=False)
+        return [*fit.history["loss"], model.evaluate(x, y, batch_size=8, verbose=0)]
+    native = losses(lambda model: model)
+    ours = losses(lambda model: tfk.fuse(model, fold_batch_norm=True))
+    # Of 2 replicas: 8 steps forward and backward of the Dense, 4 evaluations of both.
+    assert sum(twinfuse.launches().values()) == 2 * (8 * 2 + 4 * 2), twinfuse.launches()
+    np.testing.assert_allclose(ours, native, rtol=1e-5)
+    """
+    )
+
+
 TORCH = """
     import sys, numpy as np, keras, twinfuse, twinfuse.keras as tfk
     assert "tensorflow" not in sys.modules
@@ -181,6 +212,37 @@ def test_torch_backend() -> None:
     assert rows[0].backend == "cpu" and rows[0].kernel.startswith("linear_relu_forward_f32_"), rows
     assert native.layers[0].supports_jit
     np.testing.assert_allclose(native(x).detach().numpy(), expected, atol=1e-5)
+    """,
+        KERAS_BACKEND="torch",
+    )
+
+
+def test_torch_backend_runs_layers_together() -> None:
+    require("torch")
+    run(
+        """
+    import numpy as np, keras, twinfuse, twinfuse.keras as tfk
+    layers = keras.layers
+    keras.utils.set_random_seed(0)
+    parts = [
+        *(layers.Conv2D(5, 3), layers.BatchNormalization(), layers.ReLU()),
+        *(layers.Flatten(), layers.Dense(4), layers.Activation("relu"), layers.Dense(2)),
+    ]
+    model = keras.Sequential([keras.Input((6, 6, 3)), *parts])
+    model.compile("sgd", "mse")
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((8, 6, 6, 3)).astype("f"), rng.standard_normal((8, 2)).astype("f")
+    model.fit(x, y, verbose=0)
+    expected = model.predict(x, verbose=0)
+    names = list(model.state_dict())
+    tfk.fuse(model, fold_batch_norm=True)
+    assert list(model.state_dict()) == names
+    np.testing.assert_allclose(model.predict(x, verbose=0), expected, atol=1e-5)
+    counts = {name: n for name, n in twinfuse.launches().items() if n}
+    assert sorted(counts.values()) == [1, 1], counts
+    model.fit(x, y, verbose=0)
+    assert sum(twinfuse.launches().values()) == 4, twinfuse.launches()
+    assert not np.array_equal(model.predict(x, verbose=0), expected)
     """,
         KERAS_BACKEND="torch",
     )

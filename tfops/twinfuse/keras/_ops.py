@@ -55,6 +55,14 @@ def own_convolution(layer: Any) -> str:
     return "" if native else "its convolution_op is overridden"
 
 
+def native_reason(layer: Any) -> str:
+    """Why a Dense or a convolution computes natively, whatever its activation is."""
+    if layer.quantization_mode is not None:
+        return f"it is quantized to {layer.quantization_mode}"
+    is_dense = isinstance(layer, keras.layers.Dense)
+    return missing() if is_dense else own_convolution(layer) or missing()
+
+
 def missing() -> str:
     """Why no op is fused in this process; empty when ops are."""
     return "" if _linear_relu else f"Keras runs on the backend '{BACKEND}'"

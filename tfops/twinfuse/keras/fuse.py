@@ -10,17 +10,14 @@ from typing import Any, TypeVar
 import keras
 
 from twinfuse._backend import Choice, Report
-from twinfuse.keras import _lstm_ops, _ops
-from twinfuse.keras.layers import LSTM, Conv1D, Conv2D, Dense, LSTMCell
+from twinfuse.keras import _graph, _lstm_ops, _ops
+from twinfuse.keras.layers import LSTM, LSTMCell
 
 Model = TypeVar("Model", bound=keras.layers.Layer)
 
 # Native class -> fused class. A class is swapped only on an exact match: a subclass may compute
 # something else.
-_FUSED = {
-    keras.layers.Dense: Dense,
-    keras.layers.Conv1D: Conv1D,
-    keras.layers.Conv2D: Conv2D,
+_FUSED = _graph.FUSED | {
     keras.layers.LSTM: LSTM,
     keras.layers.LSTMCell: LSTMCell,
 }
@@ -37,12 +34,23 @@ class _Original:
     compile_config: Any = None
 
 
-def fuse(model: Model) -> Model:
+def fuse(model: Model, fold_batch_norm: bool = False) -> Model:
     """Make every layer of `model` that can be fused a fused one, in place, and return `model`.
+
+    A Dense or convolution without an activation is fused with the ReLU layer behind it in the
+    graph of a functional or built Sequential model, where nothing else in it reads the value
+    between the two. The layers stay what they are: a saved model has such pairs fused again after
+    another `fuse`, and other models made of these layers keep the value between.
 
     Layers keep their weights, names and configs, so optimizer state, `get_weights` order and
     checkpoints stay valid. Functions that the model itself has traced (`fit`, `predict`) are
     traced anew; a `tf.function` of your own keeps what it has traced.
+
+    Args:
+        model: any layer or model; layers inside, nested and subclassed models are looked at, too.
+        fold_batch_norm: also fuse such pairs with a BatchNormalization in between. At inference
+            each call computes new weights from the variables, so later training and `set_weights`
+            count; in training the layers run one by one.
     """
     layers = list(_flatten(model))
     # An LSTM computes what its cell would, with the cell's weights.
@@ -52,15 +60,19 @@ def fuse(model: Model) -> Model:
         for layer in layers
         if type(layer) in _FUSED and id(layer) not in cells and not _native_reason(layer)
     ]
+    changed = bool(fused)
     for layer in fused:
-        changes: dict[str, Any] = {}
         if isinstance(layer, keras.layers.Dense):
-            changes["quantize"] = _without_type_check(layer.quantize)
-        if _ops.xla_refuses_ops:
-            changes["supports_jit"] = False
-        _change(layer, changes)
+            _change(layer, {"quantize": _without_type_check(layer.quantize)})
         object.__setattr__(layer, "__class__", _FUSED[type(layer)])
-    if fused:
+    for graph in _graph.graphs(layers):
+        found = _graph.survey(graph).chains
+        chains = [chain for chain in found if fold_batch_norm or not chain.norm]
+        changed |= _graph.set_chains(graph, chains)
+        fused += [chain.layers[0] for chain in chains]
+    for layer in fused:
+        _change(layer, {"supports_jit": False} if _ops.xla_refuses_ops else {})
+    if changed:
         _retrace(layers)
     return model
 
@@ -69,33 +81,54 @@ def unfuse(model: Model) -> Model:
     """Undo `fuse`, in place; layers built as `twinfuse.keras.layers` become native ones too."""
     layers = list(_flatten(model))
     fused = [layer for layer in layers if type(layer) in _NATIVE]
+    changed = bool(fused)
     for layer in fused:
         object.__setattr__(layer, "__class__", _NATIVE[type(layer)])
         if "_twinfuse_original" not in vars(layer):
             layer.supports_jit = True
+    for graph in _graph.graphs(layers):
+        changed |= _graph.set_chains(graph, [])
     for layer in layers:
         _restore(layer)
-    if fused:
+    if changed:
         _retrace(layers, fused=False)
     return model
 
 
 def explain(model: keras.layers.Layer) -> Report:
     """One row for each layer of `model` that has no layers inside: fused, or native and why."""
-    _flatten(model)
+    roles = _graph.roles(_graph.graphs(_flatten(model)))
     rows = []
     for layer in _leaves(model, set()):
-        op = type(layer).__name__
-        reason = _native_reason(layer)
-        if reason or type(layer) in _FUSED:
-            choice = ("native", "", reason or "not fused: call twinfuse.keras.fuse(model)")
-        elif isinstance(layer, _RECURRENT):
-            choice = _lstm_ops.find_kernel(layer)
-        else:
-            stem = "linear_relu" if isinstance(layer, Dense) else "conv_relu"
-            choice = _ops.find_kernel(f"{stem}_forward", layer)
-        rows.append(Choice(op, *choice, where=layer.path or layer.name))
+        choice = _choice(layer, roles.get(id(layer), _graph.Role()))
+        rows.append(Choice(type(layer).__name__, *choice, where=layer.path or layer.name))
     return Report(rows)
+
+
+def _choice(layer: keras.layers.Layer, role: _graph.Role) -> tuple[str, str, str]:
+    """`(backend, kernel, reason)` of a row of `explain`."""
+    if role.fused and not _graph.unfusable(role.fused[0]):
+        first, *others = role.fused[0].layers
+        others = others if layer is first else [first]
+        backend, kernel, reason = _find_kernel(first) if layer is first else ("fused", "", "")
+        part = f", in {len(role.fused)} of {role.calls} calls"
+        reason = reason or (
+            f"together with {', '.join(other.name for other in others)}"
+            f"{' at inference' if role.fused[0].norm else ''}"
+            f"{part if len(role.fused) < role.calls else ''}"
+        )
+        return backend, kernel, reason
+    reason = role.reason or _native_reason(layer)
+    if reason or type(layer) in _FUSED:
+        return "native", "", reason or "not fused: call twinfuse.keras.fuse(model)"
+    return _find_kernel(layer)
+
+
+def _find_kernel(layer: keras.layers.Layer) -> tuple[str, str, str]:
+    if isinstance(layer, _RECURRENT):
+        return _lstm_ops.find_kernel(layer)
+    stem = "linear_relu" if isinstance(layer, keras.layers.Dense) else "conv_relu"
+    return _ops.find_kernel(f"{stem}_forward", layer)
 
 
 def _flatten(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
@@ -124,29 +157,14 @@ def _native_reason(layer: keras.layers.Layer) -> str:
         return "no fused kernel computes it"
     if type(layer) not in _FUSED and not isinstance(layer, _FUSED[native]):
         return f"a subclass of {native.__name__} may compute something else"
+    if "call" in vars(layer):
+        return "its call method is not that of its class"
     if native in _RECURRENT:
         return _lstm_ops.native_reason(layer)
     if not _ops.is_relu(layer.activation):
-        if any(_is_relu_layer(node.operation) for node in layer._outbound_nodes):
-            # Its own output, before the ReLU, may be read at any time (as the output of another
-            # model, or by activity_regularizer), so it has to exist.
-            return (
-                f"the ReLU after it is a layer of its own: use {native.__name__}(activation='relu')"
-            )
         name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
         return f"its activation is {name}"
-    if layer.quantization_mode is not None:
-        return f"it is quantized to {layer.quantization_mode}"
-    if native is not keras.layers.Dense and (reason := _ops.own_convolution(layer)):
-        return reason
-    return _ops.missing()
-
-
-def _is_relu_layer(operation: Any) -> bool:
-    if type(operation) is keras.layers.ReLU:
-        unbounded = operation.max_value is None
-        return unbounded and operation.negative_slope == operation.threshold == 0
-    return type(operation) is keras.layers.Activation and _ops.is_relu(operation.activation)
+    return _ops.native_reason(layer)
 
 
 def _without_type_check(quantize: Any) -> Any:

@@ -1,0 +1,86 @@
+"""Changes of a model after `twinfuse.keras.fuse` has joined layers with the ReLU behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Launched, require
+
+tf = require("tensorflow")
+keras = require("keras")
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("needs KERAS_BACKEND=tensorflow", allow_module_level=True)
+
+import twinfuse.keras as tfk  # noqa: E402
+
+layers = keras.layers
+
+
+def data(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+
+
+def made() -> Any:
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(5)
+    return keras.Sequential([keras.Input((7,)), layers.Dense(6), layers.ReLU(), layers.Dense(3)])
+
+
+def fused_rows(model: Any) -> list[str]:
+    return [row.where for row in tfk.explain(model) if row.backend in ("cpu", "fused")]
+
+
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+def test_quantize_after_fuse(mode: str, launched: Launched) -> None:
+    results = []
+    for change in (tfk.fuse, lambda model: model):
+        model = change(made())
+        model.quantize(mode)
+        with launched("linear_relu_", times=0):
+            results.append(model.predict(data(4, 7), verbose=0))
+        assert fused_rows(model) == []
+    np.testing.assert_array_equal(*results)
+
+
+def test_lora_after_fuse(launched: Launched) -> None:
+    model = tfk.fuse(made())
+    model.layers[0].enable_lora(2)
+    model.layers[0].lora_kernel_b.assign(data(2, 6))
+    with launched("linear_relu_forward_", times=1):
+        ours = model.predict(data(4, 7), verbose=0)
+    native = tfk.unfuse(model).predict(data(4, 7), verbose=0)
+    np.testing.assert_allclose(ours, native, atol=1e-5)
+
+
+def _bound(model: Any) -> None:
+    model.layers[1].max_value = 0.5
+
+
+def _activate(model: Any) -> None:
+    model.layers[0].activation = keras.activations.tanh
+
+
+def _patch(model: Any) -> None:
+    model.layers[0].call = lambda inputs, **options: -inputs[:, :6]
+
+
+def _regularize(model: Any) -> None:
+    model.layers[0].activity_regularizer = keras.regularizers.L2(1.0)
+
+
+@pytest.mark.parametrize("change", [_bound, _activate, _patch, _regularize])
+def test_a_layer_that_changes_afterwards_runs_as_it_is(change: Any, launched: Launched) -> None:
+    results = []
+    for fuse in (tfk.fuse, lambda model: model):
+        model = fuse(made())
+        before = model(data(4, 7))
+        change(model)
+        with launched("linear_relu_", times=0):
+            results.append((model(data(4, 7)).numpy(), np.sum(model.losses)))
+        assert fused_rows(model) == []
+        assert change is _regularize or not np.allclose(results[-1][0], before)
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
