@@ -1,0 +1,256 @@
+"""What can be fused in a model, and why the rest cannot."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from twinfuse.torch import _rewrite, _usage
+from twinfuse.torch.nn import LSTM, ConvReLU1d, ConvReLU2d, LinearReLU, LSTMCell
+
+# What a layer becomes when the ReLU behind it is fused into it.
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: LinearReLU,
+    nn.Conv1d: ConvReLU1d,
+    nn.Conv2d: ConvReLU2d,
+}
+# Layers that are fused by themselves.
+ALONE: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_IN_PLACE = (torch.relu_, "relu_")
+_FUNCTIONS = (torch.relu, F.relu, "relu", *_IN_PLACE)
+
+Children = Mapping[str, nn.Module | None]
+Path = tuple[tuple[nn.Module, str], ...]  # (ancestor, key of its child), outermost first
+
+
+@dataclass
+class Fusion:
+    """Children of one module that are to be fused with the ReLUs behind them."""
+
+    parent: nn.Module
+    layers: list[nn.Module]
+    relus: dict[str, nn.Module]  # children, by key, that are called for these layers only
+    calls: tuple[_rewrite.Call, ...] = ()  # of ReLUs, in the forward method of `parent`
+
+
+@dataclass
+class Survey:
+    model: nn.Module
+    fusions: list[Fusion] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)  # by module id
+
+    def __post_init__(self) -> None:
+        modules = list(self.model.modules())
+        self._uses = Counter(
+            id(child) for parent in modules for child in parent._modules.values() if child
+        )
+        self._paths: dict[int, list[Path]] = defaultdict(list)
+        for path, module in _walk(self.model, ()):
+            self._paths[id(module)].append(path)
+        for parent in modules:
+            if _usage.is_plain_sequential(parent):
+                self._look_at_sequence(parent)
+            elif not _usage.calls_nothing(parent):
+                self._look_at_forward(parent)
+
+    def _refuse(self, modules: Iterable[nn.Module], reason: str) -> None:
+        for module in modules:
+            self.reasons.setdefault(id(module), reason)
+
+    def _look_at_sequence(self, parent: nn.Module) -> None:
+        children = list(parent._modules.items())
+        for (_, layer), (key, relu) in pairwise(children):
+            if layer and relu and kind_of(layer) and is_exactly(relu, nn.ReLU):
+                reach = map(_reach_into_sequential, self._paths[id(parent)])
+                reason = (
+                    self._why_not(layer) or _why_not_relu(relu) or next(filter(None, reach), "")
+                )
+                if reason:
+                    self._refuse((layer, relu), reason)
+                else:
+                    self.fusions.append(Fusion(parent, [layer], {key: relu}))
+        for (_, layer), (_, norm), (_, relu) in zip(children, children[1:], children[2:]):
+            if layer and isinstance(norm, _BatchNorm) and isinstance(relu, nn.ReLU):
+                self._refuse((layer, relu), _between(norm))
+
+    def _look_at_forward(self, parent: nn.Module) -> None:
+        """Find children of which every call is followed by a ReLU, and by nothing else."""
+        children = parent._modules
+        layers = {k: m for k, m in children.items() if m and kind_of(m)}
+        relus = {k: m for k, m in children.items() if m and is_exactly(m, nn.ReLU)}
+        if not layers:
+            return
+        traced, reason = _usage.trace(parent)
+        if traced is None:
+            self._refuse((*layers.values(), *relus.values()), reason)
+            return
+
+        calls: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in traced.graph.nodes:
+            calls[_child(node)].append(node)
+        followed: dict[str, list[fx.Node]] = {}  # by key of a layer: the ReLUs behind its calls
+        for key, layer in layers.items():
+            found, reason = _relus_behind(calls[key], children)
+            if reason := reason or self._why_not(layer) or self._reached(parent, key):
+                self._refuse([layer], reason)
+            else:
+                followed[key] = found
+        cuts = {node: _cut(parent, traced, node) for found in followed.values() for node in found}
+
+        while followed:
+            heads = {node for found in followed.values() for node in found}
+            whole = {
+                key: relu
+                for key, relu in relus.items()
+                if calls[key]
+                and heads.issuperset(calls[key])
+                and sum(child is relu for child in children.values()) == 1
+                and not self._reached(parent, key)
+            }
+            rest = [node for node in cuts if node in heads and _child(node) not in whole]
+            stuck = {
+                key: next(cut for node in found if isinstance(cut := cuts[node], str))
+                for key, found in followed.items()
+                if any(node in rest and isinstance(cuts[node], str) for node in found)
+            }
+            if not stuck:
+                fused = [layers[key] for key in followed]
+                out = tuple(cut for node in rest if isinstance(cut := cuts[node], _rewrite.Call))
+                self.fusions.append(Fusion(parent, fused, whole, out))
+                break
+            for key, reason in stuck.items():
+                self._refuse([layers[key]], reason)
+                del followed[key]
+        for key, relu in relus.items():
+            if any(node in cuts for node in calls[key]):
+                self._refuse([relu], "it is called on other values as well")
+
+    def _why_not(self, layer: nn.Module) -> str:
+        kind = kind_of(layer)
+        assert kind is not None
+        if self._uses[id(layer)] > 1:
+            return f"the {kind.__name__} is used in more than one place"
+        if any(getattr(layer, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks"):
+            return f"hooks of the {kind.__name__} would see the value after the ReLU"
+        return ""
+
+    def _reached(self, parent: nn.Module, key: str) -> str:
+        """Why a method but `forward`, or a module above, may call that child by itself."""
+        reasons = [_usage.used_outside_forward(parent, key)]
+        for path in self._paths[id(parent)]:
+            reasons += [_usage.used_from_above(above, key) for above, _ in path]
+        return next(filter(None, reasons), "")
+
+
+def kind_of(module: nn.Module | None) -> type[nn.Module] | None:
+    """Which of the classes that can be fused a module is of, if it is of no subclass."""
+    return next((kind for kind in FUSED if is_exactly(module, kind)), None)
+
+
+def alone(module: nn.Module) -> type[nn.Module] | None:
+    """Which of the classes that are fused by themselves a module is of."""
+    return next((kind for kind in ALONE if is_exactly(module, kind)), None)
+
+
+def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    if module is None or "forward" in vars(module):
+        return False
+    parametrized = parametrize.is_parametrized(module) and type(module).__bases__ == (kind,)
+    return type(module) is kind or parametrized
+
+
+def _walk(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:
+    """Every module by every path that leads to it."""
+    yield path, module
+    for key, child in module._modules.items():
+        if child is not None and all(child is not ancestor for ancestor, _ in path):
+            yield from _walk(child, (*path, (module, key)))
+
+
+def _reach_into_sequential(path: Path) -> str:
+    """Why a module above may call parts of the Sequential at the end of `path` by themselves."""
+    for depth in reversed(range(len(path))):
+        owner, key = path[depth]
+        if _usage.is_plain_sequential(owner) or _usage.calls_nothing(owner):
+            continue
+        lists = [_usage.calls_nothing(module) for module, _ in path[depth + 1 :]]
+        if any(lists[1:]):
+            return f"{type(owner).__name__} calls it through nested lists of modules"
+        reasons = [_usage.parts_used(owner, key, in_list=lists[:1] == [True])]
+        reasons += [_usage.used_from_above(above, key) for above, _ in path[:depth]]
+        return next(filter(None, reasons), "")
+    return ""
+
+
+def _why_not_relu(relu: nn.Module) -> str:
+    return "the ReLU has hooks" if any(getattr(relu, hooks) for hooks in _HOOKS) else ""
+
+
+def _between(norm: nn.Module) -> str:
+    return f"a {type(norm).__name__} stands before the ReLU"
+
+
+def _child(node: fx.Node) -> str:
+    """The key of the child that is called; empty if none is."""
+    return str(node.target) if node.op == "call_module" else ""
+
+
+def _relus_behind(calls: list[fx.Node], children: Children) -> tuple[list[fx.Node], str]:
+    """The ReLU behind each of a layer's calls, or why there is not one for each."""
+    for call in calls:
+        if reason := _why_not_followed(call, children):
+            return [], reason
+    return [next(iter(call.users)) for call in calls], "" if calls else "no ReLU follows"
+
+
+def _why_not_followed(call: fx.Node, children: Children) -> str:
+    """Why it is not certain that only one ReLU sees the value of that call."""
+    relus = _relus(call, children)
+    if not relus:
+        norms = (children.get(_child(user)) for user in call.users if _relus(user, children))
+        before = [norm for norm in norms if isinstance(norm, _BatchNorm)]
+        return _between(before[0]) if before else "no ReLU follows"
+    first, *others = call.users
+    # Whoever comes after a ReLU in place sees its result.
+    in_place = first.op != "call_module" and first.target in _IN_PLACE
+    if first is not relus[0] or (others and not in_place):
+        return "the value before the ReLU is used as well"
+    relu = children.get(_child(first))
+    return _why_not_relu(relu) if relu else ""
+
+
+def _relus(value: fx.Node, children: Children) -> list[fx.Node]:
+    return [user for user in value.users if _is_relu(user, children)]
+
+
+def _is_relu(node: fx.Node, children: Children) -> bool:
+    if node.op == "call_module":
+        return is_exactly(children.get(str(node.target)), nn.ReLU)
+    return node.op.startswith("call_") and node.target in _FUNCTIONS
+
+
+def _cut(parent: nn.Module, traced: _usage.Traced, relu: fx.Node) -> _rewrite.Call | str:
+    """Where the source of the forward method of `parent` calls that ReLU, or why it must stay."""
+    kind = _rewrite.native(type(parent))
+    if reason := _rewrite.why_not(kind):
+        return reason
+    if relu in traced.calls:
+        call = _rewrite.call_at(kind, traced.calls[relu], relu.op == "call_method")
+        if call:
+            return call
+    return f"it is not clear where the forward method of {kind.__name__} calls its ReLU"
