@@ -147,20 +147,6 @@ class Subclass(nn.Conv2d):
         return super().forward(x) - 1
 
 
-class Block(nn.Module):
-    """As in residual networks: the norms stand between the convolutions and the ReLU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
-        self.conv2, self.bn2 = nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
-        self.relu = nn.ReLU()
-
-    def forward(self, x: Any) -> Any:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
-
-
 class ValueUsedTwice(OneReLU):
     def forward(self, x: Any) -> Any:
         z = self.conv(x)
@@ -182,13 +168,10 @@ def hooked() -> nn.Module:
     return model
 
 
-CONV, NORM, RELU = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2), nn.ReLU()
+CONV, RELU = nn.Conv2d(2, 2, 3), nn.ReLU()
 NATIVE: dict[str, tuple[Any, str, str]] = {
     "no_relu": (sequence(CONV), "0", "no ReLU follows"),
     "subclass": (sequence(Subclass(2, 2, 3), RELU), "0", "a subclass may compute"),
-    "batch_norm": (sequence(CONV, NORM, RELU), "0", "a BatchNorm2d stands before the ReLU"),
-    "residual_block": (Block, "conv1", "a BatchNorm2d stands before the ReLU"),
-    "residual_sum": (Block, "conv2", "no ReLU follows"),
     "shared": (shared, "0", "the Conv2d is used in more than one place"),
     "hook": (hooked, "0", "hooks of the Conv2d"),
     "value_used_twice": (ValueUsedTwice, "conv", "is used as well"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from twinfuse.torch import _rewrite, _usage
+from twinfuse.torch import _norm, _rewrite, _usage
 from twinfuse.torch.nn import LSTM, ConvReLU1d, ConvReLU2d, LinearReLU, LSTMCell
 
 # What a layer becomes when the ReLU behind it is fused into it.
@@ -38,12 +38,17 @@ Children = Mapping[str, nn.Module | None]
 Path = tuple[tuple[nn.Module, str], ...]  # (ancestor, key of its child), outermost first
 
 
+class Layer(NamedTuple):
+    module: nn.Module
+    norm: nn.Module | None  # a BatchNorm between the layer and its ReLU
+
+
 @dataclass
 class Fusion:
     """Children of one module that are to be fused with the ReLUs behind them."""
 
     parent: nn.Module
-    layers: list[nn.Module]
+    layers: list[Layer]
     relus: dict[str, nn.Module]  # children, by key, that are called for these layers only
     calls: tuple[_rewrite.Call, ...] = ()  # of ReLUs, in the forward method of `parent`
 
@@ -74,19 +79,21 @@ class Survey:
 
     def _look_at_sequence(self, parent: nn.Module) -> None:
         children = list(parent._modules.items())
-        for (_, layer), (key, relu) in pairwise(children):
+        for index, (_, layer) in enumerate(children):
+            norm, (key, relu) = None, (*children, ("", None))[index + 1]
+            if isinstance(relu, _BatchNorm) and index + 2 < len(children):
+                norm, (key, relu) = relu, children[index + 2]
             if layer and relu and kind_of(layer) and is_exactly(relu, nn.ReLU):
-                reach = map(_reach_into_sequential, self._paths[id(parent)])
-                reason = (
-                    self._why_not(layer) or _why_not_relu(relu) or next(filter(None, reach), "")
+                reasons = (
+                    self._why_not(layer),
+                    self._why_not_norm(layer, norm),
+                    _why_not_relu(relu),
+                    *map(_reach_into_sequential, self._paths[id(parent)]),
                 )
-                if reason:
+                if reason := next(filter(None, reasons), ""):
                     self._refuse((layer, relu), reason)
                 else:
-                    self.fusions.append(Fusion(parent, [layer], {key: relu}))
-        for (_, layer), (_, norm), (_, relu) in zip(children, children[1:], children[2:]):
-            if layer and isinstance(norm, _BatchNorm) and isinstance(relu, nn.ReLU):
-                self._refuse((layer, relu), _between(norm))
+                    self.fusions.append(Fusion(parent, [Layer(layer, norm)], {key: relu}))
 
     def _look_at_forward(self, parent: nn.Module) -> None:
         """Find children of which every call is followed by a ReLU, and by nothing else."""
@@ -104,9 +111,19 @@ class Survey:
         for node in traced.graph.nodes:
             calls[_child(node)].append(node)
         followed: dict[str, list[fx.Node]] = {}  # by key of a layer: the ReLUs behind its calls
+        norms: dict[str, nn.Module | None] = {}
         for key, layer in layers.items():
-            found, reason = _relus_behind(calls[key], children)
-            if reason := reason or self._why_not(layer) or self._reached(parent, key):
+            norm_key = _norm_behind(calls, key, children)
+            norms[key] = norm = children.get(norm_key)
+            found, reason = _relus_behind(calls[norm_key or key], children)
+            reasons = (
+                reason,
+                self._why_not(layer),
+                self._reached(parent, key),
+                self._why_not_norm(layer, norm),
+                self._reached(parent, norm_key) if norm else "",
+            )
+            if reason := next(filter(None, reasons), ""):
                 self._refuse([layer], reason)
             else:
                 followed[key] = found
@@ -129,7 +146,7 @@ class Survey:
                 if any(node in rest and isinstance(cuts[node], str) for node in found)
             }
             if not stuck:
-                fused = [layers[key] for key in followed]
+                fused = [Layer(layers[key], norms[key]) for key in followed]
                 out = tuple(cut for node in rest if isinstance(cut := cuts[node], _rewrite.Call))
                 self.fusions.append(Fusion(parent, fused, whole, out))
                 break
@@ -148,6 +165,19 @@ class Survey:
         if any(getattr(layer, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks"):
             return f"hooks of the {kind.__name__} would see the value after the ReLU"
         return ""
+
+    def _why_not_norm(self, layer: nn.Module, norm: nn.Module | None) -> str:
+        if norm is None:
+            return ""
+        known = next((b for a, b in _norm.BEHIND.items() if is_exactly(layer, a)), None)
+        if known is None or not is_exactly(norm, known):
+            return _between(norm)
+        name = type(norm).__name__
+        if self._uses[id(norm)] > 1:
+            return f"the {name} behind it is used in more than one place"
+        if any(getattr(norm, hooks) for hooks in _HOOKS):
+            return f"the {name} behind it has hooks"
+        return "" if norm.running_var is not None else f"the {name} behind it has no statistics"
 
     def _reached(self, parent: nn.Module, key: str) -> str:
         """Why a method but `forward`, or a module above, may call that child by itself."""
@@ -210,6 +240,15 @@ def _child(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else ""
 
 
+def _norm_behind(calls: Mapping[str, list[fx.Node]], key: str, children: Children) -> str:
+    """The key of the BatchNorm that all values of a child go to, and no other; empty without."""
+    users = [user for call in calls[key] for user in call.users]
+    keys = {_child(user) for user in users}
+    norm = keys.pop() if len(keys) == 1 else ""
+    alone = set(users) == set(calls[norm]) and all(len(call.users) == 1 for call in calls[key])
+    return norm if alone and isinstance(children.get(norm), _BatchNorm) else ""
+
+
 def _relus_behind(calls: list[fx.Node], children: Children) -> tuple[list[fx.Node], str]:
     """The ReLU behind each of a layer's calls, or why there is not one for each."""
     for call in calls:
@@ -222,9 +261,7 @@ def _why_not_followed(call: fx.Node, children: Children) -> str:
     """Why it is not certain that only one ReLU sees the value of that call."""
     relus = _relus(call, children)
     if not relus:
-        norms = (children.get(_child(user)) for user in call.users if _relus(user, children))
-        before = [norm for norm in norms if isinstance(norm, _BatchNorm)]
-        return _between(before[0]) if before else "no ReLU follows"
+        return "no ReLU follows"
     first, *others = call.users
     # Whoever comes after a ReLU in place sees its result.
     in_place = first.op != "call_module" and first.target in _IN_PLACE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -11,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
-from twinfuse.torch import _rewrite
-from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, kind_of
+from twinfuse.torch import _norm, _rewrite
+from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, is_exactly
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.linear_relu import linear_relu
 from twinfuse.torch.lstm import lstm
 from twinfuse.torch.lstm_cell import lstm_cell
-from twinfuse.torch.nn import LSTM, ConvReLU1d, LinearReLU, LSTMCell
+from twinfuse.torch.nn import LSTM, LinearReLU, LSTMCell
 
 __all__ = ["explain", "fuse", "unfuse"]
 
@@ -26,6 +27,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # What reports call the layers.
 _NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 _ALONE_NAMES = {nn.LSTM: "lstm", nn.LSTMCell: "lstm_cell"}
+_KINDS = (FUSED, ALONE, _norm.CONVS, _norm.NORMS)
 # Set on a module whose class `fuse` changed, so that `unfuse` leaves other fused layers alone.
 _MARK = "_twinfuse_fused"
 
@@ -59,7 +61,9 @@ def fuse(
     nothing but its children and torch: the ReLU may be a module, `F.relu`, `torch.relu`,
     `x.relu()` or one of them in place. A pair is fused only where it is certain that nobody sees
     the value between the two; `explain(model)` says for each layer what became of it, and why.
-    LSTM and LSTMCell are fused by themselves, wherever they are.
+    A BatchNorm between convolution and ReLU is folded into the convolution in eval mode, anew in
+    each call; in training mode all three are native. LSTM and LSTMCell are fused by themselves,
+    wherever they are.
 
     Parameters, buffers, names, `state_dict` keys and indices stay as they are, so optimizers and
     checkpoints remain valid. Parametrized and pruned layers are fused as well. Change the
@@ -92,20 +96,20 @@ def fuse(
         model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     unfuse(model)
     for fusion in Survey(model).fusions:
-        for layer in fusion.layers:
-            kind = kind_of(layer)
-            assert kind is not None
-            _swap_class(layer, kind, FUSED[kind])
-            setattr(layer, _MARK, True)
+        for layer, norm in fusion.layers:
+            if norm is None:
+                _become(layer, FUSED)
+            else:
+                setattr(layer, _norm.NORM, (norm,))
+                _become(layer, _norm.CONVS)
+                _become(norm, _norm.NORMS)
         for key, relu in fusion.relus.items():
             fusion.parent._modules[key] = FusedReLU(relu)
         if fusion.calls:
             native: Any = type(fusion.parent)
             fusion.parent.__class__ = _rewrite.rewritten(native, fusion.calls)
     for module in list(model.modules()):
-        if native := alone(module):
-            _swap_class(module, native, ALONE[native])
-            setattr(module, _MARK, True)
+        _become(module, ALONE)
     if example_inputs is not None:
         for got, want in zip(_outputs(model, example_inputs), expected, strict=True):
             if not _is_close(got, want):
@@ -121,7 +125,8 @@ def unfuse(model: Model) -> Model:
     """Undo `fuse`, in place: every layer is of its former class again; returns `model`."""
     for module in list(model.modules()):
         if vars(module).pop(_MARK, False):
-            for native, fused in (FUSED | ALONE).items():
+            vars(module).pop(_norm.NORM, None)
+            for native, fused in (pair for kinds in _KINDS for pair in kinds.items()):
                 if isinstance(module, fused):
                     _swap_class(module, fused, native)
         if type(module) is not (kind := _rewrite.native(type(module))):
@@ -138,11 +143,11 @@ def explain(model: nn.Module) -> Report:
     fusible = {
         id(module)
         for fusion in survey.fusions
-        for module in (*fusion.layers, *fusion.relus.values())
+        for module in (*(layer.module for layer in fusion.layers), *fusion.relus.values())
     }
     report = Report()
     for name, module in model.named_modules():
-        if isinstance(module, (*FUSED.values(), *ALONE.values())):
+        if isinstance(module, tuple(kind for kinds in _KINDS[:3] for kind in kinds.values())):
             report.append(_explain_fused(name, module))
         elif isinstance(module, tuple(ALONE)):
             op = next(op for kind, op in _ALONE_NAMES.items() if isinstance(module, kind))
@@ -183,7 +188,10 @@ def _explain_fused(name: str, layer: Any) -> Choice:
             example = weight.new_empty((1, layer.in_features))
             (choice,) = explain_call(linear_relu, example, weight, bias)
         else:
-            op = conv1d_relu if isinstance(layer, ConvReLU1d) else conv2d_relu
+            op = conv1d_relu if isinstance(layer, nn.Conv1d) else conv2d_relu
+            if hasattr(layer, _norm.NORM) and (reason := layer.why_native()):
+                native = op.__name__.removesuffix("_relu")
+                return Choice(native, "native", reason=reason, where=name)
             window = (d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size))
             example = weight.new_empty((1, layer.in_channels, *window))
             options = (layer.stride, "valid", layer.dilation, layer.groups)
@@ -228,6 +236,13 @@ def _is_close(got: Tensor, expected: Tensor) -> bool:
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
     atol = tolerance * float(expected.abs().nan_to_num(0, 0).max())
     return torch.allclose(got, expected, rtol=tolerance, atol=atol, equal_nan=True)
+
+
+def _become(module: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    for native, fused in kinds.items():
+        if is_exactly(module, native):
+            _swap_class(module, native, fused)
+            setattr(module, _MARK, True)
 
 
 def _swap_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
