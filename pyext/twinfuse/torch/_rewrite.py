@@ -108,11 +108,19 @@ def _marked(kind: Any) -> CodeType:
     return source.code({id(call): wrap(index) for index, call in enumerate(source.calls)})
 
 
-def call_at(kind: Any, index: int, is_method: bool) -> Call | None:
-    """The call of that index, if it is clear which of its arguments the ReLU is applied to."""
+def call_at(kind: Any, index: int, is_method: bool, literal: bool) -> Call | None:
+    """The call of that index, if it is clear which of its arguments the ReLU is applied to.
+
+    With `literal` only if all others are literals, too: an attribute might change.
+    """
     node = _Source.of(kind).calls[index]
     call = Call(index, is_method, ast.unparse(node))
-    return call if _inner(call)(node) else None
+    tensor = _inner(call)(node)
+    arguments = (*node.args, *(keyword.value for keyword in node.keywords))
+    others = (argument for argument in arguments if argument is not tensor)
+    if tensor is None or (literal and not all(isinstance(o, ast.Constant) for o in others)):
+        return None
+    return call
 
 
 def _inner(call: Call) -> Callable[[ast.Call], ast.expr | None]:

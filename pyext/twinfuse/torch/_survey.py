@@ -31,8 +31,11 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_IN_PLACE = (torch.relu_, "relu_")
-_FUNCTIONS = (torch.relu, F.relu, "relu", *_IN_PLACE)
+_IN_PLACE = (torch.relu_, "relu_", torch.clamp_, "clamp_", torch.clamp_min_, "clamp_min_")
+_RELUS = (torch.relu, F.relu, "relu", torch.relu_, "relu_")
+_CLAMPS = (torch.clamp, "clamp", torch.clamp_min, "clamp_min", *_IN_PLACE[2:])
+
+_CALLS = ("call_function", "call_method")
 
 Children = Mapping[str, nn.Module | None]
 Path = tuple[tuple[nn.Module, str], ...]  # (ancestor, key of its child), outermost first
@@ -40,7 +43,8 @@ Path = tuple[tuple[nn.Module, str], ...]  # (ancestor, key of its child), outerm
 
 class Layer(NamedTuple):
     module: nn.Module
-    norm: nn.Module | None  # a BatchNorm between the layer and its ReLU
+    norm: nn.Module | None = None  # a BatchNorm between the layer and its ReLU
+    clamped: bool = False  # the ReLU is a clamp
 
 
 @dataclass
@@ -122,6 +126,7 @@ class Survey:
                 self._reached(parent, key),
                 self._why_not_norm(layer, norm),
                 self._reached(parent, norm_key) if norm else "",
+                _why_not_clamps(found, norm),
             )
             if reason := next(filter(None, reasons), ""):
                 self._refuse([layer], reason)
@@ -146,7 +151,10 @@ class Survey:
                 if any(node in rest and isinstance(cuts[node], str) for node in found)
             }
             if not stuck:
-                fused = [Layer(layers[key], norms[key]) for key in followed]
+                fused = [
+                    Layer(layers[key], norms[key], _is_clamp(found[0]))
+                    for key, found in followed.items()
+                ]
                 out = tuple(cut for node in rest if isinstance(cut := cuts[node], _rewrite.Call))
                 self.fusions.append(Fusion(parent, fused, whole, out))
                 break
@@ -278,7 +286,23 @@ def _relus(value: fx.Node, children: Children) -> list[fx.Node]:
 def _is_relu(node: fx.Node, children: Children) -> bool:
     if node.op == "call_module":
         return is_exactly(children.get(str(node.target)), nn.ReLU)
-    return node.op.startswith("call_") and node.target in _FUNCTIONS
+    return _is_clamp(node) or (node.op in _CALLS and node.target in _RELUS)
+
+
+def _is_clamp(node: fx.Node) -> bool:
+    """Whether a call is `clamp(min=0)`."""
+    if node.op not in _CALLS or node.target not in _CLAMPS:
+        return False
+    limits = dict(zip(("input", "min", "max"), node.args)) | node.kwargs
+    low, high = limits.get("min"), limits.get("max")
+    return high is None and type(low) in (int, float) and not low
+
+
+def _why_not_clamps(found: list[fx.Node], norm: nn.Module | None) -> str:
+    clamps = [_is_clamp(node) for node in found]
+    if any(clamps) and (norm or not all(clamps)):
+        return f"a clamp stands behind its {type(norm).__name__ if norm else 'ReLU'}"
+    return ""
 
 
 def _cut(parent: nn.Module, traced: _usage.Traced, relu: fx.Node) -> _rewrite.Call | str:
@@ -287,7 +311,8 @@ def _cut(parent: nn.Module, traced: _usage.Traced, relu: fx.Node) -> _rewrite.Ca
     if reason := _rewrite.why_not(kind):
         return reason
     if relu in traced.calls:
-        call = _rewrite.call_at(kind, traced.calls[relu], relu.op == "call_method")
+        place = traced.calls[relu], relu.op == "call_method"
+        call = _rewrite.call_at(kind, *place, literal=_is_clamp(relu))
         if call:
             return call
     return f"it is not clear where the forward method of {kind.__name__} calls its ReLU"

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
 from twinfuse.torch import _norm, _rewrite
+from twinfuse.torch._clamp import CLAMPED
 from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, is_exactly
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.linear_relu import linear_relu
 from twinfuse.torch.lstm import lstm
 from twinfuse.torch.lstm_cell import lstm_cell
-from twinfuse.torch.nn import LSTM, LinearReLU, LSTMCell
+from twinfuse.torch.nn import LSTM, LSTMCell
 
 __all__ = ["explain", "fuse", "unfuse"]
 
@@ -27,7 +28,7 @@ Model = TypeVar("Model", bound=nn.Module)
 # What reports call the layers.
 _NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 _ALONE_NAMES = {nn.LSTM: "lstm", nn.LSTMCell: "lstm_cell"}
-_KINDS = (FUSED, ALONE, _norm.CONVS, _norm.NORMS)
+_KINDS = (FUSED, ALONE, CLAMPED, _norm.CONVS, _norm.NORMS)
 # Set on a module whose class `fuse` changed, so that `unfuse` leaves other fused layers alone.
 _MARK = "_twinfuse_fused"
 
@@ -59,11 +60,11 @@ def fuse(
     Pairs are found in `nn.Sequential` (its subclasses too, unless they have a forward method of
     their own), and in modules whose forward method has no branches or loops of Python and calls
     nothing but its children and torch: the ReLU may be a module, `F.relu`, `torch.relu`,
-    `x.relu()` or one of them in place. A pair is fused only where it is certain that nobody sees
-    the value between the two; `explain(model)` says for each layer what became of it, and why.
+    `x.relu()` or one of them in place; `clamp(min=0)` is fused where no gradients are asked for.
     A BatchNorm between convolution and ReLU is folded into the convolution in eval mode, anew in
     each call; in training mode all three are native. LSTM and LSTMCell are fused by themselves,
-    wherever they are.
+    wherever they are. A pair is fused only where it is certain that nobody sees the value between
+    the two; `explain(model)` says for each layer what became of it, and why.
 
     Parameters, buffers, names, `state_dict` keys and indices stay as they are, so optimizers and
     checkpoints remain valid. Parametrized and pruned layers are fused as well. Change the
@@ -96,9 +97,9 @@ def fuse(
         model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     unfuse(model)
     for fusion in Survey(model).fusions:
-        for layer, norm in fusion.layers:
+        for layer, norm, clamped in fusion.layers:
             if norm is None:
-                _become(layer, FUSED)
+                _become(layer, CLAMPED if clamped else FUSED)
             else:
                 setattr(layer, _norm.NORM, (norm,))
                 _become(layer, _norm.CONVS)
@@ -147,7 +148,7 @@ def explain(model: nn.Module) -> Report:
     }
     report = Report()
     for name, module in model.named_modules():
-        if isinstance(module, tuple(kind for kinds in _KINDS[:3] for kind in kinds.values())):
+        if isinstance(module, tuple(kind for kinds in _KINDS[:4] for kind in kinds.values())):
             report.append(_explain_fused(name, module))
         elif isinstance(module, tuple(ALONE)):
             op = next(op for kind, op in _ALONE_NAMES.items() if isinstance(module, kind))
@@ -184,7 +185,7 @@ def _explain_fused(name: str, layer: Any) -> Choice:
             choice = _explain_recurrent(layer)
             return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
         weight, bias = layer.weight, layer.bias
-        if isinstance(layer, LinearReLU):
+        if isinstance(layer, nn.Linear):
             example = weight.new_empty((1, layer.in_features))
             (choice,) = explain_call(linear_relu, example, weight, bias)
         else:
@@ -196,6 +197,9 @@ def _explain_fused(name: str, layer: Any) -> Choice:
             example = weight.new_empty((1, layer.in_channels, *window))
             options = (layer.stride, "valid", layer.dilation, layer.groups)
             (choice,) = explain_call(op, example, weight, bias, *options)
+    if isinstance(layer, tuple(CLAMPED.values())) and not choice.reason:
+        reason = "where no gradients are asked for: ReLU has others than clamp"
+        return Choice(choice.op, choice.backend, choice.kernel, reason, where=name)
     return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
 
 
