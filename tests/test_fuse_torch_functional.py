@@ -184,6 +184,28 @@ def test_a_forward_method_that_has_changed_is_not_rewritten() -> None:
         _rewrite.rewritten(Imported, calls)
 
 
+def test_a_class_may_get_another_forward_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Functions(), torch.randn(5, 8)
+    tft.fuse(model)
+    monkeypatch.setattr(Functions, "forward", Methods.forward)
+    model.fc1.bias.data += 1
+    fused = tft.fuse(model)
+    assert fused.forward.__func__.__code__.co_firstlineno == Methods.forward.__code__.co_firstlineno
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_spectral_norm_takes_as_many_steps(launched: Launched) -> None:
+    native = Functions()
+    nn.utils.parametrizations.spectral_norm(native.fc1)
+    fused = tft.fuse(copy.deepcopy(native), inplace=True)
+    for _ in range(3):
+        with launched(FORWARD, 2):
+            torch.testing.assert_close(fused(torch.ones(5, 8)), native(torch.ones(5, 8)))
+        twinfuse.explain(fused)
+    state = fused.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in native.state_dict().items())
+
+
 def test_attributes_are_read_when_the_model_runs() -> None:
     native = ManyCalls()
     fused = tft.fuse(native)
@@ -291,7 +313,7 @@ NATIVE: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "other_function": (OtherFunction, "no ReLU follows"),
     "unpacked": (Unpacked, "not clear where"),
     "registers": (Registers, "registers its subclasses"),
-    "metaclass": (HasMetaclass, "has a metaclass"),
+    "metaclass": (HasMetaclass, "has the metaclass Meta"),
     "no_source": (without_source, "is not available"),
     "replaced": (replaced, "is not available"),
 }

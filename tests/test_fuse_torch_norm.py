@@ -180,6 +180,22 @@ def test_frozen_norms_of_a_model_in_training(launched: Launched) -> None:
     assert "in training mode" in rows["conv2"].reason
 
 
+@pytest.mark.usefixtures("fold_all")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_spectral_norm_takes_as_many_steps(frozen: bool) -> None:
+    model = trained("sequence").train()
+    for index in (0, 3, 7):
+        parametrizations.spectral_norm(model[index])
+        model[index + 1].train(not frozen)
+    native, fused = copy.deepcopy(model), tft.fuse(model)
+    for _ in range(3):
+        twinfuse.explain(fused)
+        fused(images()), native(images())
+    state = fused.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in native.state_dict().items())
+    assert not torch.equal(state["0.parametrizations.weight.0._u"], torch.zeros(6))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_unfuse_restores_every_object(name: str) -> None:
     model = trained(name)

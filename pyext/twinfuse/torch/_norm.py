@@ -33,11 +33,11 @@ class _ConvNormReLU(nn.Module):
     def norm(self) -> Any:
         return getattr(self, NORM)[0]  # in a tuple, so that it is no submodule
 
-    def why_native(self) -> str:
+    def why_native(self, weight: Tensor) -> str:
         """Why convolution and BatchNorm are computed one after the other; empty if they are not."""
         if _takes_batches(self.norm):
             return f"its {type(self.norm).__name__} is in training mode, which is not folded"
-        dtype = self.weight.dtype
+        dtype = weight.dtype
         if dtype != self.norm.running_var.dtype or dtype not in (torch.float32, torch.float64):
             return f"folding would round weights of {dtype} twice"
         return ""
@@ -50,7 +50,11 @@ class _ConvNormReLU(nn.Module):
         # Parameters may change in ways that nothing reports, so they are folded in every call,
         # where that costs less than another pass over the output.
         count = input.numel()
-        if count < MIN_INPUTS or count < MIN_INPUTS_A_WEIGHT * weight.numel() or self.why_native():
+        if (
+            count < MIN_INPUTS
+            or count < MIN_INPUTS_A_WEIGHT * weight.numel()
+            or self.why_native(weight)
+        ):
             output = self._conv_forward(input, weight, bias)
             return F.relu(F.batch_norm(output, mean, var, norm.weight, norm.bias, eps=norm.eps))
         scale = torch.rsqrt(var + norm.eps)

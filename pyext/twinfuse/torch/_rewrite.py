@@ -53,14 +53,18 @@ def native(kind: Any) -> Any:
     return kind.native if isinstance(kind, Rewritten) else kind
 
 
-@functools.cache
 def rewritten(kind: Any, calls: tuple[Call, ...]) -> Any:
     """The subclass of `kind` whose forward method leaves `calls` out.
 
     Raises:
         RuntimeError: the source of the forward method is not what it was when `calls` were found.
     """
-    found = _Source.of(kind).calls if _is_running(kind) else []
+    return _rewritten(kind, kind.forward, calls)
+
+
+@functools.cache
+def _rewritten(kind: Any, forward: FunctionType, calls: tuple[Call, ...]) -> Any:
+    found = _Source(forward).calls if _is_running(forward) else []
     if any(
         call.number >= len(found) or ast.unparse(found[call.number]) != call.text for call in calls
     ):
@@ -68,7 +72,7 @@ def rewritten(kind: Any, calls: tuple[Call, ...]) -> Any:
             f"fuse: the forward method of {kind.__name__} is not what it was when the model was "
             "fused: expected one that contains " + ", ".join(call.text for call in calls)
         )
-    source = _Source.of(kind)
+    source = _Source(forward)
     code = source.code({id(source.calls[call.number]): _inner(call) for call in calls})
     members = {
         "forward": _with_code(source.original, code, source.original.__globals__),
@@ -83,11 +87,11 @@ def rewritten(kind: Any, calls: tuple[Call, ...]) -> Any:
 
 def why_not(kind: Any) -> str:
     """Why no class can be made of `kind`; empty if one can."""
-    if type(kind) is not type:
-        return f"{kind.__name__} has a metaclass"
+    if (metaclass := type(kind)) is not type:
+        return f"{kind.__name__} has the metaclass {metaclass.__name__}"
     if any("__init_subclass__" in vars(base) for base in kind.__mro__ if base is not object):
         return f"{kind.__name__} registers its subclasses"
-    if not _is_running(kind):
+    if not _is_running(kind.forward):
         return f"the source of the forward method of {kind.__name__} is not available"
     return ""
 
@@ -95,12 +99,12 @@ def why_not(kind: Any) -> str:
 def marked(kind: Any, mark: Callable[[int, Any], Any]) -> FunctionType:
     """The forward method of `kind` with `mark(index, call)` in the place of every call."""
     original = kind.forward
-    return _with_code(original, _marked(kind), {**original.__globals__, _MARK: mark})
+    return _with_code(original, _marked(original), {**original.__globals__, _MARK: mark})
 
 
 @functools.cache
-def _marked(kind: Any) -> CodeType:
-    source = _Source.of(kind)
+def _marked(forward: FunctionType) -> CodeType:
+    source = _Source(forward)
 
     def wrap(index: int) -> Callable[[ast.Call], ast.expr]:
         return lambda call: ast.Call(ast.Name(_MARK, ast.Load()), [ast.Constant(index), call], [])
@@ -113,7 +117,7 @@ def call_at(kind: Any, index: int, is_method: bool, literal: bool) -> Call | Non
 
     With `literal` only if all others are literals, too: an attribute might change.
     """
-    node = _Source.of(kind).calls[index]
+    node = _Source(kind.forward).calls[index]
     call = Call(index, is_method, ast.unparse(node))
     tensor = _inner(call)(node)
     arguments = (*node.args, *(keyword.value for keyword in node.keywords))
@@ -163,11 +167,6 @@ class _Source:
         self.function = next(node for node in ast.walk(self.tree) if self._is_function(node))
         self.calls = [node for node in ast.walk(self.function) if isinstance(node, ast.Call)]
 
-    @staticmethod
-    def of(kind: Any) -> _Source:
-        """A tree that may be changed."""
-        return _Source(kind.forward)
-
     def _is_function(self, node: ast.AST) -> bool:
         code = self.original.__code__
         place = (code.co_name, code.co_firstlineno)
@@ -192,10 +191,10 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.cache
-def _is_running(kind: Any) -> bool:
-    """Whether the source of the forward method, compiled, is the code that it has."""
+def _is_running(forward: FunctionType) -> bool:
+    """Whether the source of a forward method, compiled, is the code that it has."""
     try:
-        source = _Source.of(kind)
+        source = _Source(forward)
         old, new = source.original.__code__, source.code({})
     except (AttributeError, OSError, StopIteration, SyntaxError):
         return False

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -184,13 +185,14 @@ def _explain_fused(name: str, layer: Any) -> Choice:
         if isinstance(layer, (LSTM, LSTMCell)):
             choice = _explain_recurrent(layer)
             return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
-        weight, bias = layer.weight, layer.bias
+        with _eval_mode(layer):  # in training, reading a weight under spectral_norm changes it
+            weight, bias = layer.weight, layer.bias
         if isinstance(layer, nn.Linear):
             example = weight.new_empty((1, layer.in_features))
             (choice,) = explain_call(linear_relu, example, weight, bias)
         else:
             op = conv1d_relu if isinstance(layer, nn.Conv1d) else conv2d_relu
-            if hasattr(layer, _norm.NORM) and (reason := layer.why_native()):
+            if hasattr(layer, _norm.NORM) and (reason := layer.why_native(weight)):
                 native = op.__name__.removesuffix("_relu")
                 return Choice(native, "native", reason=reason, where=name)
             window = (d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size))
@@ -223,14 +225,20 @@ def _explain_recurrent(layer: Any) -> Choice:
 
 
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad(), torch.random.fork_rng(), _eval_mode(model):
+        outputs = model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            outputs = model.eval()(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def _is_close(got: Tensor, expected: Tensor) -> bool:
