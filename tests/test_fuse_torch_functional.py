@@ -18,6 +18,7 @@ torch = require("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.functional import relu  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
 
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
@@ -204,6 +205,24 @@ def test_spectral_norm_takes_as_many_steps(launched: Launched) -> None:
         twinfuse.explain(fused)
     state = fused.state_dict()
     assert all(torch.equal(state[key], value) for key, value in native.state_dict().items())
+
+
+class OwnWeight(Functions):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+
+
+def test_parents_that_are_parametrized_after_fusing(launched: Launched) -> None:
+    model, x = OwnWeight(), torch.randn(5, 8)
+    expected = model(x)
+    parametrize.register_parametrization(tft.fuse(model, inplace=True), "weight", nn.Identity())
+    with launched(FORWARD, 2):
+        torch.testing.assert_close(model(x), expected)
+    assert parametrize.is_parametrized(tft.unfuse(model), "weight")
+    assert torch.equal(model(x), expected)
+    parametrize.remove_parametrizations(model, "weight")
+    assert type(model) is OwnWeight
 
 
 def test_attributes_are_read_when_the_model_runs() -> None:

@@ -48,9 +48,18 @@ def _reduce(kind: Any) -> tuple[Any, ...]:
 copyreg.pickle(Rewritten, _reduce)
 
 
-def native(kind: Any) -> Any:
+def rewritten_of(kind: type) -> Rewritten | None:
+    """The rewritten class that `kind` is, or that a parametrized module's class derives from."""
+    found = (
+        base for base in kind.__mro__ if isinstance(base, Rewritten) and "native" in vars(base)
+    )
+    return next(found, None)
+
+
+def native(kind: type) -> Any:
     """The class as its author wrote it."""
-    return kind.native if isinstance(kind, Rewritten) else kind
+    found = rewritten_of(kind)
+    return found.native if found else kind
 
 
 def rewritten(kind: Any, calls: tuple[Call, ...]) -> Any:

@@ -131,8 +131,8 @@ def unfuse(model: Model) -> Model:
             for native, fused in (pair for kinds in _KINDS for pair in kinds.items()):
                 if isinstance(module, fused):
                     _swap_class(module, fused, native)
-        if type(module) is not (kind := _rewrite.native(type(module))):
-            module.__class__ = kind
+        if kind := _rewrite.rewritten_of(type(module)):
+            _swap_class(module, kind, kind.native)
         for key, child in module._modules.items():
             if isinstance(child, FusedReLU):
                 module._modules[key] = child.original
@@ -257,7 +257,7 @@ def _become(module: nn.Module, kinds: Mapping[type[nn.Module], type[nn.Module]])
             setattr(module, _MARK, True)
 
 
-def _swap_class(module: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+def _swap_class(module: nn.Module, old: type, new: type) -> None:
     if type(module) is old:
         module.__class__ = new
         return
