@@ -139,10 +139,7 @@ class Survey:
             whole = {
                 key: relu
                 for key, relu in relus.items()
-                if calls[key]
-                and heads.issuperset(calls[key])
-                and sum(child is relu for child in children.values()) == 1
-                and not self._reached(parent, key)
+                if heads.issuperset(calls[key]) and self._may_replace(parent, key, calls[key])
             }
             rest = [node for node in cuts if node in heads and _child(node) not in whole]
             stuck = {
@@ -164,6 +161,11 @@ class Survey:
         for key, relu in relus.items():
             if any(node in cuts for node in calls[key]):
                 self._refuse([relu], "it is called on other values as well")
+
+    def _may_replace(self, parent: nn.Module, key: str, calls: list[fx.Node]) -> bool:
+        """Whether a ReLU has no uses but these calls."""
+        names = sum(child is parent._modules[key] for child in parent._modules.values())
+        return bool(calls) and names == 1 and not self._reached(parent, key)
 
     def _why_not(self, layer: nn.Module) -> str:
         kind = kind_of(layer)
