@@ -32,7 +32,7 @@ def test_recurrent_layers(launched: Launched) -> None:
     expected, state = model(x), copy.deepcopy(model.state_dict())
     assert [row.backend for row in tft.explain(model)] == ["native"] * 4
     assert "fuse(model)" in tft.explain(model)[0].reason
-    assert tft.fuse(model) is model
+    assert tft.fuse(model, inplace=True) is model
     assert type(model.layers) is tft.nn.LSTM and type(model.cell) is tft.nn.LSTMCell
     with launched("lstm_forward", times=4), launched("lstm_cell_forward", times=1):
         torch.testing.assert_close(model(x), expected)
@@ -52,6 +52,6 @@ def test_subclasses_of_recurrent_layers_stay_native() -> None:
 
     model = nn.ModuleList([Own(2, 3), nn.LSTM(2, 3)])
     model[1].forward = lambda x: x  # type: ignore[method-assign]
-    tft.fuse(model)
+    tft.fuse(model, inplace=True)
     assert type(model[0]) is Own and type(model[1]) is nn.LSTM
     assert all("subclass" in row.reason for row in tft.explain(model))

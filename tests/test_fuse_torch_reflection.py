@@ -79,7 +79,7 @@ def test_children_reached_without_their_name_stay_native(kind: Any, inside: bool
     whole = nn.Sequential(model, nn.Linear(8, 8)) if inside else model
     x = torch.randn(4, 8)
     expected, logits = whole(x), getattr(model, "logits", model)(x)
-    tft.fuse(whole)
+    tft.fuse(whole, inplace=True)
     torch.testing.assert_close(whole(x), expected)
     torch.testing.assert_close(getattr(model, "logits", model)(x), logits)
     assert not any(isinstance(m, tft.nn.LinearReLU) for m in whole.modules())

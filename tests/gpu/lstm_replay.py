@@ -11,8 +11,8 @@ import numpy as np
 from tests.arrays import STORAGE
 from tests.core_api import CContext, Lender
 from tests.gpu import cuda_lstm, fake_driver
-from tests.gpu.cuda_lstm import CBackward, CForward
 from tests.gpu.fake_driver import Launch
+from tests.gpu.lstm_structs import CBackward, CForward, COffsets
 from tests.gpu.replay import IEEE, NAMES, PRECISIONS, TF32, GpuLender, Ran
 
 FORMATS = {"float16": "fp16", "bfloat16": "bf16"}
@@ -33,7 +33,7 @@ class Recurrent:
         assert (launch.cooperative, launch.attributes) == (self.waits, self.waits)
         assert launch.cluster == (0, 0, 0) and launch.grid[1:] == launch.block[1:] == (1, 1)
         if self.name == OFFSETS:
-            assert len(argument) == ctypes.sizeof(cuda_lstm.COffsets)
+            assert len(argument) == ctypes.sizeof(COffsets)
             assert (launch.grid[0], launch.block[0], launch.shared) == (1, 128, 0)
             return
         kernel = cuda_lstm.kernels()[self.name]

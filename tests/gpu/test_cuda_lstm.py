@@ -13,7 +13,6 @@ from tests.gpu.cuda_lstm import (
     BUGS,
     DTYPES,
     NAMES,
-    COffsets,
     KernelFailed,
     Way,
     backward,
@@ -23,6 +22,7 @@ from tests.gpu.cuda_lstm import (
     run,
 )
 from tests.gpu.lstm_recurrence import Recurrence, assert_close, build, saved
+from tests.gpu.lstm_structs import COffsets
 from tests.lstm_case import LstmCase
 from tests.lstm_cases import BY_ID, LAYERS
 from tests.lstm_reference import ACTIVATIONS

@@ -114,5 +114,5 @@ def test_every_allocation_may_fail(driver: Driver, case: LstmCase) -> None:
             break
         assert status == OUT_OF_MEMORY and len(lender.scratch) == index
         assert last_error().startswith(f"{name_of(case)}: ")
-    # Backward gradients of gates, sums, and what is exchanged or carried; forward what is exchanged.
+    # Backward gradients of gates, sums, and what is exchanged or carried; a layer forward the last.
     assert index >= 4 - case.cell

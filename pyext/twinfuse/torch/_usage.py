@@ -15,10 +15,12 @@ import sysconfig
 import textwrap
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+
+from twinfuse.torch import _rewrite
 
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _TORCH = str(Path(torch.__file__).parent)
@@ -57,8 +59,8 @@ def _parsed(kind: type) -> ast.AST | None:
 
 def _sources(module: nn.Module) -> list[ast.AST | None]:
     """Of every class that the module inherits methods from, up to `nn.Module`."""
-    kinds = (kind for kind in type(module).__mro__ if kind not in (nn.Module, object))
-    return [_parsed(kind) for kind in kinds]
+    kinds = _rewrite.native(type(module)).__mro__
+    return [_parsed(kind) for kind in kinds if kind not in (nn.Module, object)]
 
 
 def _parent(node: ast.AST) -> ast.AST:
@@ -114,7 +116,7 @@ def _by_reflection(module: nn.Module) -> str:
 
     Methods that set parameters up walk over all modules, but call none of them.
     """
-    for kind in type(module).__mro__:
+    for kind in _rewrite.native(type(module)).__mro__:
         tree = None if kind.__module__.startswith("torch.") or kind is object else _parsed(kind)
         for node in ast.walk(tree) if tree else ():
             name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
@@ -213,6 +215,10 @@ def _changes_or_branches(code: CodeType) -> bool:
     return any(i.opcode in jumps or i.opname in stores for i in dis.get_instructions(code))
 
 
+def _place(code: CodeType) -> tuple[str, str, int]:
+    return code.co_filename, code.co_name, code.co_firstlineno
+
+
 def _is_torch_or_standard(file: str) -> bool:
     standard = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
     return standard or file.startswith((_TORCH, __file__, "<frozen ", "<eval_with_key>"))
@@ -223,37 +229,57 @@ def _is_of_torch(builtin: Any) -> bool:
     return owner.partition(".")[0] == "torch"
 
 
-def trace(module: nn.Module) -> tuple[fx.Graph | None, str]:
+class Traced(NamedTuple):
+    graph: fx.Graph
+    calls: dict[fx.Node, int]  # the calls of the forward method that made these nodes, by index
+
+
+def trace(module: nn.Module) -> tuple[Traced | None, str]:
     """The graph of `module`, its children as leaves, if no call can ever take another one.
 
     That is so when `forward` has no branch and no loop, calls only its children and torch, and
     changes nothing outside. Otherwise `(None, reason)`.
     """
-    name = type(module).__name__
-    forward = type(module).forward
-    code = getattr(forward, "__code__", None)
-    if code is None or "forward" in vars(module):
+    kind = _rewrite.native(type(module))
+    name = kind.__name__
+    original = getattr(kind.forward, "__code__", None)
+    if original is None or "forward" in vars(module):
         return None, f"the forward method of {name} was replaced"
-    if _changes_or_branches(code):
+    if _changes_or_branches(original):
         return (
             None,
             f"the forward method of {name} has branches, loops or assignments to attributes",
         )
+    calls: dict[fx.Node, int] = {}
+
+    def mark(index: int, value: Any) -> Any:
+        if isinstance(value, fx.Proxy):
+            calls.setdefault(value.node, index)
+        return value
+
+    forward, root = kind.forward, module
+    if not _rewrite.why_not(kind):
+        forward = _rewrite.marked(kind, mark)
+        # An object with the same attributes, so that the module itself keeps its class.
+        root = object.__new__(type(name, (kind,), {"forward": forward}))
+        object.__setattr__(root, "__dict__", vars(module))
+    place = _place(original)
 
     def watch(frame: FrameType, event: str, argument: Any) -> None:
-        if event == "call" and frame.f_code is not code:
+        own = _place(frame.f_code) == place  # fx copies the code of methods with keyword arguments
+        if event == "call" and not own:
             file = frame.f_code.co_filename
             if file == "<string>" and frame.f_back is not None:  # a named tuple's constructor
                 file = frame.f_back.f_code.co_filename
             if not _is_torch_or_standard(file):
                 raise _NotProvable(f"the forward method of {name} calls other Python functions")
-        elif event == "c_call" and frame.f_code is code and not _is_of_torch(argument):
+        elif event == "c_call" and own and not _is_of_torch(argument):
             raise _NotProvable(f"the forward method of {name} calls {argument.__name__}()")
 
     previous = sys.getprofile()
     try:
         sys.setprofile(watch)
-        return _Tracer().trace(module), ""
+        return Traced(_Tracer().trace(root), calls), ""
     except _NotProvable as error:
         return None, str(error)
     except Exception as error:

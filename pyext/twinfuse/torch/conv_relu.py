@@ -57,7 +57,7 @@ def _number(value: Any) -> Any:
     return number
 
 
-def _normalized(
+def normalized(
     rank: int, weight: Tensor, stride: Numbers, padding: Padding, dilation: Numbers, groups: int
 ) -> _Options:
     """The options as the public operator takes them."""
@@ -90,7 +90,7 @@ def _misfit(rank: int) -> Callable[..., str]:
             for name, value in zip(("stride", "padding", "dilation", "groups"), options):
                 if not isinstance(value, str):
                     _checked(rank, name, value, 1 if name == "groups" else rank)
-            *_, groups = _normalized(rank, weight, *options)
+            *_, groups = normalized(rank, weight, *options)
         except RuntimeError as error:
             return str(error).removeprefix(f"conv{rank}d_relu: ")
         if input.dim() not in (rank + 1, rank + 2):
@@ -110,7 +110,7 @@ def _misfit(rank: int) -> Callable[..., str]:
 def _public(rank: int) -> Callable[..., Tensor]:
     def public(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         batched = input.unsqueeze(0) if input.dim() == rank + 1 else input
-        output = _ops.public[rank](batched, weight, bias, *_normalized(rank, weight, *options))
+        output = _ops.public[rank](batched, weight, bias, *normalized(rank, weight, *options))
         return output if batched is input else output.squeeze(0)
 
     return public
@@ -144,7 +144,7 @@ def _call(
     if _is_unusual(input, weight, bias):
         return _OPS[rank].unusual(input, weight, bias, stride, padding, dilation, groups)
     try:
-        steps, pads, gaps, count = _normalized(rank, weight, stride, padding, dilation, groups)
+        steps, pads, gaps, count = normalized(rank, weight, stride, padding, dilation, groups)
         conv = (*steps, *gaps, *pads[:rank], *pads[-rank:], count)
         batched = input.unsqueeze(0) if input.dim() == rank + 1 else input
         if _grad_enabled() and (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,13 +9,14 @@ from torch import Tensor, nn
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 
 
-def _forward(
+def padded(
     op: Callable[..., Tensor],
-    layer: nn.Conv1d | nn.Conv2d,
+    layer: Any,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
+    """`op` with the options of `layer`, whose padding may be of any mode."""
     padding: str | tuple[int, ...] = layer.padding
     if layer.padding_mode != "zeros":
         pads = layer._reversed_padding_repeated_twice
@@ -31,7 +33,7 @@ class ConvReLU1d(nn.Conv1d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward(conv1d_relu, self, input, weight, bias)
+        return padded(conv1d_relu, self, input, weight, bias)
 
 
 class ConvReLU2d(nn.Conv2d):
@@ -42,4 +44,4 @@ class ConvReLU2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _forward(conv2d_relu, self, input, weight, bias)
+        return padded(conv2d_relu, self, input, weight, bias)
