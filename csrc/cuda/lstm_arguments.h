@@ -29,9 +29,9 @@ struct LstmShared {
   int64_t hh_row, hh_col;
   LstmSequence zoneout_hidden, zoneout_cell;
   void* exchange;  // [slices, kExchangeSlots, slice rounded up to chunks, depth], all bits set
-  // Of launches of single steps, whose `exchange` is [2, B, H] and not set to anything.
+  // Of launches of single steps, whose `exchange` is forward [2, B, H], and not set to anything.
   int32_t step;    // 0 first; backward also as many as there are, for what lies behind them
-  float* carried;  // [2 forward or 7 backward, B, H]; backward NULL where no other step follows
+  float* carried;  // [kKept, B, H], from launch to launch; NULL where there is one
 };
 
 struct LstmForwardArguments {

@@ -20,6 +20,7 @@ struct LstmBackwardStep : LstmBackwardCells<typename Format::Element, Shape> {
   using Cells::kCells, Cells::p_, Cells::s_, Cells::memory_;
   using typename Cells::Given;
   enum Kept { kHidden, kCell, kLast, kBias };  // kBias of four gates
+  static_assert(Shape::kKept == kBias + 4);
 
   TWINFUSE_DEVICE LstmBackwardStep(const LstmBackwardArguments& p, Memory& memory)
       : Cells(p, memory), step_(p.shared.step) {}
@@ -70,10 +71,10 @@ struct LstmBackwardStep : LstmBackwardCells<typename Format::Element, Shape> {
 
   // All of it is read before any is written: no cell waits for the one before.
   TWINFUSE_DEVICE void resume() {
-    float kept[kCells][kBias + 4] = {};
+    float kept[kCells][Shape::kKept] = {};
     s_.for_cells(0, [&](int i, const Cell& at) {
 #pragma unroll
-      for (int kind = 0; kind < kBias + 4; kind++) kept[i][kind] = s_.kept(kind, at);
+      for (int kind = 0; kind < Shape::kKept; kind++) kept[i][kind] = s_.kept(kind, at);
     });
     s_.for_cells(0, [&](int i, const Cell& at) {
       memory_.h[at.sequence][at.place] = kept[i][kHidden];

@@ -20,6 +20,7 @@ struct LstmForwardStep : LstmForwardCells<typename Format::Element, Shape> {
   using Cells::kCells, Cells::p_, Cells::s_, Cells::memory_;
   using typename Cells::Given, typename Cells::Made;
   enum Kept { kCell, kLast };
+  static_assert(Shape::kKept == kLast + 1);
 
   TWINFUSE_DEVICE LstmForwardStep(const LstmForwardArguments& p, Memory& memory)
       : Cells(p, memory), step_(p.shared.step), before_(states(step_)) {}

@@ -35,6 +35,7 @@ template <LstmFormat format, int rows, int parts, int groups, int columns, bool 
 struct LstmShape {
   static constexpr int kParts = parts, kGroups = groups, kColumns = columns;
   static constexpr bool kAlone = alone;
+  static constexpr int kKept = 0;
   static constexpr int kThreads = 32 * rows * kParts;
   static constexpr int kDepth = kParts * kGroups * 64 / element_size(format);
   static constexpr int kChunk = 8 * kColumns;
@@ -99,13 +100,14 @@ struct LstmStepShape {
   static constexpr int kParts = parts, kTiles = tiles, kColumns = columns;
   static constexpr int kThreads = 32 * rows * parts, kChunk = 8 * columns, kMostSlice = kChunk;
   static constexpr int kWidth = INT32_MAX, kDepth = 0;
-  static constexpr bool kAlone = true;
+  static constexpr bool kAlone = false;
 };
 
 template <LstmFormat, int rows, int parts, int tiles, int columns>
 struct LstmForwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
   using Base = LstmStepShape<rows, parts, tiles, columns>;
   static constexpr int kUnits = 4 * tiles * rows;
+  static constexpr int kKept = 2;  // numbers of a cell between two launches
 
   struct Memory {
     alignas(16) float sums[parts][Base::kChunk][4 * kUnits + 4];
@@ -119,6 +121,7 @@ template <LstmFormat, int rows, int parts, int tiles, int columns>
 struct LstmBackwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
   using Base = LstmStepShape<rows, parts, tiles, columns>;
   static constexpr int kUnits = 16 * tiles * rows;
+  static constexpr int kKept = 7;
 
   struct Memory {
     float sums[parts][Base::kChunk][kUnits + 4];
@@ -129,6 +132,12 @@ struct LstmBackwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
 };
 
 // F(name, pass, format, the shape's numbers), by the units that a kernel takes.
+#define TWINFUSE_LSTM_STEPS(F, format)                                 \
+  F(lstm_forward_##format##_step, ForwardStep, format, 1, 8, 2, 4)     \
+  F(lstm_forward_##format##_widestep, ForwardStep, format, 2, 4, 2, 8) \
+  F(lstm_backward_##format##_step, BackwardStep, format, 1, 16, 1, 4)  \
+  F(lstm_backward_##format##_widestep, BackwardStep, format, 2, 8, 1, 4)
+
 #define TWINFUSE_LSTM_16(F, format)                                      \
   F(lstm_forward_##format##_64, Forward, format, 8, 2, 1, 1, 1, true)    \
   F(lstm_forward_##format##_128, Forward, format, 16, 1, 1, 4, 1, true)  \
@@ -143,10 +152,7 @@ struct LstmBackwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
   F(lstm_backward_##format##_512, Backward, format, 1, 8, 8, 2, false)   \
   F(lstm_backward_##format##_768, Backward, format, 1, 8, 12, 1, false)  \
   F(lstm_backward_##format##_1024, Backward, format, 1, 8, 16, 1, false) \
-  F(lstm_forward_##format##_step, ForwardStep, format, 1, 8, 2, 4)       \
-  F(lstm_forward_##format##_widestep, ForwardStep, format, 2, 4, 2, 8)   \
-  F(lstm_backward_##format##_step, BackwardStep, format, 1, 16, 1, 4)    \
-  F(lstm_backward_##format##_widestep, BackwardStep, format, 2, 8, 1, 4)
+  TWINFUSE_LSTM_STEPS(F, format)
 
 #define TWINFUSE_LSTM_32(F, format)                                      \
   F(lstm_forward_##format##_64, Forward, format, 4, 2, 2, 2, 1, true)    \
@@ -157,10 +163,7 @@ struct LstmBackwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
   F(lstm_backward_##format##_64, Backward, format, 4, 2, 8, 1, true)     \
   F(lstm_backward_##format##_256, Backward, format, 1, 8, 8, 2, false)   \
   F(lstm_backward_##format##_512, Backward, format, 1, 8, 16, 1, false)  \
-  F(lstm_forward_##format##_step, ForwardStep, format, 1, 8, 2, 4)       \
-  F(lstm_forward_##format##_widestep, ForwardStep, format, 2, 4, 2, 8)   \
-  F(lstm_backward_##format##_step, BackwardStep, format, 1, 16, 1, 4)    \
-  F(lstm_backward_##format##_widestep, BackwardStep, format, 2, 8, 1, 4)
+  TWINFUSE_LSTM_STEPS(F, format)
 
 // Only the threads of a block are its shape.
 template <LstmFormat, int threads>

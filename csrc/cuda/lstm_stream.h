@@ -83,13 +83,13 @@ class StreamedProduct {
   TWINFUSE_DEVICE static int groups(const Pair& pair) {
     return (pair.depth + Format::kGroup - 1) / Format::kGroup;
   }
-  template <bool kVectors, int kLines, int kStride>
+  template <bool kVectors, int kLines, int kApart>
   TWINFUSE_DEVICE static void read(uint4 (&words)[kLines], bool is_a,
-                                   const Lines<Element, kLines, kStride>& a,
-                                   const Lines<Element, kLines, kStride>& b, int k, int depth) {
-    const Lines<Element, kLines, kStride> lines = {is_a ? a.first : b.first, is_a ? a.near : b.near,
-                                                   is_a ? a.far : b.far, is_a ? a.step : b.step,
-                                                   is_a ? a.there : b.there};
+                                   const Lines<Element, kLines, kApart>& a,
+                                   const Lines<Element, kLines, kApart>& b, int k, int depth) {
+    const Lines<Element, kLines, kApart> lines = {is_a ? a.first : b.first, is_a ? a.near : b.near,
+                                                  is_a ? a.far : b.far, is_a ? a.step : b.step,
+                                                  is_a ? a.there : b.there};
 #pragma unroll
     for (int i = 0; i < kLines; i++)
       words[i] = read_line<kVectors>(lines.at(i), lines.step, k, depth);

@@ -17,13 +17,15 @@ enum class Pass { Forward, Backward, ForwardStep, BackwardStep };
 
 // Sequences of a cell up to which its kernel reads weights hardly more often than a product would.
 constexpr int64_t kMostFused = 128;
+// Inputs of a cell that its kernel counts.
+constexpr int64_t kMostInputs = int64_t{1} << 24;
 
 // What launches need to know of a kernel's shape.
 struct LstmKernel {
   const char* name;
   Pass pass;
   LstmFormat format;
-  int threads, units, width, depth, chunk, most_slice;
+  int threads, units, width, depth, chunk, most_slice, kept;
   bool alone;
   uint32_t shared;
 };
@@ -39,6 +41,7 @@ constexpr LstmKernel describe(const char* name, Pass pass, LstmFormat format) {
           Shape::kDepth,
           Shape::kChunk,
           Shape::kMostSlice,
+          Shape::kKept,
           Shape::kAlone,
           Shape::kSharedBytes};
 }
@@ -46,7 +49,7 @@ constexpr LstmKernel describe(const char* name, Pass pass, LstmFormat format) {
 #define TWINFUSE_DESCRIBE(name, pass, format, ...)                                      \
   describe<cuda::Lstm##pass##Shape<LstmFormat::format, __VA_ARGS__>>(#name, Pass::pass, \
                                                                      LstmFormat::format),
-// Of a pass and a format in ascending width.
+// Of a pass and a format in ascending width; of those of steps the narrow one comes first.
 constexpr LstmKernel kLstmKernels[] = {
     TWINFUSE_LSTM_BF16(TWINFUSE_DESCRIBE) TWINFUSE_LSTM_FP16(TWINFUSE_DESCRIBE)
         TWINFUSE_LSTM_TF32(TWINFUSE_DESCRIBE) TWINFUSE_LSTM_TF32X3(TWINFUSE_DESCRIBE)};
@@ -71,7 +74,7 @@ const Device::CudaLoaded& loaded(const Call& call, const LstmKernel& kernel) {
   return call.device.cuda_kernel(kernel.name, kernel.threads, kernel.shared);
 }
 
-// A launch for each step: of as many sequences and units for each block as let all run at once.
+// A launch for each step, of blocks so wide that all run at once, or as wide as there are.
 Plan plan_steps(const Call& call, Pass pass, int64_t units, int64_t batch) {
   Plan best;
   for (const LstmKernel& kernel : kLstmKernels) {
@@ -85,7 +88,7 @@ Plan plan_steps(const Call& call, Pass pass, int64_t units, int64_t batch) {
       made.loaded = &loaded(call, kernel);
     } catch (const Unsupported&) {
       if (!best.kernel) throw;
-      break;  // the device has less memory for a block
+      break;  // what serves is there
     }
     best = made;
     if (made.slices * made.blocks <= made.loaded->resident) break;
@@ -218,15 +221,14 @@ void line_up(const Call& call, Arguments* arguments, bool rows) {
   to.hh = copy, line = pitch, step = 1;
 }
 
-// One launch after the other. Between them, `kept` numbers of each cell wait, and forward states.
+// One launch after the other.
 template <class Arguments>
-void run_steps(const Call& call, const Plan& plan, Arguments* arguments, int64_t launches,
-               int64_t kept) {
+void run_steps(const Call& call, const Plan& plan, Arguments* arguments, int64_t launches) {
   cuda::LstmShared& to = arguments->shared;
   const int64_t cells = int64_t{to.batch} * to.units;
   to.slice = narrow(plan.slice), to.blocks = narrow(plan.blocks), to.count = to.batch;
   if (launches > 1) {
-    to.carried = static_cast<float*>(call.allocate(kept * cells * 4));
+    to.carried = static_cast<float*>(call.allocate(plan.kernel->kept * cells * 4));
     if (plan.kernel->pass == Pass::ForwardStep)
       to.exchange = call.allocate(2 * cells * element_size(call.type));
   }
@@ -283,7 +285,8 @@ TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dty
     const Matrix input = rows_of(op, op.input), &saved = op.saved.gates;
     cuda::LstmForwardArguments arguments{};
     // A product of few terms is more accurate by itself.
-    if (op.steps == 1 && op.batch <= kMostFused && !call.shallow(op.inputs)) {
+    if (op.steps == 1 && op.batch <= kMostFused && op.inputs <= kMostInputs &&
+        !call.shallow(op.inputs)) {
       arguments.x = state(input), arguments.ih = state(op.weights.ih);
       arguments.x_units = narrow(op.inputs);
     } else {
@@ -308,7 +311,7 @@ TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dty
     arguments.cells = op.saved.cells.data, arguments.cells_row = op.saved.cells.row_stride;
     arguments.hidden = op.saved.hidden.data, arguments.hidden_row = op.saved.hidden.row_stride;
     if (is_of_steps(chosen)) {
-      run_steps(call, chosen, &arguments, std::max<int64_t>(op.steps, 1), 2);
+      run_steps(call, chosen, &arguments, std::max<int64_t>(op.steps, 1));
     } else {
       run_layer(call, chosen, &arguments, op.batch);
     }
@@ -349,7 +352,7 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
     }
     if (is_of_steps(chosen)) {
       const bool behind = op.steps == 0 || op.grad_initial.h.data;
-      run_steps(call, chosen, &arguments, op.steps + behind, 7);
+      run_steps(call, chosen, &arguments, op.steps + behind);
     } else {
       run_layer(call, chosen, &arguments, op.batch);
     }

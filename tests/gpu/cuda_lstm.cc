@@ -10,7 +10,7 @@ namespace {
 
 struct Facts {
   const char* name;
-  int32_t threads, units, width, chunk, slice, depth, alone, arguments;
+  int32_t threads, units, width, chunk, slice, depth, alone, kept, arguments;
 };
 
 #define TWINFUSE_FACTS(name, ...) \
@@ -22,6 +22,7 @@ struct Facts {
    name##_kernel::kMostSlice,     \
    name##_kernel::kDepth,         \
    name##_kernel::kAlone,         \
+   name##_kernel::kKept,          \
    static_cast<int32_t>(sizeof(name##_kernel::Arguments))},
 
 const Facts kFacts[] = {TWINFUSE_LAYERS(TWINFUSE_FACTS)};

@@ -55,8 +55,11 @@ def _names() -> list[str]:
     found = []
     text = (ROOT / "csrc" / "cuda" / "lstm_kernels.h").read_text()
     for bits, formats in ((16, ("bf16", "fp16")), (32, ("tf32", "tf32x3"))):
-        listed = text.split(f"#define TWINFUSE_LSTM_{bits}(")[1].split("#define")[0]
-        for direction, units in re.findall(r"F\(lstm_(\w+)_##format##_(\w+),", listed):
+        steps, listed = (
+            text.split(f"#define TWINFUSE_LSTM_{name}(")[1].split("#define")[0]
+            for name in ("STEPS", bits)
+        )
+        for direction, units in re.findall(r"F\(lstm_(\w+)_##format##_(\w+),", listed + steps):
             found += [f"lstm_{direction}_{format}_{units}" for format in formats]
     return found
 
@@ -66,7 +69,8 @@ NAMES = _names()
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, and the numbers of its shape; `slice` is the most sequences of one."""
+    """A kernel, and the numbers of its shape; `slice` is the most sequences of one, and `kept`
+    what waits of a cell for the next launch."""
 
     name: str
     threads: int
@@ -76,6 +80,7 @@ class Kernel:
     slice: int
     depth: int
     alone: int
+    kept: int
     arguments: int
 
     @property
@@ -94,11 +99,6 @@ class Kernel:
     def of_steps(self) -> bool:
         """Launched once for each step."""
         return self.name.endswith("step")
-
-    @property
-    def kept(self) -> int:
-        """Numbers of a cell that wait for the next launch."""
-        return 7 if self.backward else 2
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class _Call:
         assert case.units <= kernel.width
         self.slice = min(way.slice or kernel.slice, case.batch, kernel.slice)
         self.blocks = -(-case.units // kernel.units)
-        assert self.blocks == 1 or kernel.of_steps or not kernel.alone
+        assert self.blocks == 1 or not kernel.alone
         self.outputs: dict[str, Output] = {}
         hh = problem.operands["weight_hh"]
         self.shared = CShared(

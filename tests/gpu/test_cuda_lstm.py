@@ -33,7 +33,7 @@ every_format = pytest.mark.parametrize("format", FORMATS)
 # By the most units: one block has all of a sequence, or blocks share them.
 ALONE, SHARED = 64, 256
 STEP, WIDE = "step", "widestep"  # a launch for each step
-every_kind = pytest.mark.parametrize("units", [ALONE, SHARED, STEP])
+every_kind = pytest.mark.parametrize("units", [ALONE, SHARED, STEP, WIDE])
 LAYOUTS = ("transposed", "strided", "padded", "misaligned", "broadcast_rows")
 # Those that the table has with what no such kernel serves.
 MORE = (
@@ -46,6 +46,7 @@ MORE = (
         LstmCase(f"only_{name}", 3, 2, 4, 5, activation=name, recurrent_activation=name)
         for name in ACTIVATIONS
     ),
+    LstmCase("columns_lie_together", 3, 9, 6, 160, weight_layout="transposed"),
     LstmCase("packed_zoneout", 5, 3, 6, 9, lengths=(5, 2, 1), zoneout="draws", reverse=True),
     LstmCase("packed_means", 5, 3, 6, 9, lengths=(5, 4, 1), zoneout="means", initial="none"),
 )  # fmt: skip
@@ -95,11 +96,13 @@ def test_units(name: str) -> None:
     kernel = kernels()[name]
     own, most = kernel.units, 130 if kernel.of_steps else kernel.width
     sizes = {own - 1, own, own + 1, most // 2 + 1, most - 1, most}
-    if kernel.alone:
+    if kernel.alone or kernel.of_steps:
         sizes |= {1, 5, 8, 9}
     if most > SHARED:
         sizes = {own + 1, most}
-    for units in sorted(n for n in sizes if 0 < n <= most):
+    if kernel.of_steps:
+        sizes |= {320}  # more groups than are on their way at a time
+    for units in sorted(n for n in sizes if 0 < n <= max(most, 320 * kernel.of_steps)):
         case = LstmCase(f"units_{units}", 2, 3 if most > SHARED else 9, 3, units)
         problem, way = build(case, kernel.dtype), Way(seed=units)
         if kernel.backward:
@@ -214,11 +217,14 @@ def test_cells_are_not_rounded_between_steps(units: int | str, format: str) -> N
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("bug", BUGS[1:])
-def test_bugs_are_found(bug: str, direction: str) -> None:
+@pytest.mark.parametrize(
+    ("units", "bug"),
+    [*((SHARED, bug) for bug in BUGS[1:]), (STEP, "no block_sync"), (WIDE, "no block_sync")],
+)
+def test_bugs_are_found(units: int | str, bug: str, direction: str) -> None:
     """What these tests could not see would not be tested."""
     problem = build(LstmCase("bugs", 16, 12, 3, 40), "bfloat16")
-    kernel, kept = named(direction, "bf16", SHARED), saved(problem)
+    kernel, kept = named(direction, "bf16", units), saved(problem)
 
     def computed(seed: int, bug: str) -> dict[str, Array]:
         way = Way(slice=6, seed=seed)

@@ -24,7 +24,7 @@ extern "C" {
 
 // Bindings compare this with `twinfuse_abi_version()` before the first call. Raised whenever a
 // struct or a signature in include/twinfuse/ changes.
-#define TWINFUSE_ABI_VERSION 6
+#define TWINFUSE_ABI_VERSION 7
 
 typedef enum TwinfuseStatus {
   TWINFUSE_OK = 0,
