@@ -84,3 +84,26 @@ def test_a_layer_that_changes_afterwards_runs_as_it_is(change: Any, launched: La
         assert change is _regularize or not np.allclose(results[-1][0], before)
     np.testing.assert_array_equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("which", [slice(0, 1), slice(1, 2), slice(0, 2)])
+def test_layers_that_keep_the_dtype_of_their_input(
+    which: slice, before: bool, launched: Launched
+) -> None:
+    results = []
+    for fuse in (tfk.fuse, lambda model: model):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(5)
+        inputs = keras.Input((7,), dtype="float64")
+        parts = [layers.Dense(6), layers.ReLU()]
+        for layer in parts[which]:
+            layer.autocast = not before
+        model = fuse(keras.Model(inputs, parts[1](parts[0](inputs))))
+        for layer in parts[which]:
+            layer.autocast = False
+        with launched("linear_relu_", times=0):
+            results.append(model(data(4, 7).astype(np.float64)).numpy())
+        assert fused_rows(model) == []
+    assert results[0].dtype == results[1].dtype
+    np.testing.assert_array_equal(*results)

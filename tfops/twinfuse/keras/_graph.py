@@ -91,7 +91,8 @@ class _Fused(keras.layers.Layer):
 
     def __init__(self, chain: Chain) -> None:
         layer = chain.layers[0]
-        super().__init__(name=layer.name, dtype=layer.dtype_policy)
+        # The layers inside cast what they get, each in its own way.
+        super().__init__(name=layer.name, dtype="float32", autocast=False)
         self.supports_masking = True
         self._chain = chain
         self._run = _twin(chain).__call__
@@ -210,6 +211,10 @@ def unfusable(chain: Chain) -> str:
     for each in chain.layers:
         if "call" in vars(each):
             return f"the call method of {each.name} is not that of its class"
+        if _ops.has_hooks(each):
+            return f"{each.name} has hooks"
+        if not each.autocast:
+            return f"{each.name} has autocast=False"
         if each.activity_regularizer is not None:
             return f"{each.name} has an activity_regularizer"
         if each.compute_dtype != layer.compute_dtype:
