@@ -288,7 +288,7 @@ def test_a_layer_with_another_call_is_left_alone(make: Any) -> None:
     tfk.fuse(layer)
     np.testing.assert_array_equal(layer(data(2, 3, 7)), -data(2, 3, 7))
     (row,) = tfk.explain(layer)
-    assert row.reason == "its call method is not that of its class"
+    assert row.reason == "its call method has been replaced"
 
 
 def test_fuse_takes_only_layers() -> None:

@@ -248,6 +248,40 @@ def test_torch_backend_runs_layers_together() -> None:
     )
 
 
+def test_torch_backend_calls_hooks_of_layers() -> None:
+    require("torch")
+    run(
+        """
+    import itertools, numpy as np, torch, keras, twinfuse, twinfuse.keras as tfk
+    layers = keras.layers
+    def fuse(model):
+        return tfk.fuse(model, fold_batch_norm=True)
+    def seen(changes, hook, which):
+        keras.utils.set_random_seed(0)
+        parts = [layers.Dense(6), layers.BatchNormalization(), layers.ReLU(), layers.Dense(2)]
+        model = changes[0](keras.Sequential([keras.Input((7,)), *parts]))
+        values = []
+        getattr(parts[which], f"register_{hook}_hook")(
+            lambda module, *args: values.extend(args[-1] if type(args[-1]) is tuple else args[-1:])
+        )
+        changes[1](model)
+        x = torch.tensor(np.random.default_rng(0).standard_normal((4, 7)).astype("f"))
+        model(x.requires_grad_()).sum().backward()
+        return [value.detach() for value in values]
+    hooks = ("forward_pre", "forward", "full_backward_pre", "full_backward")
+    for hook, which in itertools.product(hooks, range(3)):
+        same = lambda model: model
+        expected = seen((same, same), hook, which)
+        assert expected
+        for changes in ((fuse, same), (same, fuse)):
+            for one, other in zip(seen(changes, hook, which), expected, strict=True):
+                torch.testing.assert_close(one, other)
+    assert not sum(twinfuse.launches().values())
+    """,
+        KERAS_BACKEND="torch",
+    )
+
+
 def test_torch_backend_imports_no_tensorflow() -> None:
     require("torch")
     run(

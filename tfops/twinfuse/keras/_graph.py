@@ -26,6 +26,15 @@ FUSED = {
     keras.layers.Conv2D: Conv2D,
 }
 
+# What these classes compute: a class may be patched, as a layer may be.
+_CALLS = {
+    kind: kind.call
+    for kind in (
+        *(*FUSED, *FUSED.values(), keras.layers.LSTM, keras.layers.LSTMCell),
+        *(keras.layers.ReLU, keras.layers.Activation, keras.layers.BatchNormalization),
+    )
+}
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -91,7 +100,8 @@ class _Fused(keras.layers.Layer):
 
     def __init__(self, chain: Chain) -> None:
         layer = chain.layers[0]
-        super().__init__(name=layer.name, dtype=layer.dtype_policy)
+        # The layers inside cast what they get, each in its own way.
+        super().__init__(name=layer.name, dtype="float32", autocast=False)
         self.supports_masking = True
         self._chain = chain
         self._run = _twin(chain).__call__
@@ -170,7 +180,7 @@ def survey(graph: Functional) -> Survey:
     outputs = {id(tensor) for tensor in graph._outputs}
     for node in nodes:
         kind = type(node.operation)
-        if not (kind in FUSED or kind in FUSED.values()) or not _is_linear(node.operation):
+        if not (kind in FUSED or kind in FUSED.values()) or not is_linear(node.operation):
             continue
         for chain in _chains_from(node, users):
             values = [id(n.outputs[0]) for n in chain.nodes[:-1]]
@@ -193,23 +203,34 @@ def _nodes(graph: Functional) -> list[Any]:
 
 def _chains_from(node: Any, users: dict[int, list[Any]]) -> Iterator[Chain]:
     for user in users[id(node.outputs[0])]:
-        if _is_relu(user.operation):
+        if _ends_chain(user.operation):
             yield Chain((node, user))
         elif type(user.operation) is keras.layers.BatchNormalization:
             after = users[id(user.outputs[0])]
-            yield from (Chain((node, user, n)) for n in after if _is_relu(n.operation))
+            yield from (Chain((node, user, n)) for n in after if _ends_chain(n.operation))
+
+
+def _ends_chain(operation: Any) -> bool:
+    """Whether `operation` is some kind of ReLU; those of other kinds are refused by name."""
+    return type(operation) is keras.layers.ReLU or is_relu(operation)
 
 
 def unfusable(chain: Chain) -> str:
     """Why nothing may compute `chain` but its layers one by one; empty when something may."""
     layer, *_, relu = chain.layers
-    if not (_is_linear(layer) and _is_relu(relu)):
+    if type(relu) is keras.layers.ReLU and not is_relu(relu):
+        return f"{relu.name} has a max_value, a negative_slope or a threshold"
+    if not (is_linear(layer) and is_relu(relu)):
         return f"{layer.name} and {relu.name} have other activations"
     if reason := _ops.native_reason(layer):
         return reason
     for each in chain.layers:
-        if "call" in vars(each):
-            return f"the call method of {each.name} is not that of its class"
+        if has_other_call(each):
+            return f"the call method of {each.name} has been replaced"
+        if _ops.has_hooks(each):
+            return f"{each.name} has hooks"
+        if not each.autocast:
+            return f"{each.name} has autocast=False"
         if each.activity_regularizer is not None:
             return f"{each.name} has an activity_regularizer"
         if each.compute_dtype != layer.compute_dtype:
@@ -235,7 +256,13 @@ def _unfoldable(chain: Chain) -> str:
     return ""
 
 
-def _is_relu(operation: Any) -> bool:
+def has_other_call(layer: Any) -> bool:
+    """Whether somebody has replaced the call method of `layer` or of its class."""
+    kind = type(layer)
+    return "call" in vars(layer) or kind.call is not _CALLS.get(kind, kind.call)
+
+
+def is_relu(operation: Any) -> bool:
     """Whether `operation` is a layer that computes max(x, 0) and nothing else."""
     if type(operation) is keras.layers.ReLU:
         unbounded = operation.max_value is None
@@ -243,7 +270,7 @@ def _is_relu(operation: Any) -> bool:
     return type(operation) is keras.layers.Activation and _ops.is_relu(operation.activation)
 
 
-def _is_linear(layer: Any) -> bool:
+def is_linear(layer: Any) -> bool:
     return layer.activation is None or layer.activation is keras.activations.linear
 
 

@@ -12,6 +12,7 @@ from twinfuse import _backend, _core
 BACKEND: str = keras.backend.backend()
 
 _RELUS: list[Any] = [keras.activations.relu, keras.ops.relu]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Of inputs, kernel and bias; a convolution's also of strides, padding, data_format and dilations.
 _linear_relu: Callable[..., Any] | None = None
@@ -41,6 +42,11 @@ elif BACKEND == "torch":
 def is_relu(activation: Any) -> bool:
     """Whether `activation` computes max(x, 0) and nothing else."""
     return any(activation is relu for relu in _RELUS)
+
+
+def has_hooks(layer: Any) -> bool:
+    """Whether `layer`, on torch a module, shows what it gets or returns to functions of others."""
+    return any(vars(layer).get(name) for name in _HOOKS)
 
 
 def keep_from_xla(layer: Any) -> None:

@@ -99,8 +99,9 @@ def explain(model: keras.layers.Layer) -> Report:
     """One row for each layer of `model` that has no layers inside: fused, or native and why."""
     roles = _graph.roles(_graph.graphs(_flatten(model)))
     rows = []
-    for layer in _leaves(model, set()):
-        choice = _choice(layer, roles.get(id(layer), _graph.Role()))
+    for parent, layer in _leaves(model, set()):
+        role = roles.get(id(layer)) or _graph.Role(reason=_unseen(layer, parent))
+        choice = _choice(layer, role)
         rows.append(Choice(type(layer).__name__, *choice, where=layer.path or layer.name))
     return Report(rows)
 
@@ -137,28 +138,47 @@ def _flatten(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     return model._flatten_layers()
 
 
-def _leaves(layer: keras.layers.Layer, seen: set[int]) -> Iterator[keras.layers.Layer]:
-    """Layers that compute something themselves; a recurrent layer stands for its cell."""
+def _leaves(
+    layer: keras.layers.Layer, seen: set[int], parent: keras.layers.Layer | None = None
+) -> Iterator[tuple[keras.layers.Layer | None, keras.layers.Layer]]:
+    """Layers that compute something themselves, each with the layer that it was found in.
+
+    A recurrent layer stands for its cell.
+    """
     if id(layer) in seen or isinstance(layer, keras.layers.InputLayer):
         return
     seen.add(id(layer))
     children = list(layer._flatten_layers(recursive=False, include_self=False))
     if not children or isinstance(layer, _RECURRENT):
-        yield layer
+        yield parent, layer
         return
     for child in children:
-        yield from _leaves(child, seen)
+        yield from _leaves(child, seen, layer)
+
+
+def _unseen(layer: keras.layers.Layer, parent: keras.layers.Layer | None) -> str:
+    """Why no graph tells which ReLU is behind `layer`; empty when it would need none."""
+    if parent is None or type(layer) not in _graph.FUSED or _graph.has_other_call(layer):
+        return ""
+    if not _graph.is_linear(layer):
+        return ""
+    if type(parent).call is keras.Sequential.call:
+        return f"its activation is linear, and {parent.name} has not been built: call it once"
+    kind = type(parent).__name__
+    return f"its activation is linear, and {kind} calls it in code of its own, not in a graph"
 
 
 def _native_reason(layer: keras.layers.Layer) -> str:
     """Why `layer` computes natively, fused or not; empty when it can be fused or is."""
     native = next((native for native in _FUSED if isinstance(layer, native)), None)
+    if native is None and _graph.is_relu(layer):
+        return "no layer before it computes it as well"
     if native is None:
         return "no fused kernel computes it"
     if type(layer) not in _FUSED and not isinstance(layer, _FUSED[native]):
         return f"a subclass of {native.__name__} may compute something else"
-    if "call" in vars(layer):
-        return "its call method is not that of its class"
+    if _graph.has_other_call(layer):
+        return "its call method has been replaced"
     if native in _RECURRENT:
         return _lstm_ops.native_reason(layer)
     if not _ops.is_relu(layer.activation):
