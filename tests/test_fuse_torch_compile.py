@@ -204,6 +204,27 @@ def test_dynamic_shapes(launched: Launched) -> None:
             torch.testing.assert_close(fused(x), model(x))
 
 
+def normed() -> Any:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+    model(images() * 2 + 1)
+    return model.eval()
+
+
+def test_exported_with_a_size_that_is_not_known() -> None:
+    native, x = normed(), torch.randn(2, 2, 16, 16)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    fused = torch.export.export(tft.fuse(native), (x,), dynamic_shapes=sizes).module()
+    for count in (1, 5, 300):  # 65_536 elements are 128 images
+        x = torch.randn(count, 2, 16, 16)
+        torch.testing.assert_close(fused(x), native(x))
+
+
+def test_traced_symbolically() -> None:
+    native = normed()
+    traced = torch.fx.symbolic_trace(tft.fuse(native))
+    assert torch.equal(traced(images()), native(images()))
+
+
 def test_passes_are_told_apart() -> None:
     assert tft.compile_pass().uuid() == tft.compile_pass().uuid()
     assert tft.compile_pass(0).uuid() != tft.compile_pass(1).uuid()
