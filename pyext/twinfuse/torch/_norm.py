@@ -30,7 +30,6 @@ class _ConvNormReLU(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
-    kernel_size: tuple[int, ...]
     _conv_forward: Callable[..., Tensor]
     _op: Callable[..., Tensor]
     # The BatchNorm behind it; in a tuple, so that it is no submodule.
@@ -38,7 +37,7 @@ class _ConvNormReLU(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == _MARK:
+        if name == _MARK:  # which comes last, so that the BatchNorm can tell who computes it
             for norm in self._twinfuse_partner:
                 norm._twinfuse_partner = (self,)
 
