@@ -57,6 +57,20 @@ class Both(Clamps):
         return self.conv(x).relu() + self.conv(-x).clamp(0)
 
 
+class Replaced(Clamps):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv._conv_forward = lambda input, weight, bias: -input
+
+    def forward(self, x: Any) -> Any:
+        return self.conv(x).clamp(min=0)
+
+
+class ReplacedBeforeReLU(Replaced):
+    def forward(self, x: Any) -> Any:
+        return self.conv(x).relu()
+
+
 class BehindNorm(Clamps):
     def forward(self, x: Any) -> Any:
         return self.norm(self.line(self.conv(x).flatten(2))).clamp(min=0)
@@ -111,7 +125,10 @@ def test_tangents_are_those_of_clamp() -> None:
     assert torch.equal(ours, theirs) and theirs.abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", [OtherMinimum, Maximum, Attribute, Both, BehindNorm])
+OTHERS = (OtherMinimum, Maximum, Attribute, Both, Replaced, ReplacedBeforeReLU, BehindNorm)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
 def test_what_is_not_certain_stays_native(kind: Any) -> None:
     native = kind().eval()
     fused = tft.fuse(native)

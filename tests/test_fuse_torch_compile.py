@@ -66,7 +66,7 @@ def run(model: Any, parameters: Any, dtype: Any = torch.float32) -> list[Any]:
     return [result.detach().numpy() for result in results]
 
 
-def compiled(model: nn.Module, min_size: int = 0, **options: Any) -> Any:
+def compiled(model: Any, min_size: int = 0, **options: Any) -> Any:
     settings = {"pre_grad_custom_pass": tft.compile_pass(min_size)}
     return torch.compile(model, fullgraph=True, options=settings, **options)
 
@@ -131,6 +131,70 @@ def test_what_no_kernel_serves_is_left_to_inductor() -> None:
     assert count_of_fused(graph_of(lambda x: F.linear(x, x).relu(), numbers)) == 0
 
 
+FC = nn.Linear(8, 8)
+
+
+def writes_to_input(x: Any) -> Any:
+    x = x.clone()
+    h = F.linear(x, FC.weight.detach(), FC.bias)
+    x.mul_(0)
+    return F.relu(h) + x
+
+
+def writes_to_weight(x: Any) -> Any:
+    weight = FC.weight.detach().clone()
+    h = F.linear(x, weight)
+    weight.mul_(0.5)
+    return h.relu_()
+
+
+def without_gradients(x: Any) -> Any:
+    with torch.no_grad():
+        h = FC(x)
+    return F.relu(h)
+
+
+def relu_without_gradients(x: Any) -> Any:
+    h = FC(x)
+    with torch.no_grad():
+        return F.relu(h)
+
+
+def in_inference_mode(x: Any) -> Any:
+    with torch.inference_mode():
+        h = FC(x)
+    return F.relu(h)
+
+
+def in_autocast(x: Any) -> Any:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        h = FC(x)
+    return F.relu(h)
+
+
+BETWEEN = {
+    writes_to_input: 1,
+    writes_to_weight: 1,
+    without_gradients: 0,
+    relu_without_gradients: 0,
+    in_inference_mode: 0,
+    in_autocast: 0,
+}
+
+
+@pytest.mark.parametrize("function", BETWEEN)
+def test_what_stands_between_layer_and_relu(function: Any, launched: Launched) -> None:
+    x = torch.randn(4, 8)
+    assert count_of_fused(graph_of(function, x)) == BETWEEN[function]
+    torch._dynamo.reset()
+    expected = function(x)
+    with launched(LINEAR, BETWEEN[function]):
+        got = compiled(function)(x)
+    assert (got.dtype, got.requires_grad) == (expected.dtype, expected.requires_grad)
+    tolerance = torch.finfo(got.dtype).eps * 10
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+
+
 def test_dynamic_shapes(launched: Launched) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
     fused = compiled(model, 2**16, dynamic=True)
@@ -138,6 +202,27 @@ def test_dynamic_shapes(launched: Launched) -> None:
         x = torch.randn(rows, 8)
         with launched(LINEAR, 1):
             torch.testing.assert_close(fused(x), model(x))
+
+
+def normed() -> Any:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU())
+    model(images() * 2 + 1)
+    return model.eval()
+
+
+def test_exported_with_a_size_that_is_not_known() -> None:
+    native, x = normed(), torch.randn(2, 2, 16, 16)
+    sizes = ({0: torch.export.Dim("batch", min=1, max=4096)},)
+    fused = torch.export.export(tft.fuse(native), (x,), dynamic_shapes=sizes).module()
+    for count in (1, 5, 300):  # 65_536 elements are 128 images
+        x = torch.randn(count, 2, 16, 16)
+        torch.testing.assert_close(fused(x), native(x))
+
+
+def test_traced_symbolically() -> None:
+    native = normed()
+    traced = torch.fx.symbolic_trace(tft.fuse(native))
+    assert torch.equal(traced(images()), native(images()))
 
 
 def test_passes_are_told_apart() -> None:

@@ -254,6 +254,56 @@ def test_compiled(launched: Launched) -> None:
         torch.testing.assert_close(compiled(images()), native(images()), rtol=1e-4, atol=1e-5)
 
 
+def small_sequence() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()).eval()
+
+
+@pytest.mark.usefixtures("fold_all")
+def test_inputs_without_a_batch() -> None:
+    native = nn.Sequential(nn.Conv1d(4, 4, 1, stride=4), nn.BatchNorm1d(4), nn.ReLU()).train()
+    native(torch.randn(8, 4, 16) * 2 + 1)
+    x = torch.randn(4, 16)  # of which the BatchNorm takes the last axis for channels
+    assert torch.equal(tft.fuse(native.eval())(x), native(x))
+    for model in (small_sequence(), tft.fuse(small_sequence())):
+        with pytest.raises(ValueError, match="expected 4D input"):
+            model(torch.randn(2, 9, 9))
+
+
+@pytest.mark.allow_fallback
+def test_new_layers_of_the_same_classes_are_native() -> None:
+    fused = tft.fuse(small_sequence())
+    conv, norm, x = type(fused[0])(2, 2, 1), type(fused[1])(2).eval(), images()
+    nn.init.ones_(norm.running_mean)
+    assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias))
+    assert torch.equal(norm(x), F.batch_norm(x, norm.running_mean, norm.running_var))
+    assert twinfuse.explain(conv)[0].backend == "native"
+
+
+@pytest.mark.usefixtures("fold_all")
+def test_a_part_is_unfused() -> None:
+    native = trained("sequence")
+    fused = tft.fuse(native)
+    tft.unfuse(fused[0])
+    assert_as_good(fused, native)
+    assert list(fused.state_dict()) == list(native.state_dict())
+    fused = tft.fuse(native)
+    tft.unfuse(fused[1])
+    assert torch.equal(fused[:2](images()), native[:2](images()))
+
+
+@pytest.mark.usefixtures("fold_all")
+def test_replicas_follow_no_norm_of_another_device() -> None:
+    native = small_sequence()
+    fused = tft.fuse(native)
+    replicas = [module._replicate_for_data_parallel() for module in fused]
+    # Their tensors are set by `torch.nn.parallel.replicate`.
+    for replica, module in zip(replicas, fused, strict=True):
+        vars(replica).update((k, tensor.clone()) for k, tensor in module.state_dict().items())
+    assert torch.equal(replicas[1](replicas[0](images())), native(images()))
+    fused[1].running_mean.fill_(torch.nan)
+    assert not replicas[1](replicas[0](images())).isnan().any()
+
+
 class ReadBetween(Basic):
     def forward(self, x: Any) -> Any:
         y = self.conv1(x)

@@ -6,6 +6,9 @@ that start with zeros learn from it. So these layers are fused where no gradient
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -30,22 +33,27 @@ class LinearClamp(nn.Linear):
         return linear_relu(input, self.weight, self.bias)
 
 
-class ConvClamp1d(nn.Conv1d):
+class _ConvClamp(nn.Module):
+    _op: Callable[..., Tensor]
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if _is_differentiated(input, weight, bias):
+            native: Any = super()
+            output: Tensor = native._conv_forward(input, weight, bias)
+            return output.clamp(min=0)
+        return padded(self._op, self, input, weight, bias)
+
+
+class ConvClamp1d(_ConvClamp, nn.Conv1d):
     """A Conv1d with a clamp behind it."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _is_differentiated(input, weight, bias):
-            return super()._conv_forward(input, weight, bias).clamp(min=0)
-        return padded(conv1d_relu, self, input, weight, bias)
+    _op = staticmethod(conv1d_relu)
 
 
-class ConvClamp2d(nn.Conv2d):
+class ConvClamp2d(_ConvClamp, nn.Conv2d):
     """A Conv2d with a clamp behind it."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if _is_differentiated(input, weight, bias):
-            return super()._conv_forward(input, weight, bias).clamp(min=0)
-        return padded(conv2d_relu, self, input, weight, bias)
+    _op = staticmethod(conv2d_relu)
 
 
 CLAMPED: dict[type[nn.Module], type[nn.Module]] = {

@@ -41,7 +41,8 @@ class FusePass(CustomGraphPass):
             call = layer and self._fused(layer)
             if not layer or not call:
                 continue
-            with graph.inserting_before(relu):
+            # Where the layer was: what stands behind it may write to the layer's arguments.
+            with graph.inserting_before(layer):
                 fused = graph.call_function(*call)
             fused.meta = relu.meta.copy()
             relu.replace_all_uses_with(fused)
@@ -88,7 +89,19 @@ def _layer_before(node: fx.Node) -> fx.Node | None:
     layer = node.all_input_nodes[0] if is_relu or is_method else None
     if layer is None or layer.op != "call_function" or len(layer.users) > 1:
         return None
-    return layer if layer.target in (*_LINEAR, *_CONVS) else None
+    if layer.target not in (*_LINEAR, *_CONVS) or _changes_mode(layer, node):
+        return None
+    return layer
+
+
+def _changes_mode(first: fx.Node, last: fx.Node) -> bool:
+    """Whether the two may run in different modes: with gradients, under autocast, in a vmap."""
+    node = first.next
+    while node is not last:
+        if "example_value" not in node.meta:  # as of all calls that return nothing to compute with
+            return True
+        node = node.next
+    return False
 
 
 def _value(argument: Any) -> Any:

@@ -11,30 +11,46 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.nn.conv_relu import padded
 
-NORM = "_twinfuse_norm"
+# Where each of the two has the other.
+NORM = "_twinfuse_partner"
+# What `fuse` sets on a module when it has changed its class.
+_MARK = "_twinfuse_fused"
 # Elements; measured on blocks of a ResNet-50.
 MIN_INPUTS = 2**16
 MIN_INPUTS_A_WEIGHT = 4
 
 
 class _ConvNormReLU(nn.Module):
-    """What both kinds of convolutions share; `_twinfuse_norm` holds the BatchNorm behind one."""
+    """What both kinds of convolutions share; a native one if `fuse` has not made it."""
 
     weight: Tensor
     bias: Tensor | None
     _conv_forward: Callable[..., Tensor]
+    _op: Callable[..., Tensor]
+    # The BatchNorm behind it; in a tuple, so that it is no submodule.
+    _twinfuse_partner: tuple[Any, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == _MARK:  # which comes last, so that the BatchNorm can tell who computes it
+            for norm in self._twinfuse_partner:
+                norm._twinfuse_partner = (self,)
 
     @property
     def norm(self) -> Any:
-        return getattr(self, NORM)[0]  # in a tuple, so that it is no submodule
+        """The BatchNorm that relies on this convolution; None if there is none any more."""
+        norm = self._twinfuse_partner[0] if self._twinfuse_partner else None
+        return norm if isinstance(norm, _FoldedNorm) else None
 
     def why_native(self, weight: Tensor) -> str:
         """Why convolution and BatchNorm are computed one after the other; empty if they are not."""
+        if self.norm is None:
+            return "no BatchNorm relies on it"
         if _takes_batches(self.norm):
             return f"its {type(self.norm).__name__} is in training mode, which is not folded"
         dtype = weight.dtype
@@ -42,20 +58,18 @@ class _ConvNormReLU(nn.Module):
             return f"folding would round weights of {dtype} twice"
         return ""
 
-    def _forward(self, op: Callable[..., Tensor], input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         norm, weight, bias = self.norm, self.weight, self.bias
-        if _takes_batches(norm):
+        if norm is None or _takes_batches(norm):
             return self._conv_forward(input, weight, bias)
         mean, var = norm.running_mean, norm.running_var
         # Parameters may change in ways that nothing reports, so they are folded in every call,
         # where that costs less than another pass over the output.
-        count = input.numel()
-        if (
-            count < MIN_INPUTS
-            or count < MIN_INPUTS_A_WEIGHT * weight.numel()
-            or self.why_native(weight)
-        ):
+        is_proxy = isinstance(input, fx.Proxy)  # of symbolic tracing, which knows no sizes at all
+        if is_proxy or not self._pays(input, weight) or self.why_native(weight):
             output = self._conv_forward(input, weight, bias)
+            if not is_proxy:
+                norm._check_input_dim(output)
             return F.relu(F.batch_norm(output, mean, var, norm.weight, norm.bias, eps=norm.eps))
         scale = torch.rsqrt(var + norm.eps)
         if norm.weight is not None:
@@ -65,38 +79,68 @@ class _ConvNormReLU(nn.Module):
         if norm.bias is not None:
             shift = shift + norm.bias
         weight = weight * scale.reshape(-1, *(1 for _ in weight.shape[1:]))
-        return padded(op, self, input, weight, shift)
+        return padded(self._op, self, input, weight, shift)
+
+    def _pays(self, input: Tensor, weight: Tensor) -> bool:
+        if input.dim() != weight.dim():  # without a batch, whose BatchNorm has another axis or none
+            return False
+        count, least = input.numel(), MIN_INPUTS_A_WEIGHT * weight.numel()
+        if torch.compiler.is_compiling() or isinstance(count, torch.SymInt):
+            # A size that is not known yet counts as large: to compare it would make it known.
+            from torch.fx.experimental.symbolic_shapes import statically_known_true as known
+
+            return not (known(count < MIN_INPUTS) or known(count < least))
+        return count >= MIN_INPUTS and count >= least
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # A replica would follow the BatchNorm of the first device.
+        replica = super()._replicate_for_data_parallel()
+        replica._twinfuse_partner = ()
+        return replica
 
 
 class ConvNormReLU1d(_ConvNormReLU, nn.Conv1d):
     """A Conv1d that knows the BatchNorm1d behind it."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._forward(conv1d_relu, input)
+    _op = staticmethod(conv1d_relu)
 
 
 class ConvNormReLU2d(_ConvNormReLU, nn.Conv2d):
     """A Conv2d that knows the BatchNorm2d behind it."""
 
+    _op = staticmethod(conv2d_relu)
+
+
+class _FoldedNorm(nn.Module):
+    """What both kinds of BatchNorms share; a native one if `fuse` has not made it."""
+
+    # The convolution before it; None as long as there has been none.
+    _twinfuse_partner: tuple[Any, ...] | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        return self._forward(conv2d_relu, input)
+        conv = self._twinfuse_partner
+        if conv is None:
+            return super().forward(input)
+        if conv and isinstance(conv[0], _ConvNormReLU) and not _takes_batches(self):
+            return input
+        return F.relu(super().forward(input))
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        if self._twinfuse_partner is not None:
+            replica._twinfuse_partner = ()
+        return replica
 
 
-class FoldedNorm1d(nn.BatchNorm1d):
+class FoldedNorm1d(_FoldedNorm, nn.BatchNorm1d):
     """A BatchNorm1d with the ReLU behind it, which the convolution before it computes in eval."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input)) if _takes_batches(self) else input
 
-
-class FoldedNorm2d(nn.BatchNorm2d):
+class FoldedNorm2d(_FoldedNorm, nn.BatchNorm2d):
     """A BatchNorm2d with the ReLU behind it, which the convolution before it computes in eval."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input)) if _takes_batches(self) else input
 
-
-def _takes_batches(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> bool:
+def _takes_batches(norm: Any) -> bool:
     """Whether the statistics are those of a batch, which come after the convolution."""
     return norm.training or norm.running_mean is None
 

@@ -208,7 +208,7 @@ def alone(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    if module is None or "forward" in vars(module):
+    if module is None or not vars(module).keys().isdisjoint(("forward", "_conv_forward")):
         return False
     parametrized = parametrize.is_parametrized(module) and type(module).__bases__ == (kind,)
     return type(module) is kind or parametrized
