@@ -45,8 +45,8 @@ def pre(block: Any, x: Any) -> Any:
     return block.fc(x)
 
 
-def first(layers: Any, x: Any) -> Any:
-    return layers[0](x)
+def first(owner: Any, x: Any) -> Any:
+    return owner.net[0](x)
 
 
 class Indexes(nn.Sequential):
@@ -92,9 +92,6 @@ class InList(nn.Module):
             x = layers(x)
         return x
 
-    def pre(self, x: Any) -> Any:
-        return self.nets.pre(x)
-
 
 class HandsChildOn(nn.Module):
     def __init__(self) -> None:
@@ -136,7 +133,7 @@ class HandsOwnersOwnerOn(nn.Module):
         self.owner = HandsOwnerOn()
 
     def forward(self, x: Any) -> Any:
-        return self.owner(x) + (lambda owner: first(owner.net, x))(self.owner)
+        return self.owner(x) + first(self.owner, x)
 
 
 class Aliases(Block):
@@ -280,7 +277,7 @@ def test_stays_native(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = NATIVE[name](), torch.randn(8, 8)
 
     def run() -> list[Any]:
-        return [model(x), getattr(model, "pre", model)(x)]
+        return [model(x), getattr(getattr(model, "nets", model), "pre", model)(x)]
 
     expected = run()
     tft.fuse(model, inplace=True)
@@ -317,6 +314,14 @@ def test_relus_of_layers_that_are_unfused(make: Any) -> None:
     rows = {row.where: row.backend for row in twinfuse.explain(fused)}
     assert rows.get("1", "native") == "native"
     assert torch.equal(tft.unfuse(fused)(x), native(x))
+
+
+def test_relus_behind_a_norm_that_is_unfused() -> None:
+    native = nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8), nn.ReLU())
+    fused, x = tft.fuse(native), torch.randn(4, 8, 5)
+    assert type(fused[1]) is not nn.BatchNorm1d
+    tft.unfuse(fused[1])
+    assert torch.equal(fused(x), native(x))
 
 
 def test_fusing_a_slice_of_a_fused_model() -> None:

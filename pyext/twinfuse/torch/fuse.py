@@ -114,7 +114,7 @@ def fuse(
                 setattr(layer, _norm.NORM, (norm,))
                 _become(layer, _norm.CONVS)
                 _become(norm, _norm.NORMS)
-        layers = [layer.module for layer in fusion.layers]
+        layers = [m for layer in fusion.layers for m in (layer.module, layer.norm) if m is not None]
         for key, relu in fusion.relus.items():
             fusion.parent._modules[key] = FusedReLU(relu, layers)
         if fusion.calls:
