@@ -63,11 +63,6 @@ class Iterates(nn.Sequential):
         return x
 
 
-class Stops(nn.Sequential):
-    def pre(self, x: Any) -> Any:
-        return super().__getitem__(0)(x)
-
-
 class Base(nn.ModuleList):
     def forward(self, x: Any) -> Any:
         return self[0][0](x)
@@ -111,6 +106,13 @@ class HandsElementsOn(nn.Module):
         for block in self.blocks.values():
             x = block(x) + pre(block, x)
         return x
+
+
+class HandsTheLastOn(HandsElementsOn):
+    def forward(self, x: Any) -> Any:
+        for block in self.blocks.values():
+            x = block(x)
+        return pre(block, x)
 
 
 class HandsItselfOn(Block):
@@ -244,11 +246,11 @@ def replaced_part() -> nn.Module:
 NATIVE: dict[str, Callable[[], nn.Module]] = {
     "indexes": lambda: Indexes(*net()),
     "iterates": lambda: Iterates(*net()),
-    "super": lambda: Stops(*net()),
     "inherited_forward": lambda: Inherits([net()]),
     "list_with_methods": InList,
     "hands_child_on": HandsChildOn,
     "hands_elements_on": HandsElementsOn,
+    "hands_the_last_on": HandsTheLastOn,
     "hands_itself_on": HandsItselfOn,
     "hands_owner_on": HandsOwnersOwnerOn,
     "tuple": lambda: Aliases(lambda block: (block.fc,)),

@@ -7,6 +7,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def _inside(value: Any, seen: set[int]) -> Iterator[nn.Module | Tensor]:
 
 def _parts(value: Any) -> tuple[Any, ...]:
     if isinstance(value, Mapping):
-        return tuple(value.values())
+        return *value.keys(), *value.values()
     if isinstance(value, (tuple, list, set, frozenset, deque)):
         return tuple(value)
     if isinstance(value, functools.partial):
@@ -43,6 +44,8 @@ def _parts(value: Any) -> tuple[Any, ...]:
         return value.__self__, value.__func__
     if isinstance(value, weakref.ref):
         return (value(),)
+    if isinstance(value, types.SimpleNamespace) or is_dataclass(value):
+        return tuple(getattr(value, "__dict__", {}).values())
     if isinstance(value, types.FunctionType):
         return *(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__
     if isinstance(value, types.CellType):

@@ -23,6 +23,8 @@ _REFLECTION = {"getattr", "vars", "attrgetter", "methodcaller", "__dict__", "__g
 _REFLECTION |= {"_modules", "modules", "children", "named_modules", "named_children"}
 _REFLECTION |= {"get_submodule", "apply"}
 
+# What a list or dictionary of modules gives elements by.
+_ELEMENTS = {"items", "values", "get", "pop", "__getitem__", "__iter__"}
 _KNOWN = {nn.Sequential, *_CONTAINERS, nn.Module, object, Generic}
 # Methods of containers that call no element. `__dict__` and `__weakref__` are in all classes.
 _HARMLESS = {"__init__", "extra_repr", "forward", "__dict__", "__weakref__"}
@@ -168,8 +170,8 @@ def _iterated_elements_are_called(loop: ast.AST) -> bool:
     if not isinstance(loop, ast.For) or not isinstance(loop.target, ast.Name):
         return False
     name = loop.target.id
-    uses = (n for n in ast.walk(loop) if isinstance(n, ast.Name) and n.id == name)
-    return all(_is_called(use) for use in uses if use is not loop.target)
+    uses = (n for n in ast.walk(_around(loop)) if isinstance(n, ast.Name) and n.id == name)
+    return all(_is_called(use) for use in uses if isinstance(use.ctx, ast.Load))
 
 
 def _is_called_as_a_whole(load: ast.Attribute, in_list: bool) -> bool:
@@ -274,7 +276,7 @@ def _stays(load: ast.AST) -> bool:
         return known in ("len", "super", "type", "isinstance")
     if isinstance(parent, ast.For):
         return _elements_stay(parent)
-    if isinstance(parent, ast.Attribute) and parent.attr in ("items", "values", "get", "pop"):
+    if isinstance(parent, ast.Attribute) and parent.attr in _ELEMENTS:
         call, loop = _parent(parent), _parent(_parent(parent))
         return isinstance(loop, ast.For) and loop.iter is call and _elements_stay(loop)
     return isinstance(parent, (ast.Attribute, ast.Call, ast.Compare))
@@ -284,5 +286,10 @@ def _elements_stay(loop: ast.For) -> bool:
     # `for index, layer in enumerate(...)` and `for name, layer in layers.items()`
     target = loop.target.elts[-1] if isinstance(loop.target, ast.Tuple) else loop.target
     names = {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
-    uses = (n for n in ast.walk(loop) if isinstance(n, ast.Name) and n.id in names)
+    uses = (n for n in ast.walk(_around(loop)) if isinstance(n, ast.Name) and n.id in names)
     return all(_stays(use) for use in uses if isinstance(use.ctx, ast.Load))
+
+
+def _around(loop: ast.For) -> ast.AST:
+    """Where the variable of a loop is known, which is after it, too."""
+    return _method(loop) or loop
