@@ -50,10 +50,11 @@
 // its range have no finite gradients.
 //
 // A GPU takes float32, bfloat16 and float16, and no hr, peephole, norm or dropout. Rows of `input`
-// and `grad_input` lie there at one distance in the order of what is saved; `mask` is on the device,
-// `batch_sizes` is not. Saved gates of skipped steps are whatever they are. Scratch: forward without
-// `saved` 4H elements a row; backward as much, and 4H numbers of float32 a sequence; and what blocks
-// exchange or, where each step is a launch, 7H numbers of float32 a sequence and a copy of W_hh.
+// and `grad_input` lie there at one distance in the order of what is saved; `mask` is on the
+// device, `batch_sizes` is not. Saved gates of skipped steps are whatever they are. Scratch:
+// forward without `saved` 4H elements a row; backward as much, and 4H numbers of float32 a
+// sequence; and what blocks exchange or, where each step is a launch, 7H numbers of float32 a
+// sequence and a copy of W_hh.
 #pragma once
 
 #include "twinfuse/core.h"

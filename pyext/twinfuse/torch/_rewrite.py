@@ -2,7 +2,8 @@
 
 A rewritten module is of a subclass of its own class, of the same name, whose `forward` is the
 original source without some calls: `F.relu(self.fc(x))` becomes `self.fc(x)`. Nothing else of it is
-fixed: attributes, globals and closures are read when it runs, as before.
+fixed: attributes, globals and closures are read when it runs, as before. It runs only in the module
+that was fused, while its layers are: other instances, as `type(model)()`, run the original.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import copyreg
 import functools
 import linecache
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 _FUTURE = functools.reduce(
     lambda flags, name: flags | getattr(__future__, name).compiler_flag,
@@ -24,6 +26,11 @@ _FUTURE = functools.reduce(
     0,
 )
 _MARK = "_twinfuse_mark"
+_NAMES = {"relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_"}
+# Set on a module whose class `fuse` changed, so that `unfuse` leaves other fused layers alone.
+FUSED = "_twinfuse_fused"
+# Set on a module of a rewritten class: the keys of the children that compute its ReLUs.
+LAYERS = "_twinfuse_layers"
 
 
 class Call(NamedTuple):
@@ -50,10 +57,10 @@ copyreg.pickle(Rewritten, _reduce)
 
 def rewritten_of(kind: type) -> Rewritten | None:
     """The rewritten class that `kind` is, or that a parametrized module's class derives from."""
-    found = (
-        base for base in kind.__mro__ if isinstance(base, Rewritten) and "native" in vars(base)
-    )
-    return next(found, None)
+    # A subclass that somebody else wrote has methods of its own, and is no such class.
+    if kind.__module__ == parametrize.__name__ and len(kind.__bases__) == 1:
+        (kind,) = kind.__bases__
+    return kind if isinstance(kind, Rewritten) and "native" in vars(kind) else None
 
 
 def native(kind: type) -> Any:
@@ -83,8 +90,10 @@ def _rewritten(kind: Any, forward: FunctionType, calls: tuple[Call, ...]) -> Any
         )
     source = _Source(forward)
     code = source.code({id(source.calls[call.number]): _inner(call) for call in calls})
+    without = _with_code(source.original, code, source.original.__globals__)
     members = {
-        "forward": _with_code(source.original, code, source.original.__globals__),
+        "forward": _chosen(without, forward),
+        LAYERS: (),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -92,6 +101,23 @@ def _rewritten(kind: Any, forward: FunctionType, calls: tuple[Call, ...]) -> Any
         "calls": calls,
     }
     return Rewritten(kind.__name__, (kind,), members)
+
+
+def is_fused(layer: object) -> bool:
+    """Whether a layer computes the ReLU behind it because `fuse` changed its class."""
+    return getattr(layer, FUSED, False)
+
+
+def _chosen(without: FunctionType, original: FunctionType) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        layers = getattr(self, LAYERS)
+        # Where only some are fused, ReLU is applied twice, which changes nothing.
+        if layers and all(is_fused(getattr(self, key, None)) for key in layers):
+            return without(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
+
+    return forward
 
 
 def why_not(kind: Any) -> str:
@@ -121,19 +147,47 @@ def _marked(forward: FunctionType) -> CodeType:
     return source.code({id(call): wrap(index) for index, call in enumerate(source.calls)})
 
 
-def call_at(kind: Any, index: int, is_method: bool, literal: bool) -> Call | None:
-    """The call of that index, if it is clear which of its arguments the ReLU is applied to.
+def call_at(kind: Any, index: int, is_method: bool, literal: bool, child: str = "") -> Call | None:
+    """The call of that index, if it is clear that it is a ReLU and what it is applied to.
 
-    With `literal` only if all others are literals, too: an attribute might change.
+    With `literal` only if all other arguments are literals, too: an attribute might change. With
+    `child` it is a call of the child of that name.
     """
     node = _Source(kind.forward).calls[index]
     call = Call(index, is_method, ast.unparse(node))
+    path = _dotted(node.func)
+    if child:
+        if path != [next(iter(kind.forward.__code__.co_varnames), ""), child]:
+            return None
+    elif _is_function_of_torch(kind.forward, path) == is_method:
+        return None  # a variable might be another function in another call
     tensor = _inner(call)(node)
     arguments = (*node.args, *(keyword.value for keyword in node.keywords))
     others = (argument for argument in arguments if argument is not tensor)
     if tensor is None or (literal and not all(isinstance(o, ast.Constant) for o in others)):
         return None
     return call
+
+
+def _dotted(node: ast.AST) -> list[str]:
+    """The names of `a.b.c`; empty for other expressions."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    names = _dotted(node.value) if isinstance(node, ast.Attribute) else []
+    return [*names, node.attr] if names and isinstance(node, ast.Attribute) else []
+
+
+def _is_function_of_torch(forward: FunctionType, path: list[str]) -> bool:
+    """Whether that is the name that torch gives a ReLU, in a module of torch or imported."""
+    code = forward.__code__
+    local = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+    if not path or path[0] in local or path[-1] not in _NAMES:
+        return False
+    value = forward.__globals__.get(path[0])
+    if len(path) == 1:
+        return callable(value)
+    is_module = isinstance(value, ModuleType) and value.__name__.partition(".")[0] == "torch"
+    return is_module
 
 
 def _inner(call: Call) -> Callable[[ast.Call], ast.expr | None]:

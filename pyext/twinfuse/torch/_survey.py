@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules import module as hooked
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from twinfuse.torch import _norm, _rewrite, _usage
+from twinfuse.torch import _norm, _rewrite, _trace, _usage
+from twinfuse.torch._held import held
 from twinfuse.torch.nn import LSTM, ConvReLU1d, ConvReLU2d, LinearReLU, LSTMCell
 
 # What a layer becomes when the ReLU behind it is fused into it.
@@ -31,6 +33,8 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# Methods that somebody may have replaced in one module.
+_COMPUTES = {"forward", "_conv_forward"}
 _IN_PLACE = (torch.relu_, "relu_", torch.clamp_, "clamp_", torch.clamp_min_, "clamp_min_")
 _RELUS = (torch.relu, F.relu, "relu", torch.relu_, "relu_")
 _CLAMPS = (torch.clamp, "clamp", torch.clamp_min, "clamp_min", *_IN_PLACE[2:])
@@ -68,6 +72,7 @@ class Survey:
         self._uses = Counter(
             id(child) for parent in modules for child in parent._modules.values() if child
         )
+        self._held = {id(value) for module in modules for value in held(module)}
         self._paths: dict[int, list[Path]] = defaultdict(list)
         for path, module in _walk(self.model, ()):
             self._paths[id(module)].append(path)
@@ -93,6 +98,7 @@ class Survey:
                     self._why_not_norm(layer, norm),
                     _why_not_relu(relu),
                     *map(_reach_into_sequential, self._paths[id(parent)]),
+                    self._why_held(parent, layer, norm, relu),
                 )
                 if reason := next(filter(None, reasons), ""):
                     self._refuse((layer, relu), reason)
@@ -106,7 +112,9 @@ class Survey:
         relus = {k: m for k, m in children.items() if m and is_exactly(m, nn.ReLU)}
         if not layers:
             return
-        traced, reason = _usage.trace(parent)
+        traced, reason = None, _usage.own_methods(parent)
+        if not reason:
+            traced, reason = _trace.trace(parent)
         if traced is None:
             self._refuse((*layers.values(), *relus.values()), reason)
             return
@@ -127,6 +135,7 @@ class Survey:
                 self._why_not_norm(layer, norm),
                 self._reached(parent, norm_key) if norm else "",
                 _why_not_clamps(found, norm),
+                self._why_held(parent, layer, norm),
             )
             if reason := next(filter(None, reasons), ""):
                 self._refuse([layer], reason)
@@ -165,7 +174,9 @@ class Survey:
     def _may_replace(self, parent: nn.Module, key: str, calls: list[fx.Node]) -> bool:
         """Whether a ReLU has no uses but these calls."""
         names = sum(child is parent._modules[key] for child in parent._modules.values())
-        return bool(calls) and names == 1 and not self._reached(parent, key)
+        relu = parent._modules[key]
+        reached = self._reached(parent, key) or self._why_held(parent, relu)
+        return bool(calls) and names == 1 and not reached
 
     def _why_not(self, layer: nn.Module) -> str:
         kind = kind_of(layer)
@@ -174,6 +185,8 @@ class Survey:
             return f"the {kind.__name__} is used in more than one place"
         if any(getattr(layer, hooks) for hooks in _HOOKS if hooks != "_forward_pre_hooks"):
             return f"hooks of the {kind.__name__} would see the value after the ReLU"
+        if any(getattr(hooked, f"_global{hooks}") for hooks in _HOOKS):
+            return "hooks of all modules would see the value after the ReLU"
         return ""
 
     def _why_not_norm(self, layer: nn.Module, norm: nn.Module | None) -> str:
@@ -188,6 +201,17 @@ class Survey:
         if any(getattr(norm, hooks) for hooks in _HOOKS):
             return f"the {name} behind it has hooks"
         return "" if norm.running_var is not None else f"the {name} behind it has no statistics"
+
+    def _why_held(self, parent: nn.Module, *parts: nn.Module | None) -> str:
+        """Why somebody may get at children of `parent` without their names."""
+        for path in self._paths[id(parent)]:
+            modules = (*parts, parent, *(above for above, _ in path))
+            if held_one := next((m for m in modules if id(m) in self._held), None):
+                return f"an attribute holds the {type(held_one).__name__}"
+            reasons = [_usage.hands_on(above, key) for above, key in (*path, (parent, ""))]
+            if reason := next(filter(None, reasons), ""):
+                return reason
+        return ""
 
     def _reached(self, parent: nn.Module, key: str) -> str:
         """Why a method but `forward`, or a module above, may call that child by itself."""
@@ -208,7 +232,7 @@ def alone(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    if module is None or not vars(module).keys().isdisjoint(("forward", "_conv_forward")):
+    if module is None or not _COMPUTES.isdisjoint(vars(module)):
         return False
     parametrized = parametrize.is_parametrized(module) and type(module).__bases__ == (kind,)
     return type(module) is kind or parametrized
@@ -307,14 +331,14 @@ def _why_not_clamps(found: list[fx.Node], norm: nn.Module | None) -> str:
     return ""
 
 
-def _cut(parent: nn.Module, traced: _usage.Traced, relu: fx.Node) -> _rewrite.Call | str:
+def _cut(parent: nn.Module, traced: _trace.Traced, relu: fx.Node) -> _rewrite.Call | str:
     """Where the source of the forward method of `parent` calls that ReLU, or why it must stay."""
     kind = _rewrite.native(type(parent))
     if reason := _rewrite.why_not(kind):
         return reason
     if relu in traced.calls:
         place = traced.calls[relu], relu.op == "call_method"
-        call = _rewrite.call_at(kind, *place, literal=_is_clamp(relu))
+        call = _rewrite.call_at(kind, *place, literal=_is_clamp(relu), child=_child(relu))
         if call:
             return call
     return f"it is not clear where the forward method of {kind.__name__} calls its ReLU"

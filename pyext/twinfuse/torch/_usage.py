@@ -7,28 +7,27 @@ conservatively: an answer that cannot be proved is a reason not to fuse.
 from __future__ import annotations
 
 import ast
-import dis
 import functools
 import inspect
-import sys
-import sysconfig
 import textwrap
-from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import Generic
 
-import torch
-from torch import fx, nn
+from torch import nn
+from torch.nn.utils import parametrize
 
 from twinfuse.torch import _rewrite
 
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
-_TORCH = str(Path(torch.__file__).parent)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 # What reaches a child without naming it.
 _REFLECTION = {"getattr", "vars", "attrgetter", "methodcaller", "__dict__", "__getattr__"}
 _REFLECTION |= {"_modules", "modules", "children", "named_modules", "named_children"}
 _REFLECTION |= {"get_submodule", "apply"}
+
+# What a list or dictionary of modules gives elements by.
+_ELEMENTS = {"items", "values", "get", "pop", "__getitem__", "__iter__"}
+_KNOWN = {nn.Sequential, *_CONTAINERS, nn.Module, object, Generic}
+# Methods of containers that call no element. `__dict__` and `__weakref__` are in all classes.
+_HARMLESS = {"__init__", "extra_repr", "forward", "__dict__", "__weakref__"}
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
@@ -36,12 +35,36 @@ def is_plain_sequential(module: nn.Module) -> bool:
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
         and "forward" not in vars(module)
+        and not own_methods(module)
     )
 
 
 def calls_nothing(module: nn.Module) -> bool:
     """Whether the module only holds others, which somebody above it calls."""
-    return isinstance(module, _CONTAINERS) and "forward" not in vars(type(module))
+    return (
+        isinstance(module, _CONTAINERS)
+        and type(module).forward is nn.Module.forward
+        and "forward" not in vars(module)
+        and not own_methods(module)
+    )
+
+
+def own_methods(module: nn.Module) -> str:
+    """Why a container may use its elements, which have no names; empty if it does not."""
+    if not isinstance(module, (nn.Sequential, *_CONTAINERS)):
+        return ""
+    for kind in _rewrite.native(type(module)).__mro__:
+        if kind in _KNOWN or _is_parametrized(kind):
+            continue
+        for name, member in vars(kind).items():
+            is_method = callable(member) or hasattr(member, "__get__")
+            if is_method and name not in _HARMLESS and not name.startswith(("init", "reset")):
+                return f"{kind.__name__} has a method of its own: {name}"
+    return ""
+
+
+def _is_parametrized(kind: type) -> bool:
+    return kind.__module__ == parametrize.__name__
 
 
 @functools.cache
@@ -147,8 +170,8 @@ def _iterated_elements_are_called(loop: ast.AST) -> bool:
     if not isinstance(loop, ast.For) or not isinstance(loop.target, ast.Name):
         return False
     name = loop.target.id
-    uses = (n for n in ast.walk(loop) if isinstance(n, ast.Name) and n.id == name)
-    return all(_is_called(use) for use in uses if use is not loop.target)
+    uses = (n for n in ast.walk(_around(loop)) if isinstance(n, ast.Name) and n.id == name)
+    return all(_is_called(use) for use in uses if isinstance(use.ctx, ast.Load))
 
 
 def _is_called_as_a_whole(load: ast.Attribute, in_list: bool) -> bool:
@@ -183,9 +206,13 @@ def used_outside_forward(module: nn.Module, attribute: str) -> str:
     loads = _loads(module, attribute)
     if loads is None:
         return f"the source of {type(module).__name__} is not available"
-    if any(_method_name(load) != "forward" and not _is_torch(load) for load in loads):
+    loads = [load for load in loads if not _is_torch(load)]
+    if any(_method_name(load) != "forward" for load in loads):
         return f"{type(module).__name__} uses '{attribute}' outside of its forward method"
-    return _by_reflection(module)
+    # What a variable or a list holds may be another child in another call.
+    if not all(_is_own(load) and _is_called(load) for load in loads):
+        return f"{type(module).__name__} uses '{attribute}' without calling it"
+    return own_methods(module) or _by_reflection(module)
 
 
 def used_from_above(ancestor: nn.Module, attribute: str) -> str:
@@ -200,89 +227,69 @@ def used_from_above(ancestor: nn.Module, attribute: str) -> str:
     return _by_reflection(ancestor)
 
 
-class _NotProvable(Exception):
-    pass
+def hands_on(module: nn.Module, attribute: str = "") -> str:
+    """Why a function elsewhere may get `module`, or its child of that name; empty if none does."""
+    if reason := own_methods(module):
+        return reason
+    if is_plain_sequential(module) or calls_nothing(module):
+        return ""
+    name = type(module).__name__
+    loads = _loads(module, attribute) if attribute else []
+    if loads is None or None in _sources(module):
+        return f"the source of {name} is not available"
+    if attribute and not loads and isinstance(module, (nn.Sequential, *_CONTAINERS)):
+        return f"{name} nowhere calls '{attribute}' by its name"
+    if not all(_is_torch(load) or _stays(load) for load in loads):
+        return f"{name} hands '{attribute}' on"
+    for kind in _rewrite.native(type(module)).__mro__:
+        tree = None if kind.__module__.startswith("torch.") or kind is object else _parsed(kind)
+        for node in ast.walk(tree) if tree else ():
+            is_own = isinstance(node, ast.Name) and _is_self(node) and not _sets_up(node)
+            if is_own and not _stays(node) and not isinstance(_parent(node), ast.Return):
+                return f"{kind.__name__} hands itself on in {_method_name(node)}"
+    return ""
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+def _sets_up(node: ast.AST) -> bool:
+    return _method_name(node).strip("_").startswith(("init", "reset"))
 
 
-def _changes_or_branches(code: CodeType) -> bool:
-    jumps = {*dis.hasjrel, *dis.hasjabs}
-    stores = {"STORE_ATTR", "STORE_GLOBAL", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR"}
-    return any(i.opcode in jumps or i.opname in stores for i in dis.get_instructions(code))
+def _is_self(name: ast.Name) -> bool:
+    method = _method(name)
+    if method is None or method.name == "__new__" or not isinstance(name.ctx, ast.Load):
+        return False
+    decorators = {getattr(decorator, "id", "") for decorator in method.decorator_list}
+    arguments = (*method.args.posonlyargs, *method.args.args)[:1]
+    bound = decorators.isdisjoint({"staticmethod", "classmethod"})
+    return bound and any(argument.arg == name.id for argument in arguments)
 
 
-def _place(code: CodeType) -> tuple[str, str, int]:
-    return code.co_filename, code.co_name, code.co_firstlineno
+def _stays(load: ast.AST) -> bool:
+    """Whether a module, or one of a list, is only called or asked for attributes."""
+    parent = _parent(load)
+    if isinstance(parent, ast.Subscript) and parent.value is load:
+        return not isinstance(parent.slice, ast.Slice) and _stays(parent)
+    if isinstance(parent, ast.Call) and parent.func is not load:
+        known = getattr(parent.func, "id", "")
+        if known in ("enumerate", "reversed") and isinstance(outer := _parent(parent), ast.For):
+            return _elements_stay(outer)
+        return known in ("len", "super", "type", "isinstance")
+    if isinstance(parent, ast.For):
+        return _elements_stay(parent)
+    if isinstance(parent, ast.Attribute) and parent.attr in _ELEMENTS:
+        call, loop = _parent(parent), _parent(_parent(parent))
+        return isinstance(loop, ast.For) and loop.iter is call and _elements_stay(loop)
+    return isinstance(parent, (ast.Attribute, ast.Call, ast.Compare))
 
 
-def _is_torch_or_standard(file: str) -> bool:
-    standard = file.startswith(_STANDARD_LIBRARY) and "site-packages" not in file
-    return standard or file.startswith((_TORCH, __file__, "<frozen ", "<eval_with_key>"))
+def _elements_stay(loop: ast.For) -> bool:
+    # `for index, layer in enumerate(...)` and `for name, layer in layers.items()`
+    target = loop.target.elts[-1] if isinstance(loop.target, ast.Tuple) else loop.target
+    names = {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
+    uses = (n for n in ast.walk(_around(loop)) if isinstance(n, ast.Name) and n.id in names)
+    return all(_stays(use) for use in uses if isinstance(use.ctx, ast.Load))
 
 
-def _is_of_torch(builtin: Any) -> bool:
-    owner = getattr(builtin, "__module__", None) or type(builtin.__self__).__module__
-    return owner.partition(".")[0] == "torch"
-
-
-class Traced(NamedTuple):
-    graph: fx.Graph
-    calls: dict[fx.Node, int]  # the calls of the forward method that made these nodes, by index
-
-
-def trace(module: nn.Module) -> tuple[Traced | None, str]:
-    """The graph of `module`, its children as leaves, if no call can ever take another one.
-
-    That is so when `forward` has no branch and no loop, calls only its children and torch, and
-    changes nothing outside. Otherwise `(None, reason)`.
-    """
-    kind = _rewrite.native(type(module))
-    name = kind.__name__
-    original = getattr(kind.forward, "__code__", None)
-    if original is None or "forward" in vars(module):
-        return None, f"the forward method of {name} was replaced"
-    if _changes_or_branches(original):
-        return (
-            None,
-            f"the forward method of {name} has branches, loops or assignments to attributes",
-        )
-    calls: dict[fx.Node, int] = {}
-
-    def mark(index: int, value: Any) -> Any:
-        if isinstance(value, fx.Proxy):
-            calls.setdefault(value.node, index)
-        return value
-
-    forward, root = kind.forward, module
-    if not _rewrite.why_not(kind):
-        forward = _rewrite.marked(kind, mark)
-        # An object with the same attributes, so that the module itself keeps its class.
-        root = object.__new__(type(name, (kind,), {"forward": forward}))
-        object.__setattr__(root, "__dict__", vars(module))
-    place = _place(original)
-
-    def watch(frame: FrameType, event: str, argument: Any) -> None:
-        own = _place(frame.f_code) == place  # fx copies the code of methods with keyword arguments
-        if event == "call" and not own:
-            file = frame.f_code.co_filename
-            if file == "<string>" and frame.f_back is not None:  # a named tuple's constructor
-                file = frame.f_back.f_code.co_filename
-            if not _is_torch_or_standard(file):
-                raise _NotProvable(f"the forward method of {name} calls other Python functions")
-        elif event == "c_call" and own and not _is_of_torch(argument):
-            raise _NotProvable(f"the forward method of {name} calls {argument.__name__}()")
-
-    previous = sys.getprofile()
-    try:
-        sys.setprofile(watch)
-        return Traced(_Tracer().trace(root), calls), ""
-    except _NotProvable as error:
-        return None, str(error)
-    except Exception as error:
-        return None, f"the forward method of {name} cannot be traced ({type(error).__name__})"
-    finally:
-        sys.setprofile(previous)
+def _around(loop: ast.For) -> ast.AST:
+    """Where the variable of a loop is known, which is after it, too."""
+    return _method(loop) or loop

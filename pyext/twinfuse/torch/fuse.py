@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
 from twinfuse.torch import _norm, _rewrite
 from twinfuse.torch._clamp import CLAMPED
+from twinfuse.torch._held import held
 from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, is_exactly
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.linear_relu import linear_relu
@@ -30,27 +31,35 @@ Model = TypeVar("Model", bound=nn.Module)
 _NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 _ALONE_NAMES = {nn.LSTM: "lstm", nn.LSTMCell: "lstm_cell"}
 _KINDS = (FUSED, ALONE, CLAMPED, _norm.CONVS, _norm.NORMS)
-# Set on a module whose class `fuse` changed, so that `unfuse` leaves other fused layers alone.
-_MARK = "_twinfuse_fused"
+_MARK = _rewrite.FUSED
 
 
 class FusedReLU(nn.Module):
-    """Stands where a ReLU was that the layer before it now computes; passes its input on."""
+    """Stands where a ReLU was that layers before it now compute; passes its input on.
 
-    def __init__(self, relu: nn.Module) -> None:
+    It applies the ReLU itself where one of them does not any longer.
+    """
+
+    def __init__(self, relu: nn.Module, layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.train(relu.training)
-        self._original = (relu,)  # in a tuple, so that it is no submodule
+        # In tuples, so that they are no submodules.
+        self._original = (relu,)
+        self._layers = tuple(layers)
 
     @property
     def original(self) -> nn.Module:
         return self._original[0].train(self.training)
 
+    @property
+    def is_computed(self) -> bool:
+        return all(_rewrite.is_fused(layer) for layer in self._layers)
+
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        return input if self.is_computed else self._original[0](input)
 
     def extra_repr(self) -> str:
-        return "in the layer before"
+        return "in the layer before" if self.is_computed else "by itself"
 
 
 def fuse(
@@ -74,16 +83,18 @@ def fuse(
     Args:
         model: any module. Where a forward method calls a ReLU that is now computed elsewhere, the
             module gets a subclass of its class, which leaves that call out.
-        example_inputs: a tensor, or a tuple of positional arguments. The model is run on them once
-            before (which gives lazy modules their weights) and once after, in eval mode and without
-            gradients, and the outputs are compared.
+        example_inputs: a tensor, a tuple of positional arguments, or a mapping, which is keyword
+            arguments. The model is run on copies of them once before (which gives lazy modules
+            their weights) and once after, in eval mode and without gradients, and the outputs are
+            compared.
         inplace: change `model` itself, and return it. Else the result is a copy of `model` with the
             same parameters, buffers and other tensors: training the one trains the other.
         deferred: also fuse what only a running model shows (forward methods with branches). Not
             available yet: True raises NotImplementedError.
 
     Raises:
-        RuntimeError: the outputs for `example_inputs` differ; `model` is then unfused.
+        RuntimeError: the outputs for `example_inputs` differ, and the model is then unfused; or
+            `model` cannot be copied.
     """
     if deferred:
         raise NotImplementedError(
@@ -93,9 +104,7 @@ def fuse(
         )
     expected = [] if example_inputs is None else _outputs(model, example_inputs)
     if not inplace:
-        shared = [*model.parameters(), *model.buffers()]
-        shared += [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
-        model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        model = _copied(model)
     unfuse(model)
     for fusion in Survey(model).fusions:
         for layer, norm, clamped in fusion.layers:
@@ -105,9 +114,12 @@ def fuse(
                 setattr(layer, _norm.NORM, (norm,))
                 _become(layer, _norm.CONVS)
                 _become(norm, _norm.NORMS)
+        layers = [m for layer in fusion.layers for m in (layer.module, layer.norm) if m is not None]
         for key, relu in fusion.relus.items():
-            fusion.parent._modules[key] = FusedReLU(relu)
+            fusion.parent._modules[key] = FusedReLU(relu, layers)
         if fusion.calls:
+            keys = (key for key, child in fusion.parent._modules.items() if child in layers)
+            setattr(fusion.parent, _rewrite.LAYERS, tuple(keys))
             native: Any = type(fusion.parent)
             fusion.parent.__class__ = _rewrite.rewritten(native, fusion.calls)
     for module in list(model.modules()):
@@ -133,6 +145,7 @@ def unfuse(model: Model) -> Model:
                     _swap_class(module, fused, native)
         if kind := _rewrite.rewritten_of(type(module)):
             _swap_class(module, kind, kind.native)
+        vars(module).pop(_rewrite.LAYERS, None)
         for key, child in module._modules.items():
             if isinstance(child, FusedReLU):
                 module._modules[key] = child.original
@@ -158,8 +171,9 @@ def explain(model: nn.Module) -> Report:
                 reason = "can be fused: call fuse(model)"
             report.append(Choice(where=name, op=op, backend="native", reason=reason))
         elif isinstance(module, FusedReLU):
-            reason = "in the layer before"
-            report.append(Choice(where=name, op="relu", backend="fused", reason=reason))
+            backend = "fused" if module.is_computed else "native"
+            reason = "in the layer before" if module.is_computed else "its layer was unfused"
+            report.append(Choice(where=name, op="relu", backend=backend, reason=reason))
         elif isinstance(module, (*_NAMES, nn.ReLU)):
             op = next((op for kind, op in _NAMES.items() if isinstance(module, kind)), "relu")
             reason = survey.reasons.get(id(module), _why_native(module))
@@ -224,9 +238,27 @@ def _explain_recurrent(layer: Any) -> Choice:
     return explain_call(lstm, *call, **options)[0]
 
 
+def _copied(model: Model) -> Model:
+    """A copy with the same tensors."""
+    shared: list[Any] = [*model.parameters(), *model.buffers()]
+    shared += [t for m in model.modules() for t in held(m) if isinstance(t, Tensor)]
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    except Exception as error:
+        raise RuntimeError(
+            "fuse: model: expected one that copy.deepcopy can copy, or inplace=True, "
+            f"got {type(error).__name__}: {error}"
+        ) from error
+
+
 def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    arguments, keywords = inputs if isinstance(inputs, tuple) else (inputs,), {}
+    if isinstance(inputs, Mapping):
+        arguments, keywords = (), dict(inputs)
     with torch.no_grad(), torch.random.fork_rng(), _eval_mode(model):
-        outputs = model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+        # The model may change them.
+        arguments, keywords = tree_map_only(Tensor, torch.clone, (arguments, keywords))
+        outputs = model(*arguments, **keywords)
     return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
@@ -242,7 +274,8 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _is_close(got: Tensor, expected: Tensor) -> bool:
-    if not expected.is_floating_point() or not expected.numel():
+    inexact = expected.is_floating_point() or expected.is_complex()
+    if not inexact or not expected.numel():
         return torch.equal(got, expected)
     # Differences between kernels grow from layer to layer, a wrong layer is far off.
     tolerance = torch.finfo(expected.dtype).eps ** 0.5
