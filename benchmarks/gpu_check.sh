@@ -23,6 +23,11 @@ failed=0
   >"$out/tests.log" 2>&1 || failed=1
 tail -n 60 "$out/tests.log" | cut -c1-300
 
+# Kernels in clusters are taken only on request.
+TWINFUSE_LSTM_CLUSTERS=1 "$python" -m pytest -q -rs -p no:cacheprovider -n "${WORKERS:-8}" \
+  tests/test_gpu_lstm_*.py >"$out/clusters.log" 2>&1 || failed=1
+echo "in clusters: $(tail -n 1 "$out/clusters.log" | cut -c1-200)"
+
 sanitized="(odd_everywhere or uneven_padding or pointwise_stride or three_by_three_stride_nhwc
   or packed_tile or mask_tile or 7-3-40-256) and not float32 and not norm and not dropout"
 sanitized=$(echo $sanitized)
@@ -48,5 +53,7 @@ fi
 if [ "$failed" = 0 ] || [ "${KEEP_GOING:-}" = 1 ]; then
   "$python" -m benchmarks.gpu ${BENCHMARKS:---compile} --json "$out/bfloat16.json" || failed=1
   "$python" -m benchmarks.gpu_lstm ${LSTM_BENCHMARKS:-} --json "$out/lstm.json" || failed=1
+  TWINFUSE_LSTM_CLUSTERS=1 "$python" -m benchmarks.gpu_lstm ${LSTM_BENCHMARKS:-} \
+    --json "$out/lstm-clusters.json" || failed=1
 fi
 exit "$failed"

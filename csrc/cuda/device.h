@@ -97,9 +97,68 @@ TWINFUSE_DEVICE uint4 fetch(const void* from) {
                : "memory");
   return words;
 }
+// Counts the bytes that come into a block's memory, and completes a phase when all that were
+// expected have.
+struct alignas(8) Barrier {
+  uint64_t state;
+};
+TWINFUSE_DEVICE uint32_t shared_address(const void* own) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(own));
+}
+// By one thread, which then must meet all others of the cluster.
+TWINFUSE_DEVICE void begin_barrier(Barrier* barrier) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
+      : "memory");
+}
+// Once a phase, even if some have come already.
+TWINFUSE_DEVICE void expect_bytes(Barrier* barrier, int bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+// Phases have parities 0 and 1 in turn; of the one before nobody waits any more.
+TWINFUSE_DEVICE void wait_barrier(Barrier* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again%=:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again%=;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// To a block of the cluster, where data and barrier have the addresses that they have here.
+TWINFUSE_DEVICE void send(int block, void* to, const uint4& words, Barrier* barrier) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 to, barrier;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3,%4,%5,%6}, "
+      "[barrier];\n"
+      "}" ::"r"(shared_address(to)),
+      "r"(shared_address(barrier)), "r"(block), "r"(words.x), "r"(words.y), "r"(words.z),
+      "r"(words.w)
+      : "memory");
+}
+TWINFUSE_DEVICE void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
 // What this thread has published is there for whoever sees what it publishes after.
-TWINFUSE_DEVICE void fence() { __threadfence(); }
+TWINFUSE_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 TWINFUSE_DEVICE bool any_of_warp(bool here) { return __any_sync(0xffffffff, here); }
+// What the lane has whose number differs in these bits.
+TWINFUSE_DEVICE uint32_t from_lane(uint32_t word, int bits) {
+  return __shfl_xor_sync(0xffffffff, word, bits);
+}
 // The larger of each half.
 TWINFUSE_DEVICE uint32_t larger_halves(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
 

@@ -12,6 +12,12 @@ namespace twinfuse::cuda {
       Lstm##pass<Lstm_##format, Lstm##pass##Shape<LstmFormat::format, __VA_ARGS__>>; \
   TWINFUSE_KERNEL(name, name##_kernel)
 
-TWINFUSE_UNIT(TWINFUSE_INSTANCE)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define TWINFUSE_CLUSTER(...)
+#else
+#define TWINFUSE_CLUSTER TWINFUSE_INSTANCE
+#endif
+
+TWINFUSE_UNIT(TWINFUSE_INSTANCE, TWINFUSE_CLUSTER)
 
 }  // namespace twinfuse::cuda

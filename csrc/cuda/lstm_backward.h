@@ -24,17 +24,17 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
   using typename Cells::Given, typename Cells::Factors;
   static constexpr int kParts = Shape::kParts;
   static constexpr int kGate = Shape::kWidth;  // gates of the exchange lie so far apart
-  using Exchange = std::conditional_t<Shape::kAlone, BlockExchange<Element, 4 * kGate, kChunk>,
-                                      GridExchange<Element, 4 * kGate>>;
+  static constexpr bool kTogether = Shape::kReach == kCluster;  // warps hand over as a whole
   using WeightProduct = Product<Format, Shape::kTiles, Shape::kGroups, kParts, kThreads>;
 
   TWINFUSE_DEVICE LstmBackward(const LstmBackwardArguments& p, Memory& memory)
-      : Cells(p, memory), exchange_(p.shared, s_.number, s_.rows(), memory.exchange) {}
+      : Cells(p, memory), exchange_(s_, memory.exchange) {}
 
   TWINFUSE_DEVICE void run() {
     const int warp = thread_index() / 32, part = warp % kParts, row = warp / kParts * 16;
     load_weights(row, part);
     block_sync();
+    exchange_.open();
     begin();
     Given given[kCells];
     this->load(0, 0, given);
@@ -45,26 +45,32 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
         s_.for_cells(chunk, [&](int i, const Cell&) { this->prepare(given[i], factors[i]); });
         Given next[kCells];
         this->load(is_last ? step + 1 : step, is_last ? 0 : chunk + kChunk, next);
-        exchange_.wait();
+        exchange_.wait(step - 1);
         if (step) product(step - 1, chunk, row, part);
+        if (chunk == 0) exchange_.leave();
         block_sync();
-        float grads[kCells][4];
+        float grads[kCells][4] = {};
         // What others wait for leaves at once.
         s_.for_cells(chunk, [&](int i, const Cell& at) {
           this->compute(step, at, given[i], factors[i], grads[i]);
-#pragma unroll
-          for (int gate = 0; gate < 4; gate++) {
-            const Element left = rounded<Element>(grads[i][gate]);
-            exchange_.put(step, at.sequence, gate * kGate + at.unit, left);
-          }
+          if constexpr (!kTogether) put_grads(step, at, grads[i]);
         });
-        if (is_last) exchange_.leave();
+        if constexpr (kTogether)
+#pragma unroll
+          for (int i = 0; i < kCells; i++) put_grads(step, s_.cell(0, i), grads[i]);
         s_.for_cells(chunk,
                      [&](int i, const Cell& at) { this->store(step, at, given[i], grads[i]); });
 #pragma unroll
         for (int i = 0; i < kCells; i++) given[i] = next[i];
       }
     finish(row, part);
+    exchange_.close(s_.p.steps - 1);
+  }
+
+  TWINFUSE_DEVICE void put_grads(int step, const Cell& at, const float (&grads)[4]) {
+#pragma unroll
+    for (int gate = 0; gate < 4; gate++)
+      exchange_.put(step, at.sequence, gate * kGate + at.unit, rounded<Element>(grads[gate]));
   }
 
   TWINFUSE_DEVICE void load_weights(int first, int part) {
@@ -79,11 +85,11 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
   // What is not there is zeros to all.
   TWINFUSE_DEVICE void begin() {
     s_.for_each([&](const Cell& at) { Cells::begin(at); });
-    if (s_.block) return;
-    for (int i = thread_index(); i < s_.rows() * 4 * kGate; i += kThreads) {
-      const int row = i / (4 * kGate), k = i % (4 * kGate);
-      if (row >= s_.count || k % kGate >= s_.p.units) exchange_.put_zero(row, k);
-    }
+    if constexpr (!kTogether)
+      for (int i = thread_index(); !s_.block && i < s_.rows() * 4 * kGate; i += kThreads) {
+        const int row = i / (4 * kGate), k = i % (4 * kGate);
+        if (row >= s_.count || k % kGate >= s_.p.units) exchange_.put_zero(row, k);
+      }
   }
 
   TWINFUSE_DEVICE void product(int step, int chunk, int row, int part) {
@@ -96,7 +102,7 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
 
   TWINFUSE_DEVICE void finish(int row, int part) {
     for (int chunk = 0; p_.grad_initial_h.data && chunk < s_.count; chunk += kChunk) {
-      exchange_.wait();
+      exchange_.wait(s_.p.steps - 1);
       if (s_.p.steps) product(s_.p.steps - 1, chunk, row, part);
       block_sync();
       s_.for_cells(
@@ -105,7 +111,7 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
     s_.for_each([&](const Cell& at) { this->finish_c_and_bias(at); });
   }
 
-  Exchange exchange_;
+  Exchange<Element, Shape, 4 * kGate> exchange_;
   WeightProduct product_;
 };
 

@@ -23,20 +23,19 @@ struct LstmForward : LstmForwardCells<typename Format::Element, Shape> {
   using Cells::kCells, Cells::p_, Cells::s_, Cells::memory_;
   using typename Cells::Given, typename Cells::Made;
   static constexpr int kParts = Shape::kParts;
-  using Exchange = std::conditional_t<Shape::kAlone, BlockExchange<Element, kWidth, kChunk>,
-                                      GridExchange<Element, kWidth>>;
+  static constexpr bool kTogether = Shape::kReach == kCluster;  // warps hand over as a whole
   using WeightProduct = Product<Format, Shape::kTiles, Shape::kGroups, kParts, kThreads>;
 
   TWINFUSE_DEVICE LstmForward(const LstmForwardArguments& p, Memory& memory)
-      : Cells(p, memory), exchange_(p.shared, s_.number, s_.rows(), memory.exchange) {}
+      : Cells(p, memory), exchange_(s_, memory.exchange) {}
 
   TWINFUSE_DEVICE void run() {
     const int warp = thread_index() / 32, part = warp % kParts;
     const int octet = warp / kParts * Shape::kOctets;
     load_weights(part, octet);
     block_sync();
+    exchange_.open();
     begin();
-    exchange_.leave();
     block_sync();
     Given given[kCells];
     this->load(0, 0, given);
@@ -47,22 +46,33 @@ struct LstmForward : LstmForwardCells<typename Format::Element, Shape> {
         s_.for_cells(chunk, [&](int i, const Cell& at) { this->add_bias(given[i], at, sums[i]); });
         Given next[kCells];
         this->load(is_last ? step + 1 : step, is_last ? 0 : chunk + kChunk, next);
-        exchange_.wait();
+        exchange_.wait(step);
         product(step, chunk, part, octet);
+        if (chunk == 0) exchange_.leave();
         block_sync();
         Made made[kCells];
+        Element left[kCells] = {};
         // What others wait for leaves at once.
         s_.for_cells(chunk, [&](int i, const Cell& at) {
-          const Element left = this->compute(step, at, given[i], sums[i], made[i]);
-          exchange_.put(step + 1, at.sequence, at.unit, left);
+          left[i] = this->compute(step, at, given[i], sums[i], made[i]);
+          if constexpr (!kTogether) exchange_.put(step + 1, at.sequence, at.unit, left[i]);
         });
-        if (is_last) exchange_.leave();
+        if constexpr (kTogether) put_together(step + 1, left);
         s_.for_cells(chunk,
                      [&](int i, const Cell& at) { this->store(step, at, given[i], made[i]); });
 #pragma unroll
         for (int i = 0; i < kCells; i++) given[i] = next[i];
       }
     s_.for_each([&](const Cell& at) { this->finish(at); });
+    exchange_.close(s_.p.steps);
+  }
+
+  TWINFUSE_DEVICE void put_together(int step, const Element (&left)[kCells]) {
+#pragma unroll
+    for (int i = 0; i < kCells; i++) {
+      const Cell at = s_.cell(0, i);
+      exchange_.put(step, at.sequence, at.unit, left[i]);
+    }
   }
 
   TWINFUSE_DEVICE void load_weights(int part, int octet) {
@@ -85,15 +95,21 @@ struct LstmForward : LstmForwardCells<typename Format::Element, Shape> {
   // What is not there is zeros to all.
   TWINFUSE_DEVICE void begin() {
     this->load_bias();
-    s_.for_each([&](const Cell& at) {
-      const float h = s_.state(p_.initial_h, at);
-      this->set(at, h, s_.state(p_.initial_c, at), 0);
-      exchange_.put(0, at.sequence, at.unit, rounded<Element>(h));
-    });
-    if (s_.block) return;
-    for (int i = thread_index(); i < s_.rows() * kWidth; i += kThreads)
-      if (i / kWidth >= s_.count || i % kWidth >= s_.p.units)
-        exchange_.put_zero(i / kWidth, i % kWidth);
+    Element left[kCells] = {};
+    for (int chunk = 0; chunk < s_.count; chunk += kChunk)
+      s_.for_cells(chunk, [&](int i, const Cell& at) {
+        const float h = s_.state(p_.initial_h, at);
+        this->set(at, h, s_.state(p_.initial_c, at), 0);
+        left[i] = rounded<Element>(h);
+        if constexpr (!kTogether) exchange_.put(0, at.sequence, at.unit, left[i]);
+      });
+    if constexpr (kTogether) {
+      put_together(0, left);
+    } else if (!s_.block) {
+      for (int i = thread_index(); i < s_.rows() * kWidth; i += kThreads)
+        if (i / kWidth >= s_.count || i % kWidth >= s_.p.units)
+          exchange_.put_zero(i / kWidth, i % kWidth);
+    }
   }
 
   TWINFUSE_DEVICE void product(int step, int chunk, int part, int octet) {
@@ -104,7 +120,7 @@ struct LstmForward : LstmForwardCells<typename Format::Element, Shape> {
     });
   }
 
-  Exchange exchange_;
+  Exchange<Element, Shape, kWidth> exchange_;
   WeightProduct product_;
 };
 

@@ -241,7 +241,8 @@ CUfunction Device::function(const void* image, const char* entry, uint32_t share
   return function;
 }
 
-const Device::CudaLoaded& Device::cuda_kernel(const char* entry, int threads, uint32_t shared) {
+const Device::CudaLoaded& Device::cuda_kernel(const char* entry, int threads, uint32_t shared,
+                                              int cluster) {
   const std::lock_guard lock(loading_);
   const auto found = cuda_.find(entry);
   if (found != cuda_.end()) return found->second;
@@ -249,10 +250,11 @@ const Device::CudaLoaded& Device::cuda_kernel(const char* entry, int threads, ui
   if (shared > shared_)
     throw Unsupported(std::string("kernel ") + entry + " needs " + std::to_string(shared) +
                       " bytes of shared memory, the device has " + std::to_string(shared_));
-  return cuda_.emplace(kernel.entry, load(kernel, threads, shared)).first->second;
+  return cuda_.emplace(kernel.entry, load(kernel, threads, shared, cluster)).first->second;
 }
 
-Device::CudaLoaded Device::load(const CudaKernel& kernel, int threads, uint32_t shared) {
+Device::CudaLoaded Device::load(const CudaKernel& kernel, int threads, uint32_t shared,
+                                int cluster) {
   const Relaxed relaxed(driver_);
   auto module = modules_.find(kernel.offset);
   if (module == modules_.end()) {
@@ -265,11 +267,30 @@ Device::CudaLoaded Device::load(const CudaKernel& kernel, int threads, uint32_t 
         driver_.cuModuleGetFunction(&loaded.function, module->second, kernel.entry));
   check(driver_, "cuFuncSetAttribute",
         driver_.cuFuncSetAttribute(loaded.function, kMaxDynamicShared, static_cast<int>(shared)));
-  check(driver_, "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-        driver_.cuOccupancyMaxActiveBlocksPerMultiprocessor(&loaded.resident, loaded.function,
-                                                            threads, shared));
-  loaded.resident *= multiprocessors_;
+  loaded.resident = resident(loaded.function, threads, shared, cluster);
   return loaded;
+}
+
+int Device::resident(CUfunction function, int threads, uint32_t shared, int cluster) const {
+  int count = 0;
+  if (cluster == 1) {
+    check(driver_, "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+          driver_.cuOccupancyMaxActiveBlocksPerMultiprocessor(&count, function, threads, shared));
+    return count * multiprocessors_;
+  }
+  // Larger ones than every device has.
+  if (cluster > 8)
+    check(driver_, "cuFuncSetAttribute", driver_.cuFuncSetAttribute(function, kLargeClusters, 1));
+  const auto size = static_cast<unsigned>(cluster);
+  CUlaunchAttribute attribute = {};
+  attribute.id = kCluster;
+  attribute.cluster[0] = size, attribute.cluster[1] = attribute.cluster[2] = 1;
+  const CUlaunchConfig config = {
+      {size, 1, 1}, {static_cast<unsigned>(threads), 1, 1}, shared, nullptr, &attribute, 1};
+  const CUresult asked = driver_.cuOccupancyMaxActiveClusters(&count, function, &config);
+  if (asked == kNoSuchCluster) return 0;
+  check(driver_, "cuOccupancyMaxActiveClusters", asked);
+  return count * cluster;
 }
 
 Current::Current(const TwinfuseContext& call) : driver_(&opened_driver()) {

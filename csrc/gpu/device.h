@@ -75,19 +75,20 @@ class Device {
 
   struct CudaLoaded {
     CUfunction function = nullptr;
-    int resident = 0;  // blocks that fit on the device at once
+    int resident = 0;  // blocks that fit on the device at once, of clusters whole ones
   };
 
   // The kernel of csrc/cuda with this name, loaded by the first call that asks; an entry has always
-  // the same threads of a block and bytes of dynamic shared memory. The context must be current.
-  // Throws Unsupported or DriverError.
-  const CudaLoaded& cuda_kernel(const char* entry, int threads, uint32_t shared);
+  // the same threads of a block, bytes of dynamic shared memory and blocks of a cluster (1: it has
+  // none). The context must be current. Throws Unsupported or DriverError.
+  const CudaLoaded& cuda_kernel(const char* entry, int threads, uint32_t shared, int cluster = 1);
 
  private:
   using Slot = std::atomic<const Loaded*>;
 
   const Loaded* load(const Kernel& kernel, Slot& slot);
-  CudaLoaded load(const CudaKernel& kernel, int threads, uint32_t shared);
+  CudaLoaded load(const CudaKernel& kernel, int threads, uint32_t shared, int cluster);
+  int resident(CUfunction function, int threads, uint32_t shared, int cluster) const;
   CUfunction function(const void* image, const char* entry, uint32_t shared) const;
 
   const Driver& driver_;

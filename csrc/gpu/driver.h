@@ -39,13 +39,15 @@ struct CUlaunchConfig {
 
 enum : int {
   kMaxDynamicShared = 8,    // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+  kLargeClusters = 14,      // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
   kMultiprocessors = 16,    // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
   kArchitectureMajor = 75,  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
   kArchitectureMinor = 76,
   kSharedOptIn = 97,  // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
   kCaptureRelaxed = 2,
-  kCooperative = 2,  // CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-  kCluster = 4,      // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+  kCooperative = 2,      // CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+  kCluster = 4,          // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+  kNoSuchCluster = 912,  // CUDA_ERROR_INVALID_CLUSTER_SIZE
 };
 
 // Machine code made by CUDA 13 needs a driver that knows it.
@@ -70,6 +72,7 @@ constexpr int kLeastDriver = 13000;
   F(cuModuleGetFunction, (CUfunction*, CUmodule, const char*))                                     \
   F(cuFuncSetAttribute, (CUfunction, int, int))                                                    \
   F(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int*, CUfunction, int, size_t))                  \
+  F(cuOccupancyMaxActiveClusters, (int*, CUfunction, const CUlaunchConfig*))                       \
   F(cuMemsetD32Async, (uint64_t, unsigned, size_t, CUstream))                                      \
   F(cuTensorMapEncodeTiled, (CUtensorMap*, int, unsigned, void*, const uint64_t*, const uint64_t*, \
                              const unsigned*, const unsigned*, int, int, int, int))                \

@@ -98,22 +98,31 @@ void Launch::run(int64_t programs, void* stream) {
         driver.cuLaunchKernelEx(&config, loaded.function, arguments_, nullptr));
 }
 
-void launch_cuda(Device& device, const Device::CudaLoaded& loaded, const char* name, Blocks kind,
-                 int64_t blocks, int threads, uint32_t shared, const void* arguments,
+void launch_cuda(Device& device, const Device::CudaLoaded& loaded, const char* name,
+                 const Blocks& blocks, int threads, uint32_t shared, const void* arguments,
                  void* stream) {
-  if (kind == Blocks::waiting && blocks > loaded.resident)
-    throw Unsupported(std::string("kernel ") + name + " needs " + std::to_string(blocks) +
+  const int64_t at_once = blocks.waiting == Blocks::all        ? blocks.count
+                          : blocks.waiting == Blocks::clusters ? blocks.cluster
+                                                               : 0;
+  if (at_once > loaded.resident)
+    throw Unsupported(std::string("kernel ") + name + " needs " + std::to_string(at_once) +
                       " blocks at once, the device has room for " +
                       std::to_string(loaded.resident));
   CUlaunchAttribute attribute = {};
-  attribute.id = kCooperative;
-  attribute.cooperative = 1;
-  const CUlaunchConfig config = {{static_cast<unsigned>(blocks), 1, 1},
+  if (blocks.waiting == Blocks::clusters) {
+    attribute.id = kCluster;
+    attribute.cluster[0] = static_cast<unsigned>(blocks.cluster);
+    attribute.cluster[1] = attribute.cluster[2] = 1;
+  } else {
+    attribute.id = kCooperative;
+    attribute.cooperative = 1;
+  }
+  const CUlaunchConfig config = {{static_cast<unsigned>(blocks.count), 1, 1},
                                  {static_cast<unsigned>(threads), 1, 1},
                                  shared,
                                  static_cast<CUstream>(stream),
                                  &attribute,
-                                 kind == Blocks::waiting ? 1u : 0u};
+                                 blocks.waiting == Blocks::apart ? 0u : 1u};
   void* list[] = {const_cast<void*>(arguments)};
   const Driver& driver = device.driver();
   check(driver, "cuLaunchKernelEx",

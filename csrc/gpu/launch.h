@@ -51,13 +51,20 @@ class Launch {
   void* arguments_[kMostArguments];
 };
 
-enum class Blocks { apart, waiting };  // for each other
+// How many blocks, and which of them run at the same time since they wait for each other: none,
+// all, or as many as a cluster has.
+struct Blocks {
+  enum Waiting { apart, all, clusters } waiting;
+  int64_t count;
+  int64_t cluster = 1;
+};
 
 // A kernel of csrc/cuda. `name` is for texts, `arguments` points to the struct that the kernel
-// takes. Throws DriverError, or Unsupported where blocks that wait do not all fit on the device at
+// takes. Throws DriverError, or Unsupported where blocks that wait do not fit on the device at
 // once.
-void launch_cuda(Device& device, const Device::CudaLoaded& loaded, const char* name, Blocks kind,
-                 int64_t blocks, int threads, uint32_t shared, const void* arguments, void* stream);
+void launch_cuda(Device& device, const Device::CudaLoaded& loaded, const char* name,
+                 const Blocks& blocks, int threads, uint32_t shared, const void* arguments,
+                 void* stream);
 
 // Sets all bits of so many words of 32 bits. Throws DriverError.
 void set_bits(Device& device, void* words, int64_t count, void* stream);

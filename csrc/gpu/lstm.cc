@@ -1,6 +1,9 @@
 // LSTM on a GPU: the products of all inputs at once, then a kernel of csrc/cuda for all steps, or a
 // launch for each where none holds the weights; and backward steps first, then products of all
 // gradients at once. A cell is one launch forward.
+#include <stdlib.h>
+#include <string.h>
+
 #include <algorithm>
 
 #include "cuda/lstm_arguments.h"
@@ -11,12 +14,13 @@
 namespace twinfuse::gpu {
 namespace {
 
-using cuda::LstmFormat;
+using cuda::kBlock, cuda::kCluster, cuda::kGrid, cuda::LstmFormat;
 
 enum class Pass { Forward, Backward, ForwardStep, BackwardStep };
 
 // Sequences of a cell up to which its kernel reads weights hardly more often than a product would.
 constexpr int64_t kMostFused = 128;
+constexpr int kLeastWithClusters = 90;
 // Inputs of a cell that its kernel counts.
 constexpr int64_t kMostInputs = int64_t{1} << 24;
 
@@ -26,8 +30,10 @@ struct LstmKernel {
   Pass pass;
   LstmFormat format;
   int threads, units, width, depth, chunk, most_slice, kept;
-  bool alone;
+  cuda::LstmReach reach;
   uint32_t shared;
+
+  int cluster() const { return reach == cuda::kCluster ? width / units : 1; }
 };
 
 template <class Shape>
@@ -42,7 +48,7 @@ constexpr LstmKernel describe(const char* name, Pass pass, LstmFormat format) {
           Shape::kChunk,
           Shape::kMostSlice,
           Shape::kKept,
-          Shape::kAlone,
+          Shape::kReach,
           Shape::kSharedBytes};
 }
 
@@ -51,8 +57,10 @@ constexpr LstmKernel describe(const char* name, Pass pass, LstmFormat format) {
                                                                      LstmFormat::format),
 // Of a pass and a format in ascending width; of those of steps the narrow one comes first.
 constexpr LstmKernel kLstmKernels[] = {
-    TWINFUSE_LSTM_BF16(TWINFUSE_DESCRIBE) TWINFUSE_LSTM_FP16(TWINFUSE_DESCRIBE)
-        TWINFUSE_LSTM_TF32(TWINFUSE_DESCRIBE) TWINFUSE_LSTM_TF32X3(TWINFUSE_DESCRIBE)};
+    TWINFUSE_LSTM_BF16(TWINFUSE_DESCRIBE, TWINFUSE_DESCRIBE)
+        TWINFUSE_LSTM_FP16(TWINFUSE_DESCRIBE, TWINFUSE_DESCRIBE)
+            TWINFUSE_LSTM_TF32(TWINFUSE_DESCRIBE, TWINFUSE_DESCRIBE)
+                TWINFUSE_LSTM_TF32X3(TWINFUSE_DESCRIBE, TWINFUSE_DESCRIBE)};
 #undef TWINFUSE_DESCRIBE
 
 LstmFormat format_of(const Call& call) {
@@ -71,7 +79,13 @@ struct Plan {
 };
 
 const Device::CudaLoaded& loaded(const Call& call, const LstmKernel& kernel) {
-  return call.device.cuda_kernel(kernel.name, kernel.threads, kernel.shared);
+  return call.device.cuda_kernel(kernel.name, kernel.threads, kernel.shared, kernel.cluster());
+}
+
+// Not unless asked for: these kernels have not run on a GPU yet.
+bool may_use_clusters(const Call& call) {
+  const char* wanted = getenv("TWINFUSE_LSTM_CLUSTERS");
+  return wanted && !strcmp(wanted, "1") && call.device.architecture() >= kLeastWithClusters;
 }
 
 // A launch for each step, of blocks so wide that all run at once, or as wide as there are.
@@ -102,7 +116,9 @@ Plan plan_layer(const Call& call, Pass pass, int64_t units, int64_t batch) {
   Plan best;
   for (const LstmKernel& kernel : kLstmKernels) {
     if (kernel.pass != pass || kernel.format != format_of(call) || kernel.width < units) continue;
-    Plan made{&kernel, nullptr, divide(units, kernel.units)};
+    const bool clusters = kernel.reach == kCluster;
+    if (clusters && !may_use_clusters(call)) continue;
+    Plan made{&kernel, nullptr, clusters ? kernel.cluster() : divide(units, kernel.units)};
     try {
       made.loaded = &loaded(call, kernel);
     } catch (const Unsupported&) {
@@ -110,14 +126,16 @@ Plan plan_layer(const Call& call, Pass pass, int64_t units, int64_t batch) {
     }
     if (made.blocks > made.loaded->resident) continue;
     // The tensor cores take eight sequences at a time; alone, more blocks have less to do.
-    const int64_t least = kernel.alone ? 1 : 8;
+    const int64_t least = kernel.reach == kBlock ? 1 : 8;
     const int64_t most = made.loaded->resident / made.blocks;
     made.slices = std::clamp<int64_t>(divide(batch, least), 1, most);
     made.slice = divide(divide(batch, made.slices), least) * least;
     made.slice = std::clamp<int64_t>(made.slice, 1, kernel.most_slice);
     made.slices = std::clamp<int64_t>(divide(batch, made.slice), 1, made.slices);
+    const bool serves_all = made.slice * made.slices >= batch;
+    if (clusters && !serves_all) continue;  // blocks anywhere take more
     if (!best.kernel || made.slice * made.slices > best.slice * best.slices) best = made;
-    if (best.slice * best.slices >= batch || !kernel.alone) break;
+    if (serves_all || kernel.reach == kGrid) break;
   }
   return best;
 }
@@ -169,7 +187,7 @@ const int32_t* offsets(const Call& call, const LstmCall& op) {
     arguments.numbers[arguments.count++] = narrow(row);
     if (t < op.steps) row += sizes[t];
     if (arguments.count < kMost && t < op.steps) continue;
-    launch_cuda(call.device, loaded, "lstm_offsets", Blocks::apart, 1, Shape::kThreads, 0,
+    launch_cuda(call.device, loaded, "lstm_offsets", {Blocks::apart, 1}, Shape::kThreads, 0,
                 &arguments, call.context.stream);
     arguments.count = 0;
   }
@@ -199,11 +217,13 @@ bool is_of_steps(const Plan& plan) {
 }
 
 template <class Arguments>
-void launch(const Call& call, const Plan& plan, const Arguments& arguments, Blocks kind) {
+void launch(const Call& call, const Plan& plan, const Arguments& arguments,
+            Blocks::Waiting waiting) {
   const LstmKernel& kernel = *plan.kernel;
   const int64_t slices = divide(arguments.shared.count, plan.slice);
-  launch_cuda(call.device, *plan.loaded, kernel.name, kind, slices * plan.blocks, kernel.threads,
-              kernel.shared, &arguments, call.context.stream);
+  launch_cuda(call.device, *plan.loaded, kernel.name,
+              {waiting, slices * plan.blocks, kernel.cluster()}, kernel.threads, kernel.shared,
+              &arguments, call.context.stream);
 }
 
 // Single steps read weights again and again, fastest where what they sum over lies side by side:
@@ -247,13 +267,14 @@ void run_layer(const Call& call, const Plan& plan, Arguments* arguments, int64_t
   const int64_t rows = divide(plan.slice, kernel.chunk) * kernel.chunk;
   const int64_t bytes =
       plan.slices * cuda::kExchangeSlots * rows * kernel.depth * cuda::element_size(kernel.format);
-  if (!kernel.alone) to.exchange = call.allocate(bytes);
+  const bool in_memory = kernel.reach == kGrid;
+  if (in_memory) to.exchange = call.allocate(bytes);
   to.slice = narrow(plan.slice), to.blocks = narrow(plan.blocks);
   for (int64_t first = 0; first < batch; first += plan.slice * plan.slices) {
     to.first = narrow(first);
     to.count = narrow(std::min(plan.slice * plan.slices, batch - first));
-    if (!kernel.alone) set_bits(call.device, to.exchange, bytes / 4, call.context.stream);
-    launch(call, plan, *arguments, Blocks::waiting);
+    if (in_memory) set_bits(call.device, to.exchange, bytes / 4, call.context.stream);
+    launch(call, plan, *arguments, kernel.reach == kCluster ? Blocks::clusters : Blocks::all);
   }
 }
 

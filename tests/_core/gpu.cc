@@ -35,7 +35,7 @@ void launch(int index, uintptr_t stream, const char* entry, int threads, uint32_
   const TwinfuseContext context = context_of(index, stream);
   const Current current(context);
   Device& device = current.device();
-  launch_cuda(device, device.cuda_kernel(entry, threads, shared), entry, Blocks::waiting, blocks,
+  launch_cuda(device, device.cuda_kernel(entry, threads, shared), entry, {Blocks::all, blocks},
               threads, shared, arguments.data(), context.stream);
 }
 

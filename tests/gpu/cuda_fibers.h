@@ -6,103 +6,9 @@
 // while it waits, so that a launch in which all wait is found at once.
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
-
-#include <memory>
-#include <random>
-#include <string>
-#include <unordered_map>
-#include <vector>
-
-#include "cuda_stacks.h"
-
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "cuda_memory.h"
 
 namespace twinfuse::fibers {
-
-constexpr int kLanes = 32;
-
-struct Block;
-struct Warp;
-
-// What others need not see yet. Each address is there once: of two values the first may be missed.
-struct Store {
-  uintptr_t address;
-  uint32_t value, size;
-};
-
-struct Fiber {
-  Context context;
-  char* stack = nullptr;
-  Block* block = nullptr;
-  Warp* warp = nullptr;
-  int index = 0;                 // in its block
-  uint64_t looked = UINT64_MAX;  // when it last began to look at memory, in changes of it
-  std::vector<Store> pending;
-  bool slow = false;  // whose stores come through after those of all others
-};
-
-// What a warp computes together: operands of all lanes, and what each gets back.
-struct Operands {
-  uint32_t a[4], b[2];
-  float c[4];
-};
-
-struct Warp {
-  uint32_t ready = ~0u;  // lanes
-  uint32_t spinning = 0;
-  uint64_t seen = 0;  // when these began, in changes of memory
-  int arrived = 0;
-  bool vote = false, voted = false;
-  const char* meeting = nullptr;  // the barrier at which lanes wait
-  int index = 0;
-  Operands lanes[kLanes];
-};
-
-// Bytes of pending stores, which the block sees.
-struct Own {
-  unsigned char bytes[16];
-  uint16_t mask = 0;
-};
-
-struct Block {
-  int index = 0, arrived = 0, ended = 0;
-  std::vector<Warp> warps;
-  Fiber* fibers = nullptr;
-  std::unordered_map<uintptr_t, Own> own;   // by address / 16
-  std::unique_ptr<unsigned char[]> memory;  // with room to align it
-};
-
-// What a test leaves out to see that something is missing then.
-enum Bug { kNone, kNoFence, kNoBlockSync, kNoEmptying };
-
-struct Launch {
-  std::vector<Block> blocks;
-  std::vector<Fiber> fibers;
-  std::minstd_rand random;
-  void (*kernel)(const void*) = nullptr;
-  const void* arguments = nullptr;
-  int threads = 0, live = 0;
-  int turns = 0, choices = 0;  // of this warp, of this block, before another one's turn
-  uint64_t changes = 0;        // of memory that blocks share
-  bool writes_early = false;
-  int bug = kNone;
-  Context main;
-  std::string error;
-#if defined(__SANITIZE_ADDRESS__)
-  const void* main_stack = nullptr;
-  size_t main_size = 0;
-#endif
-};
-
-inline Launch* launch;
-inline Fiber* current;
-
-inline unsigned draw(unsigned below) { return launch->random() % below; }
 
 inline uint32_t ready_lanes(Warp* warp) {
   if (warp->spinning && warp->seen != launch->changes) {
@@ -116,40 +22,6 @@ inline bool may_run(Block* block) {
   for (Warp& warp : block->warps)
     if (ready_lanes(&warp)) return true;
   return false;
-}
-
-// Memory has it now.
-inline void show(Block* block, const Store& store) {
-  memcpy(reinterpret_cast<void*>(store.address), &store.value, store.size);
-  const auto mask = ((1u << store.size) - 1) << store.address % 16;
-  const auto own = block->own.find(store.address / 16);
-  own->second.mask &= static_cast<uint16_t>(~mask);
-  if (!own->second.mask) block->own.erase(own);
-  launch->changes++;
-}
-
-inline void show_pending(Fiber* fiber, size_t i) {
-  const Store store = fiber->pending[i];
-  fiber->pending[i] = fiber->pending.back();
-  fiber->pending.pop_back();
-  show(fiber->block, store);
-}
-
-// Where nobody can go on, some stores come through; whether there were any.
-inline bool let_through() {
-  bool any = false;
-  Fiber* slow = nullptr;
-  for (Fiber& fiber : launch->fibers) {
-    if (fiber.slow && !fiber.pending.empty() && (!slow || draw(3) == 0)) slow = &fiber;
-    for (size_t i = fiber.slow ? 0 : fiber.pending.size(); i-- > 0;) {
-      if (any && draw(2)) continue;
-      show_pending(&fiber, i);
-      any = true;
-    }
-  }
-  if (any || !slow) return any;
-  show_pending(slow, draw(static_cast<unsigned>(slow->pending.size())));
-  return true;
 }
 
 inline Fiber* next_lane(Block* block, Warp* warp, int after) {
@@ -222,24 +94,6 @@ inline void pause() {
   __builtin_unreachable();
 }
 
-inline void store(uintptr_t address, uint32_t value, uint32_t size) {
-  Fiber* self = current;
-  Own& own = self->block->own[address / 16];
-  memcpy(own.bytes + address % 16, &value, size);
-  const auto mask = static_cast<uint16_t>(((1u << size) - 1) << address % 16);
-  const bool again = own.mask & mask;
-  own.mask |= mask;
-  const Store made{address, value, size};
-  for (size_t i = 0; again; i++)
-    if (self->pending[i].address == address) {
-      self->pending[i] = self->pending.back();
-      self->pending.pop_back();
-      break;
-    }
-  if (launch->writes_early && !self->slow && draw(2)) return show(self->block, made);
-  self->pending.push_back(made);
-}
-
 // All that the thread has stored comes through, in any order, before it goes on.
 inline void fence() {
   Fiber* self = current;
@@ -294,6 +148,27 @@ inline void meet_block() {
   yield();
 }
 
+inline uintptr_t memory_of(const Block* block) {
+  return (reinterpret_cast<uintptr_t>(block->memory.get()) + 127) / 128 * 128;
+}
+// The block of this number in the cluster.
+inline Block* peer(int number) {
+  const int own = current->block->index;
+  return &launch->blocks[static_cast<size_t>(own - own % launch->cluster + number)];
+}
+
+inline void meet_cluster() {
+  Block* first = peer(0);
+  current->warp->ready &= ~(1u << current->index % kLanes);
+  if (++first->arrived_of_cluster == launch->threads * launch->cluster) {
+    first->arrived_of_cluster = 0;
+    for (int i = 0; i < launch->cluster; i++)
+      for (Warp& warp : peer(i)->warps) warp.ready = ~0u;
+    launch->turns = 0;
+  }
+  yield();
+}
+
 // Until memory is not what this thread has seen.
 inline void wait_for_others() {
   const bool has_changed = current->looked < launch->changes;
@@ -325,8 +200,8 @@ inline std::string why_stuck() {
 }
 
 // Runs a kernel, and returns what went wrong.
-inline std::string run(void (*kernel)(const void*), const void* arguments, int blocks, int threads,
-                       size_t memory, unsigned seed, int bug) {
+inline std::string run(void (*kernel)(const void*), const void* arguments, int blocks, int cluster,
+                       int threads, size_t memory, unsigned seed, int bug) {
   Launch made;
   launch = &made;
   made.random.seed(seed + 1);
@@ -334,6 +209,8 @@ inline std::string run(void (*kernel)(const void*), const void* arguments, int b
   made.bug = bug;
   made.kernel = kernel, made.arguments = arguments, made.threads = threads;
   made.live = blocks * threads;
+  made.cluster = cluster;
+  if (blocks % cluster) return "blocks are no whole clusters";
   made.blocks.resize(static_cast<size_t>(blocks));
   made.fibers.resize(static_cast<size_t>(made.live));
   char* stack = stacks(made.fibers.size());
@@ -366,6 +243,7 @@ inline std::string run(void (*kernel)(const void*), const void* arguments, int b
   current = nullptr;
   switch_to(&made.main, choose(), false);
   if (made.error.empty() && made.live) made.error = why_stuck();
+  if (made.error.empty() && !made.sent.empty()) made.error = "a block has ended before all came";
   for (const Fiber& fiber : made.fibers)
     if (memcmp(fiber.stack, &kCanary, sizeof kCanary) != 0) made.error = "a stack is too small";
   launch = nullptr;

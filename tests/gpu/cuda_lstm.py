@@ -46,7 +46,8 @@ FLAGS = ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragm
 FLAGS += ["-fno-strict-aliasing", "-shared", "-fPIC", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
 SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 SLOTS = 4  # kExchangeSlots
-BUGS = ("none", "no fence", "no block_sync", "no emptying")  # as cuda_fibers.h has them
+BLOCK, CLUSTER, GRID = range(3)  # LstmReach
+BUGS = ("none", "no fence", "no block_sync", "no emptying", "no wait")  # as cuda_fibers.h has them
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "tf32x3": "float32"}
 
 
@@ -59,7 +60,7 @@ def _names() -> list[str]:
             text.split(f"#define TWINFUSE_LSTM_{name}(")[1].split("#define")[0]
             for name in ("STEPS", bits)
         )
-        for direction, units in re.findall(r"F\(lstm_(\w+)_##format##_(\w+),", listed + steps):
+        for direction, units in re.findall(r"[FC]\(lstm_(\w+)_##format##_(\w+),", listed + steps):
             found += [f"lstm_{direction}_{format}_{units}" for format in formats]
     return found
 
@@ -79,7 +80,7 @@ class Kernel:
     chunk: int
     slice: int
     depth: int
-    alone: int
+    reach: int
     kept: int
     arguments: int
 
@@ -94,6 +95,21 @@ class Kernel:
     @property
     def backward(self) -> bool:
         return self.name.startswith("lstm_backward")
+
+    @property
+    def alone(self) -> bool:
+        """One block has all units of its sequences."""
+        return self.reach == BLOCK
+
+    @property
+    def cluster(self) -> int:
+        """Blocks that run at the same time since they write into each other's memory."""
+        return self.width // self.units if self.reach == CLUSTER else 1
+
+    @property
+    def in_memory(self) -> bool:
+        """Blocks hand over what steps leave by way of the device's memory."""
+        return self.reach == GRID
 
     @property
     def of_steps(self) -> bool:
@@ -145,7 +161,7 @@ def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(build()))
     library.lstm_facts.restype = ctypes.POINTER(CFacts)
     library.run_lstm.argtypes = [
-        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_int,
+        ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_int,
         ctypes.c_char_p, ctypes.c_int,
     ]  # fmt: skip
     return library
@@ -171,11 +187,18 @@ class KernelFailed(Exception):
     """A launch did not end as it should."""
 
 
-def run(kernel: str, arguments: Any, blocks: int = 1, seed: int = 0, bug: str = "none") -> None:
+def run(
+    kernel: str,
+    arguments: Any,
+    blocks: int = 1,
+    cluster: int = 1,
+    seed: int = 0,
+    bug: str = "none",
+) -> None:
     message = ctypes.create_string_buffer(256)
     address = ctypes.addressof(arguments)
     number, size = BUGS.index(bug), len(message)
-    if load().run_lstm(kernel.encode(), address, blocks, seed, number, message, size):
+    if load().run_lstm(kernel.encode(), address, blocks, cluster, seed, number, message, size):
         raise KernelFailed(message.value.decode())
 
 
@@ -213,7 +236,7 @@ class _Call:
         case = problem.case
         assert case.units <= kernel.width
         self.slice = min(way.slice or kernel.slice, case.batch, kernel.slice)
-        self.blocks = -(-case.units // kernel.units)
+        self.blocks = kernel.cluster if kernel.reach == CLUSTER else -(-case.units // kernel.units)
         assert self.blocks == 1 or not kernel.alone
         self.outputs: dict[str, Output] = {}
         hh = problem.operands["weight_hh"]
@@ -243,6 +266,10 @@ class _Call:
     def saved(self, name: str, width: int) -> Operand:
         return self.output(name, (row_count(self.problem.case), width), self.way.saved_layout)
 
+    def run(self, arguments: Any, slices: int) -> None:
+        kernel, blocks = self.kernel, slices * self.blocks
+        run(kernel.name, arguments, blocks, kernel.cluster, self.way.seed, self.bug)
+
     def launch_steps(self, arguments: Any) -> None:
         kernel, case = self.kernel, self.problem.case
         sizes = (case.batch, case.units)
@@ -255,7 +282,7 @@ class _Call:
         behind = kernel.backward and bool(arguments.grad_initial_h.data)
         for self.shared.step in range(case.steps + behind):
             arguments.shared = self.shared
-            run(kernel.name, arguments, slices * self.blocks, self.way.seed, self.bug)
+            self.run(arguments, slices)
         carried.read(f"{kernel.name} carried")
         exchange.read(f"{kernel.name} exchange")
 
@@ -272,10 +299,10 @@ class _Call:
             exchange = Output.poisoned((slices, SLOTS, rows, kernel.depth), self.problem.dtype)
             exchange.operand.view.view(np.uint8)[...] = 0xFF
             self.shared.first, self.shared.count = first, count
-            if not kernel.alone:
+            if kernel.in_memory:
                 self.shared.exchange = _data(exchange.operand)
             arguments.shared = self.shared
-            run(kernel.name, arguments, slices * self.blocks, self.way.seed, self.bug)
+            self.run(arguments, slices)
             exchange.read(f"{kernel.name} exchange")
 
     def results(self) -> dict[str, Array]:

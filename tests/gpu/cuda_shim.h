@@ -59,8 +59,7 @@ inline void warp_sync() {
 inline void spin() { fibers::wait_for_others(); }
 
 inline void* shared_memory() {
-  const auto address = reinterpret_cast<uintptr_t>(fibers::current->block->memory.get());
-  return reinterpret_cast<void*>((address + 127) / 128 * 128);
+  return reinterpret_cast<void*>(fibers::memory_of(fibers::current->block));
 }
 
 inline uint32_t bits_of(float x) {
@@ -199,6 +198,56 @@ inline void fence() {
   if (fibers::launch->bug != fibers::kNoFence) fibers::fence();
 }
 
+// What is expected and has not come yet, in bytes: in the other order it is less than nothing.
+struct alignas(8) Barrier {
+  int32_t missing;
+  uint16_t is_expected, phase;
+};
+inline void begin_barrier(Barrier* barrier) { *barrier = {0, 0, 0}; }
+inline void complete(Barrier* barrier) {
+  if (!barrier->is_expected || barrier->missing) return;
+  barrier->is_expected = 0;
+  barrier->phase++;
+  fibers::launch->changes++;
+}
+inline void expect_bytes(Barrier* barrier, int bytes) {
+  if (barrier->is_expected) fibers::fail("a barrier is told twice what to expect in a phase");
+  barrier->is_expected = 1;
+  barrier->missing += bytes;
+  complete(barrier);
+}
+inline void wait_barrier(Barrier* barrier, int parity) {
+  if (fibers::launch->bug == fibers::kNoWait) return;
+  for (;;) {
+    fibers::current->looked = fibers::launch->changes;
+    if (barrier->phase % 2 != parity) return;
+    fibers::wait_for_others();
+  }
+}
+// Comes there at a time of its own, which no fence binds.
+inline void send(int block, void* to, const uint4& words, Barrier* barrier) {
+  fibers::Block* of = fibers::peer(block);
+  const uintptr_t own = fibers::memory_of(fibers::current->block), there = fibers::memory_of(of);
+  void* const at = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(to) - own + there);
+  const uintptr_t counter = reinterpret_cast<uintptr_t>(barrier) - own + there;
+  fibers::send(of, [at, words, counter] {
+    memcpy(at, &words, sizeof words);
+    auto* const counts = reinterpret_cast<Barrier*>(counter);
+    counts->missing -= static_cast<int32_t>(sizeof words);
+    complete(counts);
+  });
+}
+inline void cluster_sync() { fibers::meet_cluster(); }
+
+inline uint32_t from_lane(uint32_t word, int bits) {
+  fibers::Warp* warp = fibers::current->warp;
+  const int lane = thread_index() % fibers::kLanes;
+  warp->lanes[lane].a[0] = word;
+  fibers::meet_warp("from_lane", [warp] {
+    for (fibers::Operands& own : warp->lanes) own.b[0] = own.a[0];
+  });
+  return warp->lanes[lane ^ bits].b[0];
+}
 inline bool any_of_warp(bool here) {
   fibers::Warp* warp = fibers::current->warp;
   warp->vote |= here;

@@ -25,7 +25,7 @@ Thread::~Thread() {
 
 namespace {
 
-constexpr int kMaxDynamicShared = 8;
+constexpr int kMaxDynamicShared = 8, kLargeClusters = 14;
 
 const std::map<int, std::pair<const char*, const char*>> kErrors = {
     {0, {"CUDA_SUCCESS", "no error"}},
@@ -214,6 +214,10 @@ int cuFuncSetAttribute(void* handle, int attribute, int value) {
   Function* function = find_function(handle);
   REFUSE_IF(!function, kInvalidHandle, "no such function");
   REFUSE_IF(!thread.current(), kInvalidContext, "no context is current");
+  if (attribute == kLargeClusters) {
+    function->most_cluster = value ? 16 : 8;
+    return kSuccess;
+  }
   REFUSE_IF(attribute != kMaxDynamicShared, kInvalidValue, "another attribute");
   const int most = state.devices[function->module->context->device].spec.shared;
   REFUSE_IF(value < 0 || value > most, kInvalidValue, std::to_string(value) + " bytes");

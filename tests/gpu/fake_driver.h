@@ -29,6 +29,7 @@ enum Result : int {
   kCaptureUnsupported = 900,
   kCaptureInvalidated = 901,
   kCaptureImplicit = 906,
+  kInvalidCluster = 912,
 };
 
 enum CaptureMode { kGlobal, kThreadLocal, kRelaxed };
@@ -59,6 +60,7 @@ struct Function {
   uint32_t threads = 0;        // that it was compiled for, or
   bool at_most = false;        // so many and fewer
   uint32_t shared = 48 << 10;  // bytes that a launch may have
+  uint32_t most_cluster = 8;   // blocks of a cluster
 };
 struct Module {
   Context* context;

@@ -11,6 +11,13 @@ namespace {
 constexpr uint32_t kCooperative = 2, kCluster = 4;  // attributes of a launch
 constexpr int kElementSizes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
 
+int at_once(const Context* context) {
+  return state.occupancy * state.devices[context->device].spec.multiprocessors;
+}
+bool has_no_clusters(const Context* context) {
+  return state.devices[context->device].spec.arch < 90;
+}
+
 }  // namespace
 
 extern "C" {
@@ -23,6 +30,22 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* handle, int t
   REFUSE_IF(function->module->context != thread.current(), kInvalidContext, "of another context");
   REFUSE_IF(threads < 1 || threads > 1024, kInvalidValue, "threads " + std::to_string(threads));
   *blocks = shared > function->shared ? 0 : state.occupancy;
+  return kSuccess;
+}
+
+int cuOccupancyMaxActiveClusters(int* clusters, void* handle, const LaunchConfig* config) {
+  ENTER();
+  const Function* function = find_function(handle);
+  REFUSE_IF(!function, kInvalidHandle, "no such function");
+  const Context* context = function->module->context;
+  REFUSE_IF(context != thread.current(), kInvalidContext, "of another context");
+  REFUSE_IF(config->attribute_count != 1 || config->attributes->id != kCluster, kInvalidValue,
+            "no cluster");
+  const uint32_t size = config->attributes->value[0];
+  // The device decides, which is no mistake of the caller.
+  if (!size || size > function->most_cluster || has_no_clusters(context)) return kInvalidCluster;
+  REFUSE_IF(config->shared > function->shared, kInvalidValue, "shared memory");
+  *clusters = at_once(context) / static_cast<int>(size);
   return kSuccess;
 }
 
@@ -114,14 +137,17 @@ int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** arguments,
               "attribute " + text(attribute.id));
     if (attribute.id == kCooperative) {
       launch.cooperative = static_cast<int32_t>(value[0]);
-      const int at_once = state.occupancy * state.devices[context->device].spec.multiprocessors;
-      REFUSE_IF(value[0] && uint64_t{grid[0]} * grid[1] * grid[2] > static_cast<uint64_t>(at_once),
-                kTooLarge, text(grid[0]) + " blocks, " + text(at_once) + " at once");
+      const auto most = static_cast<uint64_t>(at_once(context));
+      REFUSE_IF(value[0] && uint64_t{grid[0]} * grid[1] * grid[2] > most, kTooLarge,
+                text(grid[0]) + " blocks, " + text(most) + " at once");
     } else {
       for (int d = 0; d < 3; d++) {
         REFUSE_IF(!value[d] || grid[d] % value[d], kInvalidValue, "cluster");
         launch.cluster[d] = value[d];
       }
+      const uint32_t size = value[0] * value[1] * value[2];
+      REFUSE_IF(size > function->most_cluster || has_no_clusters(context), kInvalidCluster,
+                "a cluster of " + text(size));
     }
   }
   for (const Parameter& parameter : function->parameters) {

@@ -30,8 +30,11 @@ class Recurrent:
     def __post_init__(self) -> None:
         launch = self.launch
         (argument,) = launch.arguments
-        assert (launch.cooperative, launch.attributes) == (self.waits, self.waits)
-        assert launch.cluster == (0, 0, 0) and launch.grid[1:] == launch.block[1:] == (1, 1)
+        assert launch.attributes == self.waits and launch.cooperative == (
+            self.waits and self.cluster == 1
+        )
+        assert launch.cluster == ((self.cluster, 1, 1) if self.cluster > 1 else (0, 0, 0))
+        assert launch.grid[1:] == launch.block[1:] == (1, 1)
         if self.name == OFFSETS:
             assert len(argument) == ctypes.sizeof(COffsets)
             assert (launch.grid[0], launch.block[0], launch.shared) == (1, 128, 0)
@@ -41,7 +44,7 @@ class Recurrent:
         shared = self.arguments.shared
         assert 0 < shared.units <= kernel.width and shared.first + shared.count <= shared.batch
         assert 0 < shared.slice <= kernel.slice
-        assert shared.blocks == -(-shared.units // kernel.units)
+        assert shared.blocks == max(-(-shared.units // kernel.units), kernel.cluster)
         assert launch.grid[0] == shared.blocks * -(-shared.count // shared.slice)
         if self.of_steps:
             behind = kernel.backward and bool(self.arguments.grad_initial_h.data)
@@ -50,7 +53,7 @@ class Recurrent:
             assert bool(shared.carried) == (shared.steps + behind > 1)
             assert bool(shared.exchange) == (shared.steps > 1 and not kernel.backward)
         else:
-            assert (shared.exchange is None) == bool(kernel.alone)
+            assert bool(shared.exchange) == kernel.in_memory
 
     @property
     def name(self) -> str:
@@ -64,6 +67,10 @@ class Recurrent:
     def waits(self) -> bool:
         """Its blocks do, for each other."""
         return self.name != OFFSETS and not self.of_steps
+
+    @property
+    def cluster(self) -> int:
+        return 1 if self.name == OFFSETS else cuda_lstm.kernels()[self.name].cluster
 
     @property
     def arguments(self) -> CForward | CBackward:
@@ -88,7 +95,7 @@ class Recurrent:
         if self.waits and (at := self.arguments.shared.exchange):
             assert ctypes.string_at(at, self.exchanged) == b"\xff" * self.exchanged
         argument = ctypes.create_string_buffer(self.launch.arguments[0])
-        cuda_lstm.run(self.name, argument, self.launch.grid[0], seed)
+        cuda_lstm.run(self.name, argument, self.launch.grid[0], self.cluster, seed)
 
 
 @dataclass

@@ -75,5 +75,5 @@ class COffsets(ctypes.Structure):
 class CFacts(ctypes.Structure):
     _fields_ = [
         ("name", ctypes.c_char_p),
-        *_numbers(ctypes.c_int32, "threads units width chunk slice depth alone kept arguments"),
+        *_numbers(ctypes.c_int32, "threads units width chunk slice depth reach kept arguments"),
     ]

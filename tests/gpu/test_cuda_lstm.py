@@ -10,9 +10,9 @@ import pytest
 
 from tests.arrays import Array, decode, encode, lay_out
 from tests.gpu.cuda_lstm import (
-    BUGS,
     DTYPES,
     NAMES,
+    Kernel,
     KernelFailed,
     Way,
     backward,
@@ -31,9 +31,9 @@ from tests.rule import assert_same_bits
 FORMATS = tuple(DTYPES)
 every_format = pytest.mark.parametrize("format", FORMATS)
 # By the most units: one block has all of a sequence, or blocks share them.
-ALONE, SHARED = 64, 256
+ALONE, SHARED, CLUSTER = 64, 256, "cluster256"
 STEP, WIDE = "step", "widestep"  # a launch for each step
-every_kind = pytest.mark.parametrize("units", [ALONE, SHARED, STEP, WIDE])
+every_kind = pytest.mark.parametrize("units", [ALONE, SHARED, CLUSTER, STEP, WIDE])
 LAYOUTS = ("transposed", "strided", "padded", "misaligned", "broadcast_rows")
 # Those that the table has with what no such kernel serves.
 MORE = (
@@ -60,11 +60,17 @@ CASES = [
 ]
 
 
+def backward_of(format: str, units: int | str) -> Kernel:
+    """No cluster has room for the gradients of float32."""
+    name = f"lstm_backward_{format}_{units}"
+    return kernels()[name] if name in NAMES else named("backward", format, SHARED)
+
+
 def both(
     problem: Recurrence, format: str, units: int | str, way: Way | None = None
 ) -> dict[str, Array]:
     results = forward(named("forward", format, units), problem, way)
-    return results | backward(named("backward", format, units), problem, results, way)
+    return results | backward(backward_of(format, units), problem, results, way)
 
 
 def assert_same(got: dict[str, Array], expected: dict[str, Array], what: str) -> None:
@@ -77,7 +83,7 @@ def test_cases(case: LstmCase) -> None:
     """In slices, layouts and orders by the case."""
     number = CASES.index(case)
     for k, format in enumerate(FORMATS):
-        kinds = (SHARED, STEP, WIDE, ALONE)[: 3 if case.units > ALONE else 4]
+        kinds = (SHARED, STEP, CLUSTER, WIDE, ALONE)[: 4 if case.units > ALONE else 5]
         units = kinds[(number + k) % len(kinds)]
         layout = ("contiguous", "strided", "transposed")[number % 3]
         way = Way(
@@ -134,7 +140,7 @@ def test_slices_and_launches(batch: int, way: Way, format: str) -> None:
         ),
     ):
         problem = build(case, DTYPES[format])
-        for units in (ALONE, SHARED, STEP, WIDE):
+        for units in (ALONE, SHARED, CLUSTER, STEP, WIDE):
             assert_close(problem, both(problem, format, units, way), format)
 
 
@@ -172,7 +178,7 @@ def test_what_is_not_wanted(units: int | str, format: str) -> None:
     few = forward(kernel, problem, save=False)
     assert few.keys() == {"output", "h_n", "c_n"}
     assert_same(few, everything, "without what is saved")
-    kernel = named("backward", format, units)
+    kernel = backward_of(format, units)
     expected = backward(kernel, problem, everything)
     got = backward(kernel, problem, everything, bias=False)
     assert got.keys() == expected.keys() - {"grad_bias"}
@@ -219,7 +225,12 @@ def test_cells_are_not_rounded_between_steps(units: int | str, format: str) -> N
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
     ("units", "bug"),
-    [*((SHARED, bug) for bug in BUGS[1:]), (STEP, "no block_sync"), (WIDE, "no block_sync")],
+    [
+        (SHARED, "no fence"),
+        (SHARED, "no emptying"),
+        (CLUSTER, "no wait"),
+        *((units, "no block_sync") for units in (SHARED, CLUSTER, STEP, WIDE)),
+    ],
 )
 def test_bugs_are_found(units: int | str, bug: str, direction: str) -> None:
     """What these tests could not see would not be tested."""

@@ -22,6 +22,7 @@ CASES = (
     LstmCase("failures", 2, 300, 3, 20, lengths=(2,) * 290 + (1,) * 10),
     LstmCase("failures_cell", 1, 150, 3, 20, cell=True),
     LstmCase("failures_steps", 2, 40, 3, 70),
+    LstmCase("failures_clusters", 2, 12, 3, 70),
 )
 every_op = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 MOST_CALLS = 400
@@ -32,9 +33,12 @@ def name_of(case: LstmCase) -> str:
 
 
 @pytest.fixture(autouse=True)
-def built(driver: Driver) -> None:
+def built(driver: Driver, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.cuda_kernels():
         skip("nvcc", "this build has no kernels of CUDA C++")
+    if request.node.callspec.params["case"].id == "failures_clusters":
+        monkeypatch.setenv("TWINFUSE_LSTM_CLUSTERS", "1")
+        driver.set_occupancy(6)
 
 
 class Call:
@@ -86,7 +90,9 @@ def test_every_driver_call_may_fail(driver: Driver, case: LstmCase, first: bool)
         names = [launch.entry for launch in driver.launches()]
     assert ("cuModuleLoadData" in wanted) == first
     assert "cuLaunchKernelEx" in wanted
-    assert ("cuMemsetD32Async" in wanted) == (case.id == "failures")
+    assert ("cuMemsetD32Async" in wanted) == (case.id in ("failures", "failures_clusters"))
+    clusters = first and case.id == "failures_clusters"
+    assert ("cuOccupancyMaxActiveClusters" in wanted) == clusters
     seen = set()
     context = driver.new_context()
     for index in range(MOST_CALLS):
@@ -116,5 +122,6 @@ def test_every_allocation_may_fail(driver: Driver, case: LstmCase) -> None:
             break
         assert status == OUT_OF_MEMORY and len(lender.scratch) == index
         assert last_error().startswith(f"{name_of(case)}: ")
-    # Backward gradients of gates, sums, and what is exchanged or carried; a layer forward the last.
-    assert index >= 4 - case.cell
+    # Backward gradients of gates, sums, and what is exchanged or carried; a layer forward the last,
+    # but for clusters.
+    assert index >= 4 - (case.cell or case.id == "failures_clusters")
