@@ -4,20 +4,19 @@
 // of the step after, of all four gates, one gate behind the other.
 #pragma once
 
+#include "cuda/lstm_cells.h"
 #include "cuda/lstm_gates.h"
-#include "cuda/lstm_slice.h"
 
 namespace twinfuse::cuda {
 
 template <class T, class Shape>
-struct LstmBackwardCells : Shape {
-  using Arguments = LstmBackwardArguments;
-  using Element = T;
-  using Shape::kThreads, Shape::kUnits;
+struct LstmBackwardCells : LstmCells<LstmBackwardArguments, T, Shape> {
+  using Base = LstmCells<LstmBackwardArguments, T, Shape>;
+  using Base::kThreads, Base::kUnits;
+  using typename Base::Element, typename Base::Memory;
 
  protected:
-  using Memory = typename Shape::Memory;
-  static constexpr int kCells = Slice<Element, Shape>::kCells;
+  using Base::Base, Base::kCells, Base::p_, Base::s_, Base::memory_;
 
   // Of a cell at a step: what is read of memory, and by what gradients of the output and of c~ are
   // multiplied.
@@ -28,9 +27,6 @@ struct LstmBackwardCells : Shape {
   struct Factors {
     float c_of_h, gates[4], f;
   };
-
-  TWINFUSE_DEVICE LstmBackwardCells(const LstmBackwardArguments& p, Memory& memory)
-      : p_(p), s_(p.shared), memory_(memory) {}
 
   // Before any step.
   TWINFUSE_DEVICE void begin(const Cell& at) {
@@ -164,10 +160,6 @@ struct LstmBackwardCells : Shape {
     for (int gate = 0; gate < 4; gate++)
       to[int64_t{gate} * s_.p.units] = memory_.bias[at.sequence][at.place][gate];
   }
-
-  const LstmBackwardArguments& p_;
-  const Slice<Element, Shape> s_;
-  Memory& memory_;
 };
 
 }  // namespace twinfuse::cuda

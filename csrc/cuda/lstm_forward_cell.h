@@ -4,20 +4,19 @@
 // the next one the other two, so that a thread's sums are the four gates of a unit.
 #pragma once
 
+#include "cuda/lstm_cells.h"
 #include "cuda/lstm_gates.h"
-#include "cuda/lstm_slice.h"
 
 namespace twinfuse::cuda {
 
 template <class T, class Shape>
-struct LstmForwardCells : Shape {
-  using Arguments = LstmForwardArguments;
-  using Element = T;
-  using Shape::kThreads, Shape::kUnits;
+struct LstmForwardCells : LstmCells<LstmForwardArguments, T, Shape> {
+  using Base = LstmCells<LstmForwardArguments, T, Shape>;
+  using Base::kThreads, Base::kUnits;
+  using typename Base::Element, typename Base::Memory;
 
  protected:
-  using Memory = typename Shape::Memory;
-  static constexpr int kCells = Slice<Element, Shape>::kCells;
+  using Base::Base, Base::kCells, Base::p_, Base::s_, Base::memory_;
 
   // Of a cell at a step: what is read of memory, and what is written there.
   struct Given {
@@ -28,9 +27,6 @@ struct LstmForwardCells : Shape {
     float h, c;  // before the step
     float gates[4], output;
   };
-
-  TWINFUSE_DEVICE LstmForwardCells(const LstmForwardArguments& p, Memory& memory)
-      : p_(p), s_(p.shared), memory_(memory) {}
 
   // Where the weights of a row of the block's tiles lie.
   TWINFUSE_DEVICE int64_t weight_row(int row) const {
@@ -152,10 +148,6 @@ struct LstmForwardCells : Shape {
     if (p_.final_h.data) convert(memory_.h[at.sequence][at.place], &s_.at(p_.final_h, at));
     if (p_.final_c.data) convert(memory_.c[at.sequence][at.place], &s_.at(p_.final_c, at));
   }
-
-  const LstmForwardArguments& p_;
-  const Slice<Element, Shape> s_;
-  Memory& memory_;
 
  private:
   TWINFUSE_DEVICE static void advance(int act, int gate, const float (&sums)[4], Made& made,
