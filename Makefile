@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Paths in the repository only: tools must not wander into .venv or build.
 CODE := setup.py csrc pyext tfops tests benchmarks examples
-CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu')
+CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.[ch]' -o -name '*.cu')
 BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE) \
   csrc/embed.py csrc/exports.map $(wildcard csrc/gpu/choices/*.json build/kernels/kernels.json) \
   $(wildcard build/kernels/cuda.json)

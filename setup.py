@@ -38,6 +38,9 @@ if X86:
         "avx512_bf16": f"{_AVX512} -mavx512bf16",
     }
 KERNELS = "csrc/cpu/kernels.cc"
+# Sources of others, in C that is C++, too. Their warnings are not ours to mend.
+THIRD_PARTY = "csrc/third_party"
+THIRD_PARTY_FLAGS = ["-x", "c++", "-w"]
 # What `make kernels` has compiled; a build takes what is there and up to date.
 GPU_KERNELS = "build/kernels"
 NO_GPU_KERNELS = "csrc/gpu/no_kernels.cc"
@@ -191,6 +194,8 @@ class BuildExt(build_ext):
         plain = [path for path in plain if path != ROOT / NO_GPU_KERNELS]
         plain += self._gpu_kernels()
         objects = [ninja.compile(source, flags) for source in plain]
+        foreign = sorted((ROOT / THIRD_PARTY).rglob("*.c"))
+        objects += [ninja.compile(source, [*flags, *THIRD_PARTY_FLAGS]) for source in foreign]
         objects += [
             ninja.compile(kernels, [*flags, f"-DTWINFUSE_ISA={isa}", *options.split()], isa)
             for isa, options in ISAS.items()

@@ -67,6 +67,8 @@ def test_wheel_contents(workspace: Workspace) -> None:
     }
     assert {name for name in names - sources if name.endswith(".py")} == modules
     assert "twinfuse/py.typed" in names
+    licences = {name.partition(".dist-info/licenses/")[2] for name in names}
+    assert licences == {"", "LICENSE", "NOTICE", "csrc/third_party/tinf/LICENSE"}
     assert not [name for name in names if "test" in name]
 
 
