@@ -4,7 +4,7 @@
 `kernels` and makes in `out`
 
     table.cc    the tables that csrc/gpu/kernels.h declares
-    images.S    the machine code of all kernels, as one block
+    images.S    the machine code of all kernels, each file packed by itself, as one block
     images.bin  which images.S includes
 """
 
@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,6 @@ HERE = Path(__file__).resolve().parent
 MEASURED = HERE / "gpu" / "choices"
 SOURCES = "sources.sha256"  # beside kernels.json: of what the kernels were compiled from
 CUDA_SOURCES = "cuda.sha256"  # beside cuda.json
-ALIGNMENT = 64
 READS = {  # of rearrangements
     "vectors": "lines",
     "elements": "strided",
@@ -69,34 +71,21 @@ def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:
     """
     table = json.loads((kernels / "kernels.json").read_text())
     out.mkdir(parents=True, exist_ok=True)
-    image = bytearray()
-    offsets: dict[bytes, int] = {}  # variants that compile to the same code share it
-
-    def place(code: bytes) -> int:
-        if code not in offsets:
-            image.extend(bytes(-len(image) % ALIGNMENT))
-            offsets[code] = len(image)
-            image.extend(code)
-        return offsets[code]
-
+    cuda = [] if without_cuda(kernels) else json.loads((kernels / "cuda.json").read_text())
+    block, images = _pack((kernels / kernel["file"]).read_bytes() for kernel in (*table, *cuda))
     parameters: dict[str, str] = {}
     rows = []
-    for kernel in table:
-        code = (kernels / kernel["file"]).read_bytes()
+    for kernel, image in zip(table, images):
         listed = ", ".join(map(_parameter, kernel["parameters"]))
         name = parameters.setdefault(listed, f"kParameters{len(parameters)}")
-        rows.append(_row(kernel, name, place(code)))
-    cuda = [] if without_cuda(kernels) else json.loads((kernels / "cuda.json").read_text())
-    cuda_rows = []
-    for kernel in cuda:
-        offset = place((kernels / kernel["file"]).read_bytes())
-        values = f'{kernel["arch"]}, "{kernel["entry"]}", {kernel["registers"]}, {offset}'
-        cuda_rows.append(f"    {{{values}}},")
-    digest = hashlib.sha256(image).hexdigest()
-    _replace(out / "images.bin", bytes(image))
-    _replace(
-        out / "images.S", IMAGES.format(digest=digest, alignment=ALIGNMENT, folder=out).encode()
-    )
+        rows.append(_row(kernel, name, image))
+    cuda_rows = [
+        f'    {{{kernel["arch"]}, "{kernel["entry"]}", {kernel["registers"]}, {image}}},'
+        for kernel, image in zip(cuda, images[len(table) :])
+    ]
+    digest = hashlib.sha256(block).hexdigest()
+    _replace(out / "images.bin", block)
+    _replace(out / "images.S", IMAGES.format(digest=digest, folder=out).encode())
     lists = "\n".join(f"const Parameter {name}[] = {{{x}}};" for x, name in parameters.items())
     names = {(kernel["arch"], kernel["name"]) for kernel in table}
     text = TABLE.format(
@@ -112,6 +101,23 @@ def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:
     return [out / "table.cc", out / "images.S"]
 
 
+def pack(code: bytes) -> bytes:
+    """In zlib's format, as csrc/gpu/image.h reads it."""
+    return zlib.compress(code, 9)
+
+
+def _pack(codes: Iterable[bytes]) -> tuple[bytes, list[str]]:
+    """All in one block, and the `Image` of each; what compiles to the same code shares it."""
+    order = list(codes)
+    distinct = list(dict.fromkeys(order))
+    block, images = bytearray(), {}
+    with ThreadPoolExecutor() as pool:  # zlib lets other threads run
+        for code, packed in zip(distinct, pool.map(pack, distinct)):
+            images[code] = f"{{{len(block)}, {len(packed)}, {len(code)}}}"
+            block += packed
+    return bytes(block), [images[code] for code in order]
+
+
 def _parameter(parameter: dict[str, Any]) -> str:
     box = parameter["box"] or []
     values = [
@@ -124,7 +130,7 @@ def _parameter(parameter: dict[str, Any]) -> str:
     return f"{{{', '.join(values)}}}"
 
 
-def _row(kernel: dict[str, Any], parameters: str, offset: int) -> str:
+def _row(kernel: dict[str, Any], parameters: str, image: str) -> str:
     v = kernel["variant"]
     tile = v.get("tile") or {"m": v["rows"], "n": v["cols"], "k": 1}
     function = kernel["entry"].removeprefix("multiply") or "product"
@@ -149,7 +155,7 @@ def _row(kernel: dict[str, Any], parameters: str, offset: int) -> str:
         kernel["shared"],
         parameters,
         len(kernel["parameters"]),
-        offset,
+        image,
         f'"{kernel["entry"]}"',
         f'"{kernel["name"]}"',
     ]
@@ -204,7 +210,6 @@ const char* const kSources = "{sources}";
 IMAGES = """\
 # sha256 of images.bin: {digest}
   .section .rodata
-  .balign {alignment}
   .global twinfuse_images
   .hidden twinfuse_images
 twinfuse_images:

@@ -39,7 +39,7 @@ assert '/$base/' in str(_core.LIBRARY), _core.LIBRARY
 if [ $# -eq 0 ]; then
   # What launches GPU kernels, on the fake driver; the interpreter must be chosen before Triton loads.
   TRITON_INTERPRET=1 "$python" -m pytest -p no:cacheprovider --capture=sys -q \
-    tests/gpu/test_driver_failures.py tests/gpu/test_limits.py
+    tests/gpu/test_driver_failures.py tests/gpu/test_limits.py tests/gpu/test_images.py
   # Kernels that run on the CPU; those of many blocks would need gigabytes of stacks.
   TRITON_INTERPRET=1 "$python" -m pytest -p no:cacheprovider --capture=sys -q \
     -n "${WORKERS:-2}" tests/gpu/test_cuda_lstm.py -k "not _768 and not _1024 and not _1280"

@@ -209,6 +209,11 @@ def test_core_needs_and_shows_nothing_else() -> None:
     assert not {name for name in names if not name.startswith("twinfuse_")}
 
 
+def test_core_is_small() -> None:
+    """Machine code for all architectures would be as large by itself, were it not packed."""
+    assert _core.LIBRARY.stat().st_size < 45e6
+
+
 def test_no_code_of_one_instruction_set_can_serve_another() -> None:
     """Functions that the linker merges by name must carry the name of their instruction set.
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "gpu/compiler.h"
+#include "gpu/image.h"
 #include "gpu/tuning.h"
 
 namespace twinfuse::gpu {
@@ -199,7 +200,7 @@ const Device::Loaded& Device::loaded(const Kernel& kernel) {
 
 const Device::Loaded* Device::load(const Kernel& kernel, Slot& slot) {
   auto made = std::make_unique<Loaded>();
-  const void* image = kImages + kernel.offset;
+  const void* image = nullptr;
   const char* entry = kernel.entry;
   made->warps = kernel.warps;
   made->shared = kernel.shared;
@@ -219,6 +220,11 @@ const Device::Loaded* Device::load(const Kernel& kernel, Slot& slot) {
   }
   const std::lock_guard lock(loading_);
   if (const Loaded* other = slot.load(std::memory_order_relaxed)) return other;
+  std::vector<unsigned char> code;
+  if (rows_.code) {
+    code = unpack(kImages, kernel.image, kernel.name);
+    image = code.data();
+  }
   if (made->refused.empty()) made->function = function(image, entry, made->shared);
   owned_.push_back(std::move(made));
   slot.store(owned_.back().get(), std::memory_order_release);
@@ -256,11 +262,12 @@ const Device::CudaLoaded& Device::cuda_kernel(const char* entry, int threads, ui
 Device::CudaLoaded Device::load(const CudaKernel& kernel, int threads, uint32_t shared,
                                 int cluster) {
   const Relaxed relaxed(driver_);
-  auto module = modules_.find(kernel.offset);
+  auto module = modules_.find(kernel.image.offset);
   if (module == modules_.end()) {
     CUmodule made = nullptr;
-    check(driver_, "cuModuleLoadData", driver_.cuModuleLoadData(&made, kImages + kernel.offset));
-    module = modules_.emplace(kernel.offset, made).first;
+    const auto code = unpack(kImages, kernel.image, kernel.entry);
+    check(driver_, "cuModuleLoadData", driver_.cuModuleLoadData(&made, code.data()));
+    module = modules_.emplace(kernel.image.offset, made).first;
   }
   CudaLoaded loaded;
   check(driver_, "cuModuleGetFunction",

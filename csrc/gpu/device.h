@@ -21,7 +21,7 @@ struct Unsupported : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A call of the driver that failed.
+// A call of the driver that failed, or machine code that cannot be given to it.
 struct DriverError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

@@ -110,6 +110,13 @@ struct Tile {
   int32_t m, n, k;
 };
 
+// Machine code in kImages, each file packed by itself in zlib's format. Kernels may share one.
+struct Image {
+  uint32_t offset;
+  uint32_t packed;  // bytes there
+  uint32_t size;    // bytes of the code
+};
+
 struct Kernel {
   int32_t arch;
   Role role;
@@ -120,7 +127,7 @@ struct Kernel {
   uint32_t shared;    // bytes
   const Parameter* parameters;
   int32_t parameter_count;
-  uint32_t offset;  // of the machine code in kImages
+  Image image;
   const char* entry;
   const char* name;
 };
@@ -130,7 +137,7 @@ struct CudaKernel {
   int32_t arch;
   const char* entry;
   int32_t registers;  // of a thread
-  uint32_t offset;    // of the machine code in kImages, which several kernels may share
+  Image image;
 };
 
 extern const Kernel kKernels[];

@@ -1,4 +1,5 @@
-// Kernels of csrc/cuda, by the functions that the ops call.
+// GPU kernels, by the functions that the ops call.
+#include "gpu/image.h"
 #include "gpu/launch.h"
 #include "modules.h"
 
@@ -19,9 +20,16 @@ py::list kernels() {
   py::list rows;
   for (int i = 0; i < kCudaKernelCount; i++) {
     const CudaKernel& kernel = kCudaKernels[i];
-    rows.append(py::make_tuple(kernel.arch, kernel.entry, kernel.registers, kernel.offset));
+    rows.append(py::make_tuple(kernel.arch, kernel.entry, kernel.registers, kernel.image.offset));
   }
   return rows;
+}
+
+// What `packed` holds, in a buffer that ends where it ends.
+py::bytes unpack_bytes(const std::string& packed, uint32_t size, const char* kernel) {
+  const std::vector<unsigned char> block(packed.begin(), packed.end());
+  const auto code = unpack(block.data(), {0, static_cast<uint32_t>(block.size()), size}, kernel);
+  return py::bytes(reinterpret_cast<const char*>(code.data()), code.size());
 }
 
 int resident(int index, uintptr_t stream, const char* entry, int threads, uint32_t shared) {
@@ -57,6 +65,7 @@ void find(int index, const char* entry) {
 
 void define_gpu(py::module_& m) {
   m.def("cuda_kernels", &kernels);
+  m.def("unpack", &unpack_bytes);
   m.def("cuda_resident", &resident);
   m.def("cuda_launch", &launch);
   m.def("cuda_set_bits", &set_bits_of);

@@ -241,12 +241,12 @@ def test_what_the_core_takes_in(tmp_path: Path) -> None:
     cuda_build.write(tmp_path, kernels, codes, launcher.ROOT / "csrc")
     assert embed.without_cuda(tmp_path) == ""
     table = embedded(tmp_path)
-    for row in ('{90, "alpha", 200, 0}', '{90, "beta", 200, 0}', '{90, "gamma", 200, 64}'):
-        assert row in table
+    packed = [embed.pack(codes[file]) for file in ("cuda/a", "cuda/b")]
+    first, second = (f"{{{at}, {len(x)}, 6}}" for at, x in zip((0, len(packed[0])), packed))
+    for entry, image in (("alpha", first), ("beta", first), ("gamma", second)):
+        assert f'{{90, "{entry}", 200, {image}}}' in table
     assert "const int kCudaKernelCount = 3;" in table
-    assert (tmp_path / "made/images.bin").read_bytes() == codes["cuda/a"].ljust(64, b"\0") + (
-        codes["cuda/b"]
-    )
+    assert (tmp_path / "made/images.bin").read_bytes() == b"".join(packed)
     (tmp_path / embed.CUDA_SOURCES).write_text("of another version\n")
     assert "older than csrc/cuda" in embed.without_cuda(tmp_path)
     assert "const int kCudaKernelCount = 0;" in embedded(tmp_path)

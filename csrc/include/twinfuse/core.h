@@ -35,7 +35,8 @@ typedef enum TwinfuseStatus {
   TWINFUSE_UNSUPPORTED = 2,
   // The framework's allocator returned NULL.
   TWINFUSE_OUT_OF_MEMORY = 3,
-  // The CUDA driver refused a call; the error text is its own.
+  // The CUDA driver refused a call, whose error text is its own, or a kernel's machine code in the
+  // library is damaged.
   TWINFUSE_DRIVER_ERROR = 4,
 } TwinfuseStatus;
 
