@@ -19,7 +19,11 @@ torch = require("torch")
 
 from torch import nn  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: E402
+from torch.distributed.fsdp import (  # noqa: E402
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+)
 from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module  # noqa: E402
 
@@ -123,6 +127,39 @@ def test_a_fused_model_trains_sharded(
     assert isinstance(model, FSDPModule)
 
 
+def flat(model: Any, use_orig_params: bool = False) -> Any:
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(model, device_id=device, use_orig_params=use_orig_params)
+
+
+def flat_with_names(model: Any) -> Any:
+    return flat(model, use_orig_params=True)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP will not all-gather")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel.* is deprecated")
+@pytest.mark.parametrize("make", [linears, convolutions, recurrent])
+@pytest.mark.parametrize(
+    ("wrap", "backend"),
+    [(nn.parallel.DistributedDataParallel, "cpu"), (flat, "unknown"), (flat_with_names, "unknown")],
+)
+def test_a_fused_model_trains_wrapped(
+    make: Any, wrap: Wrap, backend: str, launched: Launched
+) -> None:
+    torch.manual_seed(1)
+    native = make()
+    model = wrap(tft.fuse(copy.deepcopy(native)))
+    expected = trained(native)
+    with launched(""):
+        assert trained(model) == pytest.approx(expected, rel=1e-5)
+    assert backend in {row.backend for row in tft.explain(model)}
+    with launched("", times=0):
+        assert trained(tft.unfuse(model)) == pytest.approx(trained(native), rel=1e-5)
+    late = tft.explain(tft.fuse(wrap(make()), inplace=True))
+    assert {row.reason for row in late} == {LATE.format(type(model).__name__)}
+
+
 def test_a_sharded_batch_norm_is_computed_by_itself() -> None:
     torch.manual_seed(1)
     native = convolutions().eval()
@@ -161,8 +198,6 @@ def test_fuse_leaves_what_was_fused_and_wrapped(launched: Launched) -> None:
         assert [type(module) for module in tft.fuse(whole, inplace=True).modules()] == before
     with launched("linear_relu_forward", times=2):
         model(torch.randn(2, 16))
-    native = nn.parallel.DistributedDataParallel(recurrent())
-    assert {row.reason for row in tft.explain(native)} == {LATE.format("DistributedDataParallel")}
 
 
 def test_a_sharded_model_keeps_its_state_dict() -> None:

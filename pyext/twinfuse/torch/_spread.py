@@ -12,12 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+# Nothing is sharded where nobody has imported this, which takes long.
+_FSDP = "torch.distributed.fsdp"
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on that module itself."""
-    # Nothing is sharded where nobody has imported it, which takes long.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
+    fsdp = sys.modules.get(_FSDP)
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    fsdp = sys.modules.get(_FSDP)
+    sharded = fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel)
+    return sharded or isinstance(module, DistributedDataParallel)
 
 
 def around(model: nn.Module) -> dict[int, str]:
@@ -25,7 +33,7 @@ def around(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for module in model.modules():
         kind = "fully_shard" if is_sharded(module) else ""
-        if isinstance(module, DistributedDataParallel):
+        if _is_wrapper(module):
             kind = type(module).__name__
         if kind:
             found.update(dict.fromkeys(map(id, module.modules()), kind))

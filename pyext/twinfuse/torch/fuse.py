@@ -171,7 +171,7 @@ def explain(model: nn.Module) -> Report:
     report = Report()
     for name, module in model.named_modules():
         if isinstance(module, tuple(kind for kinds in _KINDS[:4] for kind in kinds.values())):
-            report.append(_explain_fused(name, module, spread.get(id(module)) == "fully_shard"))
+            report.append(_explain_fused(name, module, spread.get(id(module), "")))
         elif isinstance(module, tuple(ALONE)):
             op = next(op for kind, op in _ALONE_NAMES.items() if isinstance(module, kind))
             reason = "a subclass may compute something else"
@@ -203,7 +203,12 @@ def _why_native(module: object) -> str:
     return "no ReLU follows"
 
 
-def _explain_fused(name: str, layer: Any, sharded: bool) -> Choice:
+def _explain_fused(name: str, layer: Any, around: str) -> Choice:
+    if around == "FullyShardedDataParallel":
+        names = _NAMES | {ALONE[kind]: op for kind, op in _ALONE_NAMES.items()}
+        op_name = next(op for kind, op in names.items() if isinstance(layer, kind))
+        return Choice(op_name, "unknown", reason=f"{around} holds its weights", where=name)
+    sharded = around == "fully_shard"
     with torch.no_grad():
         if isinstance(layer, (LSTM, LSTMCell)):
             choice = _explain_recurrent(layer, sharded)
