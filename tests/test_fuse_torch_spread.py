@@ -223,13 +223,15 @@ def test_parameters_that_are_dtensors_take_the_reference() -> None:
 
 
 @pytest.mark.allow_fallback
-def test_a_tensor_parallel_layer_takes_the_reference() -> None:
-    mesh = init_device_mesh("cpu", (1,))
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tensor_parallel_layer_takes_the_reference(sharded: bool) -> None:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "parts"))
     torch.manual_seed(1)
     native = linears()
-    model = parallelize_module(
-        tft.fuse(copy.deepcopy(native)), mesh, {"0": ColwiseParallel(), "2.fc": ColwiseParallel()}
-    )
+    plan = {"0": ColwiseParallel(), "2.fc": ColwiseParallel()}
+    model = parallelize_module(tft.fuse(copy.deepcopy(native)), mesh["parts"], plan)
+    if sharded:
+        fully_shard(model, mesh=mesh["replicas"])
     expected = trained(native)
     with pytest.warns(twinfuse.FallbackWarning, match="got a DTensor"):
         assert trained(model) == pytest.approx(expected, rel=1e-5)

@@ -208,7 +208,9 @@ def _explain_fused(name: str, layer: Any, around: str) -> Choice:
         names = _NAMES | {ALONE[kind]: op for kind, op in _ALONE_NAMES.items()}
         op_name = next(op for kind, op in names.items() if isinstance(layer, kind))
         return Choice(op_name, "unknown", reason=f"{around} holds its weights", where=name)
-    sharded = around == "fully_shard"
+    # DTensors that are so by tensor parallelism are so while the layer runs, too.
+    parallel = getattr(layer, "_distribute_module_applied", False)
+    sharded = around == "fully_shard" and not parallel
     with torch.no_grad():
         if isinstance(layer, (LSTM, LSTMCell)):
             choice = _explain_recurrent(layer, sharded)
