@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Paths in the repository only: tools must not wander into .venv or build.
 CODE := setup.py csrc pyext tfops tests benchmarks examples
+# Their blocks of Python are formatted, too.
+TEXT := README.md CONTRIBUTING.md docs
 CXX_CODE = $(shell find csrc pyext tfops tests benchmarks -name '*.cc' -o -name '*.[ch]' -o -name '*.cu')
 BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CXX_CODE) \
   csrc/embed.py csrc/exports.map $(wildcard csrc/gpu/choices/*.json build/kernels/kernels.json) \
@@ -53,13 +55,13 @@ kernels: $(VENV)/dependencies
 
 lint: $(VENV)/dependencies
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff format --check $(CODE) $(TEXT)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_CODE)
 
 format: $(VENV)/dependencies
 	$(BIN)/ruff check --fix $(CODE)
-	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff format $(CODE) $(TEXT)
 	$(BIN)/clang-format -i $(CXX_CODE)
 
 sanitize: setup

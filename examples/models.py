@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from examples.networks import NETWORKS, Recipe, keras_network, torch_network
+
+if TYPE_CHECKING:
+    import torch
 
 # A seed at which no hidden unit of `mlp_784` comes so near to zero on the digits that rounding
 # decides about its ReLU: native runs whose initial weights differ in the last bit then stay within
@@ -44,20 +47,28 @@ class Model(Protocol):
 
 
 class TorchModel:
-    """See `Model`."""
+    """See `Model`. `spread` wraps the network when it has been fused."""
 
-    def __init__(self, network: str, sizes: tuple[int, ...], recipe: Recipe, fused: bool) -> None:
+    def __init__(
+        self,
+        network: str,
+        sizes: tuple[int, ...],
+        recipe: Recipe,
+        fused: bool,
+        spread: Callable[[Any], Any] = lambda network: network,
+    ) -> None:
         import torch
         from torch.nn import functional as F
 
         torch.manual_seed(SEED)
-        self.model = torch_network(network, sizes)
+        self.model: Any = torch_network(network, sizes)
         self.explanation = ""
         if fused:
             import twinfuse.torch as tft
 
             self.model = tft.fuse(self.model)
             self.explanation = str(tft.explain(self.model))
+        self.model = spread(self.model)
         self.parameters = list(self.model.parameters())
         self.optimizer: Any = (
             torch.optim.Adam(self.parameters, recipe.learning_rate)
@@ -90,7 +101,10 @@ class TorchModel:
 
         torch.manual_seed(SEED)  # the same elements are dropped in every model that is asked
         self._backward(inputs, targets)
-        return [p.grad.numpy().copy() for p in self.parameters if p.grad is not None]
+        return [self._array(p.grad) for p in self.parameters if p.grad is not None]
+
+    def _array(self, tensor: torch.Tensor) -> Array:
+        return tensor.detach().numpy().copy()
 
     def predict(self, inputs: Array) -> Array:
         import torch
@@ -100,7 +114,7 @@ class TorchModel:
             return self.model(torch.from_numpy(inputs)).double().numpy()
 
     def weights(self) -> list[Array]:
-        return [p.detach().numpy().copy() for p in self.parameters]
+        return [self._array(p) for p in self.parameters]
 
     def load(self, weights: Sequence[Array]) -> None:
         import torch
@@ -140,12 +154,12 @@ class KerasModel:
     def step(self, inputs: Array, targets: Array) -> float:
         # It returns the mean over all batches since the last reset.
         self.model.reset_metrics()
-        return float(self.model.train_on_batch(_channels_last(inputs), targets))
+        return float(self.model.train_on_batch(channels_last(inputs), targets))
 
     def gradients(self, inputs: Array, targets: Array) -> list[Array]:
         import tensorflow as tf
 
-        inputs = _channels_last(inputs)
+        inputs = channels_last(inputs)
         with tf.GradientTape() as tape:
             outputs = self.model(inputs, training=True)
             loss = self.model.compute_loss(x=inputs, y=targets, y_pred=outputs)
@@ -154,7 +168,7 @@ class KerasModel:
         return [np.asarray(tf.convert_to_tensor(g)) for g in tape.gradient(loss, weights)]
 
     def predict(self, inputs: Array) -> Array:
-        return np.asarray(self.model(_channels_last(inputs)), dtype=np.float64)
+        return np.asarray(self.model(channels_last(inputs)), dtype=np.float64)
 
     def weights(self) -> list[Array]:
         found: list[Array] = self.model.get_weights()
@@ -164,7 +178,7 @@ class KerasModel:
         self.model.set_weights(weights)
 
 
-def _channels_last(inputs: Array) -> Array:
+def channels_last(inputs: Array) -> Array:
     return np.ascontiguousarray(np.moveaxis(inputs, 1, -1)) if inputs.ndim == 4 else inputs
 
 

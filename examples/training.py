@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.models import SEED, build
+from examples.models import SEED, Model, build
 from examples.networks import Recipe
 
 FRAMEWORKS = {"torch": "torch", "keras": "tensorflow"}
@@ -20,6 +20,7 @@ CHECKPOINTS = 10
 
 Labelled = tuple[Any, Any]  # images and labels
 Weights = list[NDArray[Any]]
+Builder = Callable[[str, str, tuple[int, ...], Recipe, bool], Model]  # as `build`
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Data:
         """The same samples in other sizes, of as many elements."""
         inputs, test_inputs = (a.reshape(-1, *sizes) for a in (self.inputs, self.test_inputs))
         return replace(self, inputs=inputs, test_inputs=test_inputs)
+
+    def whole(self, batch: int) -> Data:
+        """As many of the samples to train with as whole batches take."""
+        count = len(self.inputs) // batch * batch
+        return replace(self, inputs=self.inputs[:count], targets=self.targets[:count])
 
     def batches(self, epoch: int, size: int) -> list[NDArray[np.int64]]:
         """Indices of each batch of `epoch`; the same ones whoever asks."""
@@ -120,31 +126,28 @@ def train(
     recipe: Recipe,
     on_epoch: Callable[[], object] = lambda: None,
     weights: Weights | None = None,
+    make: Builder = build,
 ) -> Pair:
     """Train `network` natively and fused; `on_epoch` is called after each epoch of both.
 
-    `weights` are those to begin with, instead of the network's own.
+    `weights` are those to begin with, instead of the network's own; `make` builds the models.
     """
-    native, fused = (
-        _run(framework, network, variant, data, recipe, on_epoch, weights)
-        for variant in (False, True)
-    )
-    apart = _gradient_distance(framework, network, data, recipe, fused)
-    return Pair(network, framework, native, fused, apart)
+    curves = []
+    for fused in (False, True):
+        model = make(framework, network, data.sizes, recipe, fused)
+        if weights is not None:
+            model.load(weights)
+        curves.append(follow(model, data, recipe, on_epoch))
+    native, ours = curves
+    models = [make(framework, network, data.sizes, recipe, fused) for fused in (False, True)]
+    apart = _gradient_distance(models, data, recipe, ours)
+    return Pair(network, framework, native, ours, apart)
 
 
-def _run(
-    framework: str,
-    network: str,
-    fused: bool,
-    data: Data,
-    recipe: Recipe,
-    on_epoch: Callable[[], object],
-    weights: Weights | None,
+def follow(
+    model: Model, data: Data, recipe: Recipe, on_epoch: Callable[[], object] = lambda: None
 ) -> Curve:
-    model = build(framework, network, data.sizes, recipe, fused)
-    if weights is not None:
-        model.load(weights)
+    """Train one model."""
     curve = Curve(explanation=model.explanation, checkpoints={0: model.weights()})
     every = max(1, recipe.epochs // CHECKPOINTS)
     with launches(curve.kernels):
@@ -166,10 +169,7 @@ def _run(
     return curve
 
 
-def _gradient_distance(
-    framework: str, network: str, data: Data, recipe: Recipe, curve: Curve
-) -> float:
-    models = [build(framework, network, data.sizes, recipe, fused) for fused in (False, True)]
+def _gradient_distance(models: Sequence[Model], data: Data, recipe: Recipe, curve: Curve) -> float:
     worst = []
     for epoch, weights in curve.checkpoints.items():
         batch = data.batches(epoch, recipe.batch)[0]

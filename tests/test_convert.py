@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -290,10 +289,3 @@ def test_other_backends_of_keras(backend: str) -> None:
         KERAS_BACKEND=backend,
         TWINFUSE_STRICT="0",
     )
-
-
-@pytest.mark.slow
-def test_the_example_of_the_documents_runs() -> None:
-    text = (ROOT / "docs" / "usage.md").read_text()
-    (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.S) if "twinfuse.convert" in c)
-    run(code)

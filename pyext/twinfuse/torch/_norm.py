@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from twinfuse.torch._spread import is_sharded
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.nn.conv_relu import padded
 
@@ -51,6 +52,8 @@ class _ConvNormReLU(nn.Module):
         """Why convolution and BatchNorm are computed one after the other; empty if they are not."""
         if self.norm is None:
             return "no BatchNorm relies on it"
+        if is_sharded(self.norm):
+            return f"its {type(self.norm).__name__} is sharded by itself"
         if _takes_batches(self.norm):
             return f"its {type(self.norm).__name__} is in training mode, which is not folded"
         dtype = weight.dtype
@@ -60,7 +63,7 @@ class _ConvNormReLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         norm, weight, bias = self.norm, self.weight, self.bias
-        if norm is None or _takes_batches(norm):
+        if norm is None or _stands_alone(norm):
             return self._conv_forward(input, weight, bias)
         mean, var = norm.running_mean, norm.running_var
         # Parameters may change in ways that nothing reports, so they are folded in every call,
@@ -121,7 +124,7 @@ class _FoldedNorm(nn.Module):
         conv = self._twinfuse_partner
         if conv is None:
             return super().forward(input)
-        if conv and isinstance(conv[0], _ConvNormReLU) and not _takes_batches(self):
+        if conv and isinstance(conv[0], _ConvNormReLU) and not _stands_alone(self):
             return input
         return F.relu(super().forward(input))
 
@@ -143,6 +146,11 @@ class FoldedNorm2d(_FoldedNorm, nn.BatchNorm2d):
 def _takes_batches(norm: Any) -> bool:
     """Whether the statistics are those of a batch, which come after the convolution."""
     return norm.training or norm.running_mean is None
+
+
+def _stands_alone(norm: Any) -> bool:
+    """Whether a BatchNorm is computed by itself; sharded, its parameters are not there before."""
+    return _takes_batches(norm) or is_sharded(norm)
 
 
 # What a convolution and a BatchNorm become.

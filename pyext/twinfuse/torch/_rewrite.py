@@ -18,7 +18,6 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 _FUTURE = functools.reduce(
     lambda flags, name: flags | getattr(__future__, name).compiler_flag,
@@ -56,10 +55,11 @@ copyreg.pickle(Rewritten, _reduce)
 
 
 def rewritten_of(kind: type) -> Rewritten | None:
-    """The rewritten class that `kind` is, or that a parametrized module's class derives from."""
-    # A subclass that somebody else wrote has methods of its own, and is no such class.
-    if kind.__module__ == parametrize.__name__ and len(kind.__bases__) == 1:
-        (kind,) = kind.__bases__
+    """The rewritten class that `kind` is, or that a class which torch has made derives from."""
+    # A subclass that somebody else wrote has methods of its own, and is no such class. What torch
+    # makes, for parametrized and for sharded modules, has the module's own class as its last base.
+    if "native" not in vars(kind) and kind.__module__.startswith("torch."):
+        kind = kind.__bases__[-1]
     return kind if isinstance(kind, Rewritten) and "native" in vars(kind) else None
 
 

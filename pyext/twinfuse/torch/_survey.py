@@ -14,7 +14,7 @@ from torch.nn.modules import module as hooked
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from twinfuse.torch import _norm, _rewrite, _trace, _usage
+from twinfuse.torch import _norm, _rewrite, _spread, _trace, _usage
 from twinfuse.torch._held import held
 from twinfuse.torch.nn import LSTM, ConvReLU1d, ConvReLU2d, LinearReLU, LSTMCell
 
@@ -69,6 +69,8 @@ class Survey:
 
     def __post_init__(self) -> None:
         modules = list(self.model.modules())
+        for spread, kind in _spread.around(self.model).items():
+            self.reasons[spread] = f"fuse looks at models before {kind} only"
         self._uses = Counter(
             id(child) for parent in modules for child in parent._modules.values() if child
         )
@@ -77,6 +79,8 @@ class Survey:
         for path, module in _walk(self.model, ()):
             self._paths[id(module)].append(path)
         for parent in modules:
+            if id(parent) in self.reasons:
+                continue
             if _usage.is_plain_sequential(parent):
                 self._look_at_sequence(parent)
             elif not _usage.calls_nothing(parent):

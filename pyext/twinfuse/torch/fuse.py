@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
-from twinfuse.torch import _norm, _rewrite
+from twinfuse.torch import _norm, _rewrite, _spread
 from twinfuse.torch._clamp import CLAMPED
 from twinfuse.torch._held import held
 from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, is_exactly
@@ -78,7 +78,8 @@ def fuse(
 
     Parameters, buffers, names, `state_dict` keys and indices stay as they are, so optimizers and
     checkpoints remain valid. Parametrized and pruned layers are fused as well. Change the
-    architecture of the model, or add hooks to a pair, before fusing or after `unfuse`.
+    architecture of the model, or add hooks to a pair, before fusing or after `unfuse`. What
+    DistributedDataParallel or `fully_shard` already holds is left as it is: fuse first.
 
     Args:
         model: any module. Where a forward method calls a ReLU that is now computed elsewhere, the
@@ -94,7 +95,7 @@ def fuse(
 
     Raises:
         RuntimeError: the outputs for `example_inputs` differ, and the model is then unfused; or
-            `model` cannot be copied.
+            `model` cannot be copied, as one that is sharded cannot.
     """
     if deferred:
         raise NotImplementedError(
@@ -105,8 +106,8 @@ def fuse(
     expected = [] if example_inputs is None else _outputs(model, example_inputs)
     if not inplace:
         model = _copied(model)
-    unfuse(model)
-    for fusion in Survey(model).fusions:
+    survey = Survey(_restored(model, _spread.around(model)))
+    for fusion in survey.fusions:
         for layer, norm, clamped in fusion.layers:
             if norm is None:
                 _become(layer, CLAMPED if clamped else FUSED)
@@ -123,7 +124,8 @@ def fuse(
             native: Any = type(fusion.parent)
             fusion.parent.__class__ = _rewrite.rewritten(native, fusion.calls)
     for module in list(model.modules()):
-        _become(module, ALONE)
+        if id(module) not in survey.reasons:
+            _become(module, ALONE)
     if example_inputs is not None:
         for got, want in zip(_outputs(model, example_inputs), expected, strict=True):
             if not _is_close(got, want):
@@ -137,7 +139,12 @@ def fuse(
 
 def unfuse(model: Model) -> Model:
     """Undo `fuse`, in place: every layer is of its former class again; returns `model`."""
-    for module in list(model.modules()):
+    return _restored(model, ())
+
+
+def _restored(model: Model, but: Container[int]) -> Model:
+    """The model with native layers, but for modules of these ids."""
+    for module in [m for m in model.modules() if id(m) not in but]:
         if vars(module).pop(_MARK, False):
             vars(module).pop(_norm.NORM, None)
             for native, fused in (pair for kinds in _KINDS for pair in kinds.items()):
@@ -155,6 +162,7 @@ def unfuse(model: Model) -> Model:
 def explain(model: nn.Module) -> Report:
     """One row for each layer of `model` that `fuse` knows: fused, or native and why."""
     survey = Survey(model)
+    spread = _spread.around(model)
     fusible = {
         id(module)
         for fusion in survey.fusions
@@ -163,12 +171,13 @@ def explain(model: nn.Module) -> Report:
     report = Report()
     for name, module in model.named_modules():
         if isinstance(module, tuple(kind for kinds in _KINDS[:4] for kind in kinds.values())):
-            report.append(_explain_fused(name, module))
+            report.append(_explain_fused(name, module, spread.get(id(module), "")))
         elif isinstance(module, tuple(ALONE)):
             op = next(op for kind, op in _ALONE_NAMES.items() if isinstance(module, kind))
             reason = "a subclass may compute something else"
             if isinstance(module, nn.Module) and alone(module):
                 reason = "can be fused: call fuse(model)"
+            reason = survey.reasons.get(id(module), reason)
             report.append(Choice(where=name, op=op, backend="native", reason=reason))
         elif isinstance(module, FusedReLU):
             backend = "fused" if module.is_computed else "native"
@@ -194,13 +203,20 @@ def _why_native(module: object) -> str:
     return "no ReLU follows"
 
 
-def _explain_fused(name: str, layer: Any) -> Choice:
+def _explain_fused(name: str, layer: Any, around: str) -> Choice:
+    if around == "FullyShardedDataParallel":
+        names = _NAMES | {ALONE[kind]: op for kind, op in _ALONE_NAMES.items()}
+        op_name = next(op for kind, op in names.items() if isinstance(layer, kind))
+        return Choice(op_name, "unknown", reason=f"{around} holds its weights", where=name)
+    # DTensors that are so by tensor parallelism are so while the layer runs, too.
+    parallel = getattr(layer, "_distribute_module_applied", False)
+    sharded = around == "fully_shard" and not parallel
     with torch.no_grad():
         if isinstance(layer, (LSTM, LSTMCell)):
-            choice = _explain_recurrent(layer)
+            choice = _explain_recurrent(layer, sharded)
             return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
         with _eval_mode(layer):  # in training, reading a weight under spectral_norm changes it
-            weight, bias = layer.weight, layer.bias
+            weight, bias = _as_run([layer.weight, layer.bias], sharded)
         if isinstance(layer, nn.Linear):
             example = weight.new_empty((1, layer.in_features))
             (choice,) = explain_call(linear_relu, example, weight, bias)
@@ -219,21 +235,25 @@ def _explain_fused(name: str, layer: Any) -> Choice:
     return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
 
 
-def _explain_recurrent(layer: Any) -> Choice:
+def _as_run(tensors: list[Any], sharded: bool) -> list[Any]:
+    return [_spread.whole(t) if sharded and t is not None else t for t in tensors]
+
+
+def _explain_recurrent(layer: Any, sharded: bool) -> Choice:
     size = layer.hidden_size
-    parameters = list(layer.parameters())
+    parameters = _as_run(list(layer.parameters()), sharded)
     options = {"activation": layer.activation, "recurrent_activation": layer.recurrent_activation}
     example = parameters[0].new_empty((1, layer.input_size))
     if isinstance(layer, LSTMCell):
         hx = (example.new_empty((1, size)), example.new_empty((1, size)))
-        weights = [
-            getattr(layer, n, None) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        ]
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weights = _as_run([getattr(layer, n, None) for n in names], sharded)
         return explain_call(lstm_cell, example, hx, *weights, **options)[0]
     example = example.unsqueeze(0)
     shape = (layer.num_layers * (1 + layer.bidirectional), 1)
     hx = (example.new_empty((*shape, layer.proj_size or size)), example.new_empty((*shape, size)))
-    call = (example, hx, layer._flat_weights, layer.bias, layer.num_layers)
+    weights = _as_run(layer._flat_weights, sharded)
+    call = (example, hx, weights, layer.bias, layer.num_layers)
     options["bidirectional"] = layer.bidirectional
     return explain_call(lstm, *call, **options)[0]
 
@@ -245,6 +265,12 @@ def _copied(model: Model) -> Model:
     try:
         return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     except Exception as error:
+        for name, module in model.named_modules():
+            if _spread.is_sharded(module):
+                raise RuntimeError(
+                    "fuse: model: expected one that fully_shard has not sharded, or inplace=True, "
+                    f"got a {type(module).__name__} at '{name}': fuse the model, then shard it"
+                ) from error
         raise RuntimeError(
             "fuse: model: expected one that copy.deepcopy can copy, or inplace=True, "
             f"got {type(error).__name__}: {error}"
@@ -294,7 +320,10 @@ def _swap_class(module: nn.Module, old: type, new: type) -> None:
     if type(module) is old:
         module.__class__ = new
         return
-    # A parametrized module has a class of its own, a direct subclass of the original's: removing
-    # the parametrizations restores that class's base, which therefore has to be the new one.
-    members = {k: v for k, v in vars(type(module)).items() if k not in ("__dict__", "__weakref__")}
-    module.__class__ = type(f"Parametrized{new.__name__}", (new,), members)
+    # A parametrized or sharded module has a class of its own, a direct subclass of the original's:
+    # what undoes that restores the class's base, which therefore has to be the new one.
+    derived = type(module)
+    name = derived.__name__.replace(old.__name__, new.__name__)
+    bases = tuple(new if base is old else base for base in derived.__bases__)
+    members = {k: v for k, v in vars(derived).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(name, bases, members)
