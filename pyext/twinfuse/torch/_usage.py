@@ -239,8 +239,9 @@ def used_outside_forward(module: nn.Module, attribute: str) -> str:
     loads = [load for load in loads if not _is_torch(load)]
     if any(_method_name(load) != "forward" for load in loads):
         return f"{type(module).__name__} uses '{attribute}' outside of its forward method"
-    # What a variable or a list holds may be another child in another call.
-    if not all(_is_own(load) and _is_called(load) for load in loads):
+    # What a variable or a list holds may be another child in another call. Comparing is no use.
+    uses = [load for load in loads if not isinstance(_parent(load), ast.Compare)]
+    if not all(_is_own(load) and _is_called(load) for load in uses):
         return f"{type(module).__name__} uses '{attribute}' without calling it"
     return own_methods(module) or _by_reflection(module)
 
@@ -288,7 +289,7 @@ def _hands_itself_on(kind: type) -> str:
 
 
 def _sets_up(node: ast.AST) -> bool:
-    return _method_name(node).strip("_").startswith(("init", "reset"))
+    return _method_name(node).strip("_").startswith(("init", "post_init", "reset"))
 
 
 def _is_self(name: ast.Name) -> bool:
