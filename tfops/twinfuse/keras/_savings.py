@@ -39,10 +39,10 @@ def recorded(model: keras.layers.Layer, inputs: Any) -> dict[int, Sizes]:
     return calls
 
 
-def saving(layer: Any, chain: _graph.Chain | None, calls: Sizes | None) -> Saving:
+def saving(layer: Any, chain: _graph.Chain | None, calls: Sizes) -> Saving:
     """Of a Dense or convolution with a ReLU, in `chain` if in any; next to layers called eagerly.
 
-    `calls` are those that were seen; None where nobody looked.
+    `calls` are those that were seen: none where nobody looked, or a wrapper computes the layer.
     """
     size = int(layer.compute_dtype[-2:]) // 8
     passes = 1 + bool(layer.use_bias)  # Keras adds the bias by an op of its own
@@ -50,6 +50,6 @@ def saving(layer: Any, chain: _graph.Chain | None, calls: Sizes | None) -> Savin
     if chain and chain.norm:
         kernels = passes + 1 - _graph.folding_kernels(chain)
         found = Saving(2 * size * (passes + 1), -2 * size * prod(layer.kernel.shape), kernels)
-    if calls is None or None in calls:
+    if not calls or None in calls:
         return found
     return replace(found, calls=len(calls), elements=sum(n for n in calls if n))

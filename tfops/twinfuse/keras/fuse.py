@@ -102,7 +102,7 @@ def explain(model: keras.layers.Layer, example_inputs: Any = None) -> Report:
     is then that of its calls in this run.
     """
     layers = list(_flatten(model))
-    calls = None if example_inputs is None else _savings.recorded(model, example_inputs)
+    calls = {} if example_inputs is None else _savings.recorded(model, example_inputs)
     roles = _graph.roles(_graph.graphs(layers))
     rows = []
     for parent, layer in _leaves(model, set()):
@@ -110,9 +110,8 @@ def explain(model: keras.layers.Layer, example_inputs: Any = None) -> Report:
         choice = _choice(layer, role)
         saving = None
         if choice[0] not in ("native", "fused", "reference") and not isinstance(layer, _RECURRENT):
-            seen = None if calls is None else calls.get(id(layer), [])
             chain = role.fused[0] if role.fused else None
-            saving = _savings.saving(layer, chain, seen)
+            saving = _savings.saving(layer, chain, calls.get(id(layer), []))
         where = layer.path or layer.name
         rows.append(Choice(type(layer).__name__, *choice, where=where, saving=saving))
     return Report(rows)
