@@ -71,8 +71,9 @@ def fuse(
     """Replace each Linear, Conv1d and Conv2d followed by a ReLU with one fused layer.
 
     Pairs are found in `nn.Sequential` (its subclasses too, unless they have a forward method of
-    their own), and in modules whose forward method has no branches or loops of Python and calls
-    nothing but its children and torch: the ReLU may be a module, `F.relu`, `torch.relu`,
+    their own), nested ones included, and in modules whose forward method has no loops of Python,
+    no branches but on whether an optional child is None, and calls nothing but its children and
+    torch: the ReLU may be a module, `F.relu`, `torch.relu`,
     `x.relu()` or one of them in place; `clamp(min=0)` is fused where no gradients are asked for.
     A BatchNorm between convolution and ReLU is folded into the convolution in eval mode, anew in
     each call; in training mode all three are native. LSTM and LSTMCell are fused by themselves,
