@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,6 @@ from examples.training import Data
 from tests.conftest import Launched, require
 from tests.rule import assert_within_twice
 
-# With an op but linear_relu, and which.
-FUSED = [
-    (name, op) for name, n in NETWORKS.items() for op in ("conv_relu", "lstm") if n.fusible[op]
-]
 BATCH, STEPS, DRAWS = 4, 3, 3
 
 # Sizes of the weights in the order of torch; convolutions [K, C, R, S], products [N, K].
@@ -107,7 +104,10 @@ def random_data(name: str, draw: int = 0) -> Data:
         inputs, targets = random.integers(0, 96, (2, *sizes))
         return Data(inputs, targets, inputs, targets)
     inputs = random.standard_normal(sizes, np.float32)
-    targets = random.integers(0, 10, count)
+    if NETWORKS[name].recipe.loss == "mse":
+        targets = random.standard_normal((count, 1), np.float32)
+    else:
+        targets = random.integers(0, 10, count)
     return Data(inputs, targets, inputs, targets)
 
 
@@ -169,14 +169,22 @@ def whole(model: Any) -> Model:
     return found
 
 
-def errors(trio: Trio, data: Data, network: str, op: str, launched: Launched) -> Iterator[str]:
+@contextmanager
+def all_fusible(network: str, direction: str, launched: Launched) -> Iterator[None]:
+    """Every layer that an op computes runs fused once, and nothing else does."""
+    with ExitStack() as stack:
+        for op, layers in NETWORKS[network].fusible.items():
+            stack.enter_context(launched(f"{op}_{direction}_", layers))
+        yield
+
+
+def errors(trio: Trio, data: Data, network: str, launched: Launched) -> Iterator[str]:
     """What breaks the rule: outputs, gradients, or outputs after some steps of training."""
-    fusible = NETWORKS[network].fusible[op]
     inputs, targets = data.inputs[:BATCH], data.targets[:BATCH]
-    with launched(f"{op}_forward_", fusible):
+    with all_fusible(network, "forward", launched):
         outputs = trio.each(lambda model, x: model.predict(x), inputs)
     yield from broken(outputs, "outputs")
-    with launched(f"{op}_backward_", fusible):
+    with all_fusible(network, "backward", launched):
         gradients = trio.each(lambda model, x: model.gradients(x, targets), inputs)
     for number, found in enumerate(zip(*gradients, strict=True)):
         yield from broken(found, f"gradient {number}")
@@ -195,17 +203,49 @@ def broken(found: Sequence[Any], what: str) -> Iterator[str]:
         yield str(error)
 
 
-@pytest.mark.parametrize(("name", "op"), FUSED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_fused_networks_compute_what_native_ones_do(
-    name: str, op: str, framework: str, launched: Launched
+    name: str, framework: str, launched: Launched
 ) -> None:
     """By the rule, with the native network in float64 as the reference."""
     found = []
     for draw in range(DRAWS):
         trio, data = Trio.build(framework, name), random_data(name, draw)
-        found += list(errors(trio, data, name, op, launched))[:1]
+        found += list(errors(trio, data, name, launched))[:1]
     # Rounding may switch a ReLU or a maximum for one draw; an error shows in all.
     assert len(found) <= DRAWS // 2, found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_unfused_networks_are_native_again(name: str, framework: str, launched: Launched) -> None:
+    """Outputs and gradients, in every bit; and what `explain` says before and after."""
+    network, data = NETWORKS[name], random_data(name)
+
+    def results(model: Model) -> list[NDArray[Any]]:
+        outputs = model.predict(data.inputs[:BATCH])
+        return [outputs, *model.gradients(data.inputs[:BATCH], data.targets[:BATCH])]
+
+    native, fused = (
+        whole(models.build(framework, name, network.inputs, network.recipe, fused))
+        for fused in (False, True)
+    )
+    side: Any = importlib.import_module(f"twinfuse.{framework}")
+    inner: Any = fused
+    computed = sum(row.backend == "cpu" for row in side.explain(inner.model))
+    assert computed == sum(network.fusible.values())
+    side.unfuse(inner.model)
+    rows = side.explain(inner.model)
+    assert rows and {row.backend for row in rows} == {"native"}
+    with launched("", times=0):
+        for ours, theirs in zip(results(fused), results(native), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_linear_regression_is_reported_as_native(framework: str) -> None:
+    network = NETWORKS["linear_regression"]
+    model = models.build(framework, "linear_regression", network.inputs, network.recipe, True)
+    reason = "no ReLU follows" if framework == "torch" else "its activation is linear"
+    assert "native" in model.explanation and reason in model.explanation
 
 
 def test_what_is_dropped_is_dropped_in_both(framework: str) -> None:

@@ -7,21 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Launched, require
-
-tf = require("tensorflow")
-keras = require("keras")
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("needs KERAS_BACKEND=tensorflow", allow_module_level=True)
-
-import twinfuse  # noqa: E402
-import twinfuse.keras as tfk  # noqa: E402
-
-layers = keras.layers
-
-
-def data(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+import twinfuse
+from tests.conftest import Launched
+from tests.keras_on_tensorflow import data, keras, layers, tfk
 
 
 def sequential() -> Any:

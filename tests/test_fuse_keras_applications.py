@@ -11,15 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Launched, require
+from tests.conftest import Launched
+from tests.keras_on_tensorflow import keras, tf, tfk
 from tests.rule import assert_within_twice
-
-tf = require("tensorflow")
-keras = require("keras")
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("needs KERAS_BACKEND=tensorflow", allow_module_level=True)
-
-import twinfuse.keras as tfk  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

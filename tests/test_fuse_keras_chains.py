@@ -8,21 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Launched, require
-
-tf = require("tensorflow")
-keras = require("keras")
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("needs KERAS_BACKEND=tensorflow", allow_module_level=True)
-
-import twinfuse  # noqa: E402
-import twinfuse.keras as tfk  # noqa: E402
-
-layers = keras.layers
-
-
-def data(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
+import twinfuse
+from tests.conftest import Launched
+from tests.keras_on_tensorflow import data, keras, layers, tf, tfk
 
 
 def sequential() -> Any:
@@ -50,6 +38,13 @@ def convolutional() -> Any:
     steps = layers.ReLU()(layers.Conv1D(4, 2, padding="causal")(layers.Reshape((7, 1))(inputs)))
     image = layers.Conv2D(3, 2, 2, padding="same", use_bias=False)(layers.Reshape((7, 2, 2))(steps))
     return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(layers.ReLU()(image))))
+
+
+def operations() -> Any:
+    """ReLUs that are no layers."""
+    inputs = keras.Input((7,))
+    hidden = keras.ops.relu(layers.Dense(7)(inputs))
+    return keras.Model(inputs, layers.Dense(3)(keras.activations.relu(layers.Dense(7)(hidden))))
 
 
 def residual() -> Any:
@@ -101,6 +96,7 @@ MODELS = {
     sequential: 3,
     built_by_a_call: 1,
     convolutional: 2,
+    operations: 2,
     residual: 2,
     shared: 2,
     nested: 2,

@@ -9,16 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Launched, require
-
-tf = require("tensorflow")
-keras = require("keras")
-if keras.backend.backend() != "tensorflow":
-    pytest.skip("needs KERAS_BACKEND=tensorflow", allow_module_level=True)
-
-import twinfuse.keras as tfk  # noqa: E402
-
-layers = keras.layers
+from tests.conftest import Launched
+from tests.keras_on_tensorflow import data, keras, layers, tfk
 
 # What is put on inputs [batch, 2, 5, 3], and how many launches of a layer and of a cell a call has.
 WRAPPERS: dict[str, tuple[Callable[[], list[Any]], int, int]] = {
@@ -51,10 +43,6 @@ WRAPPERS: dict[str, tuple[Callable[[], list[Any]], int, int]] = {
         10,
     ),
 }
-
-
-def data(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng((seed, *shape)).standard_normal(shape).astype(np.float32)
 
 
 def made(name: str) -> Any:

@@ -71,7 +71,7 @@ def run(model: nn.Module) -> tuple[Any, dict[str, Any]]:
     return y, {"input": x.grad, **gradients}
 
 
-MODELS = {"sequential": (mlp, 2), "forward": (OneReLU, 2), "nested": (Blocks, 6)}
+MODELS = {"sequential": (mlp, 2), "forward": (OneReLU, 2), "nested": (Blocks, 7)}
 
 
 @pytest.mark.parametrize("name", MODELS)

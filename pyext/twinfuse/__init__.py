@@ -15,6 +15,7 @@ from twinfuse._backend import (
     FallbackError,
     FallbackWarning,
     Report,
+    Saving,
     strict,
     use_backend,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "FallbackError",
     "FallbackWarning",
     "Report",
+    "Saving",
     "TuneReport",
     "Tuned",
     "__version__",
@@ -53,8 +55,10 @@ def __getattr__(name: str) -> Any:
 def explain(target: Any, *args: Any, **kwargs: Any) -> Report:
     """Say which backend and kernel each op of `target` takes, and why.
 
-    `target` is a torch module, a Keras model or layer, or one of this package's functions followed
-    by the arguments of a call (which is not made). The report prints as a table.
+    `target` is a torch module, or a Keras model or layer, maybe followed by example inputs: with
+    these it is run once, and the estimate of what fused layers save is that of the run. Or it is
+    one of this package's functions followed by the arguments of a call (which is not made). The
+    report prints as a table, and its `records()` are dictionaries.
     """
     describe = getattr(target, "__twinfuse_explain__", None)
     if describe is not None:
@@ -63,11 +67,11 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Report:
     if "keras" in sys.modules and isinstance(target, sys.modules["keras"].layers.Layer):
         import twinfuse.keras
 
-        return twinfuse.keras.explain(target)
+        return twinfuse.keras.explain(target, *args, **kwargs)
     if "torch" in sys.modules and isinstance(target, sys.modules["torch"].nn.Module):
         import twinfuse.torch
 
-        return twinfuse.torch.explain(target)
+        return twinfuse.torch.explain(target, *args, **kwargs)
     raise TypeError(
         "target: expected a torch module, a Keras model or layer, or a twinfuse function, got "
         f"{type(target).__name__}"

@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +25,40 @@ class FallbackError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Saving:
+    """An estimate of what a fused layer does without, going forward, that native ones do.
+
+    A ReLU of its own reads and writes each element of what the layer before it has written, and so
+    do a BatchNorm and, in Keras, the sum with the bias. Folding a BatchNorm into the weights takes
+    a pass over these, and small kernels, which count against it. This is memory traffic and
+    launches, not time: what stays in a cache is moved fast, and `tf.function` and compilers join
+    some of these kernels by themselves.
+    """
+
+    per_element: int  # bytes for each element of the output
+    per_call: int = 0  # more bytes for each call
+    kernels: int = 1  # launches for each call
+    calls: int | None = None  # that were seen, and the elements of their outputs
+    elements: int = 0
+
+    @property
+    def bytes(self) -> int | None:
+        """Of all calls that were seen; None where none were looked at."""
+        if self.calls is None:
+            return None
+        return self.per_element * self.elements + self.per_call * self.calls
+
+    def __str__(self) -> str:
+        if self.bytes is not None and self.calls is not None:
+            return f"{_in_units(self.bytes)}, {_counted(self.kernels * self.calls)}"
+        once = f" {'-' if self.per_call < 0 else '+'} {_in_units(abs(self.per_call))}"
+        return (
+            f"{self.per_element} B an element{once if self.per_call else ''}, "
+            f"{_counted(self.kernels)} a call"
+        )
+
+
+@dataclass(frozen=True)
 class Choice:
     """What one op call takes: a row of `twinfuse.explain`.
 
@@ -38,14 +72,34 @@ class Choice:
     kernel: str = ""
     reason: str = ""
     where: str = ""  # name of the layer inside a model
+    saving: Saving | None = None  # of a fused layer in a model; of LSTMs nothing is estimated
 
 
 class Report(list[Choice]):
     """The rows of `twinfuse.explain`; prints as a table."""
 
     def __str__(self) -> str:
-        header = Choice(where="layer", op="op", backend="backend", kernel="kernel", reason="reason")
-        return as_table((c.where, c.op, c.backend, c.kernel, c.reason) for c in (header, *self))
+        rows = [("layer", "op", "backend", "kernel", "saves", "reason")]
+        rows += [(c.where, c.op, c.backend, c.kernel, str(c.saving or ""), c.reason) for c in self]
+        return as_table(rows)
+
+    def records(self) -> list[dict[str, Any]]:
+        """A dictionary for each row, of what JSON knows; a `saving` has `bytes` as well."""
+        rows = [asdict(choice) for choice in self]
+        for row, choice in zip(rows, self):
+            if choice.saving:
+                row["saving"]["bytes"] = choice.saving.bytes
+        return rows
+
+
+def _in_units(count: int) -> str:
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    unit, size = next((u for u in units.items() if abs(count) >= u[1]), ("B", 1))
+    return f"{count / size:.3g} {unit}" if size > 1 else f"{count} B"
+
+
+def _counted(kernels: int) -> str:
+    return f"{kernels} kernel{'' if abs(kernels) == 1 else 's'}"
 
 
 def as_table(rows: Iterable[tuple[str, ...]]) -> str:

@@ -69,7 +69,7 @@ class _ConvNormReLU(nn.Module):
         # Parameters may change in ways that nothing reports, so they are folded in every call,
         # where that costs less than another pass over the output.
         is_proxy = isinstance(input, fx.Proxy)  # of symbolic tracing, which knows no sizes at all
-        if is_proxy or not self._pays(input, weight) or self.why_native(weight):
+        if is_proxy or not self.pays(input, weight) or self.why_native(weight):
             output = self._conv_forward(input, weight, bias)
             if not is_proxy:
                 norm._check_input_dim(output)
@@ -84,7 +84,13 @@ class _ConvNormReLU(nn.Module):
         weight = weight * scale.reshape(-1, *(1 for _ in weight.shape[1:]))
         return padded(self._op, self, input, weight, shift)
 
-    def _pays(self, input: Tensor, weight: Tensor) -> bool:
+    def why_small(self, weight: Tensor) -> str:
+        """Which inputs are computed natively because to fold the BatchNorm would not pay."""
+        least = max(MIN_INPUTS, MIN_INPUTS_A_WEIGHT * weight.numel())
+        return f"inputs of fewer than {least} elements run natively, where folding costs more"
+
+    def pays(self, input: Tensor, weight: Tensor) -> bool:
+        """Whether folding costs less than it saves."""
         if input.dim() != weight.dim():  # without a batch, whose BatchNorm has another axis or none
             return False
         count, least = input.numel(), MIN_INPUTS_A_WEIGHT * weight.numel()
@@ -100,6 +106,11 @@ class _ConvNormReLU(nn.Module):
         replica = super()._replicate_for_data_parallel()
         replica._twinfuse_partner = ()
         return replica
+
+
+def folding_kernels(norm: Any) -> int:
+    """How many small kernels compute the folded weights."""
+    return 5 + (norm.weight is not None) + (norm.bias is not None)
 
 
 class ConvNormReLU1d(_ConvNormReLU, nn.Conv1d):

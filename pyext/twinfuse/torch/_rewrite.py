@@ -80,7 +80,7 @@ def rewritten(kind: Any, calls: tuple[Call, ...]) -> Any:
 
 @functools.cache
 def _rewritten(kind: Any, forward: FunctionType, calls: tuple[Call, ...]) -> Any:
-    found = _Source(forward).calls if _is_running(forward) else []
+    found = Source(forward).calls if is_running(forward) else []
     if any(
         call.number >= len(found) or ast.unparse(found[call.number]) != call.text for call in calls
     ):
@@ -88,7 +88,7 @@ def _rewritten(kind: Any, forward: FunctionType, calls: tuple[Call, ...]) -> Any
             f"fuse: the forward method of {kind.__name__} is not what it was when the model was "
             "fused: expected one that contains " + ", ".join(call.text for call in calls)
         )
-    source = _Source(forward)
+    source = Source(forward)
     code = source.code({id(source.calls[call.number]): _inner(call) for call in calls})
     without = _with_code(source.original, code, source.original.__globals__)
     members = {
@@ -126,7 +126,7 @@ def why_not(kind: Any) -> str:
         return f"{kind.__name__} has the metaclass {metaclass.__name__}"
     if any("__init_subclass__" in vars(base) for base in kind.__mro__ if base is not object):
         return f"{kind.__name__} registers its subclasses"
-    if not _is_running(kind.forward):
+    if not is_running(kind.forward):
         return f"the source of the forward method of {kind.__name__} is not available"
     return ""
 
@@ -139,7 +139,7 @@ def marked(kind: Any, mark: Callable[[int, Any], Any]) -> FunctionType:
 
 @functools.cache
 def _marked(forward: FunctionType) -> CodeType:
-    source = _Source(forward)
+    source = Source(forward)
 
     def wrap(index: int) -> Callable[[ast.Call], ast.expr]:
         return lambda call: ast.Call(ast.Name(_MARK, ast.Load()), [ast.Constant(index), call], [])
@@ -153,7 +153,7 @@ def call_at(kind: Any, index: int, is_method: bool, literal: bool, child: str = 
     With `literal` only if all other arguments are literals, too: an attribute might change. With
     `child` it is a call of the child of that name.
     """
-    node = _Source(kind.forward).calls[index]
+    node = Source(kind.forward).calls[index]
     call = Call(index, is_method, ast.unparse(node))
     path = _dotted(node.func)
     if child:
@@ -216,10 +216,11 @@ class _Replace(ast.NodeTransformer):
         return (replace(node) or node) if replace else node
 
 
-class _Source:
+class Source:
     """A forward method in the file that it is written in.
 
-    The whole file is compiled each time: names that it imports compile to other code than others.
+    What is compiled is the file without other classes and functions, which take long where there
+    are many; names that it imports compile to other code than others.
     """
 
     def __init__(self, original: FunctionType) -> None:
@@ -227,13 +228,19 @@ class _Source:
         file = original.__code__.co_filename
         lines = linecache.getlines(file, original.__globals__)
         self.tree = ast.parse("".join(lines), file)
-        self.function = next(node for node in ast.walk(self.tree) if self._is_function(node))
+        self.function: Any = next(node for node in ast.walk(self.tree) if self._is_function(node))
+        self.tree.body = [part for part in self.tree.body if self._is_needed(part)]
         self.calls = [node for node in ast.walk(self.function) if isinstance(node, ast.Call)]
 
     def _is_function(self, node: ast.AST) -> bool:
         code = self.original.__code__
         place = (code.co_name, code.co_firstlineno)
         return isinstance(node, ast.FunctionDef) and (node.name, node.lineno) == place
+
+    def _is_needed(self, part: ast.stmt) -> bool:
+        last = part.end_lineno or part.lineno
+        contains = part.lineno <= self.function.lineno <= last
+        return contains or not isinstance(part, (ast.ClassDef, ast.FunctionDef))
 
     def code(self, replacements: Replacements) -> CodeType:
         """Of the method, with some of its calls, by `id`, replaced."""
@@ -254,10 +261,10 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 @functools.cache
-def _is_running(forward: FunctionType) -> bool:
+def is_running(forward: FunctionType) -> bool:
     """Whether the source of a forward method, compiled, is the code that it has."""
     try:
-        source = _Source(forward)
+        source = Source(forward)
         old, new = source.original.__code__, source.code({})
     except (AttributeError, OSError, StopIteration, SyntaxError):
         return False

@@ -45,6 +45,14 @@ Children = Mapping[str, nn.Module | None]
 Path = tuple[tuple[nn.Module, str], ...]  # (ancestor, key of its child), outermost first
 
 
+class Step(NamedTuple):
+    """A child of a Sequential."""
+
+    owner: nn.Module
+    key: str
+    module: nn.Module | None
+
+
 class Layer(NamedTuple):
     module: nn.Module
     norm: nn.Module | None = None  # a BatchNorm between the layer and its ReLU
@@ -71,15 +79,14 @@ class Survey:
         modules = list(self.model.modules())
         for spread, kind in _spread.around(self.model).items():
             self.reasons[spread] = f"fuse looks at models before {kind} only"
-        self._uses = Counter(
-            id(child) for parent in modules for child in parent._modules.values() if child
-        )
+        self._uses = Counter(id(child) for parent in modules for child in parent._modules.values())
         self._held = {id(value) for module in modules for value in held(module)}
         self._paths: dict[int, list[Path]] = defaultdict(list)
         for path, module in _walk(self.model, ()):
             self._paths[id(module)].append(path)
+        self._inside: set[int] = set()  # Sequentials in others, looked at with them
         for parent in modules:
-            if id(parent) in self.reasons:
+            if id(parent) in self.reasons or id(parent) in self._inside:
                 continue
             if _usage.is_plain_sequential(parent):
                 self._look_at_sequence(parent)
@@ -91,23 +98,45 @@ class Survey:
             self.reasons.setdefault(id(module), reason)
 
     def _look_at_sequence(self, parent: nn.Module) -> None:
-        children = list(parent._modules.items())
-        for index, (_, layer) in enumerate(children):
-            norm, (key, relu) = None, (*children, ("", None))[index + 1]
-            if isinstance(relu, _BatchNorm) and index + 2 < len(children):
-                norm, (key, relu) = relu, children[index + 2]
-            if layer and relu and kind_of(layer) and is_exactly(relu, nn.ReLU):
-                reasons = (
-                    self._why_not(layer),
-                    self._why_not_norm(layer, norm),
-                    _why_not_relu(relu),
-                    *map(_reach_into_sequential, self._paths[id(parent)]),
-                    self._why_held(parent, layer, norm, relu),
+        steps = list(self._steps(parent))
+        for index, first in enumerate(steps):
+            behind = steps[index + 1 : index + 3]
+            norm = isinstance(behind[0].module, _BatchNorm) if len(behind) == 2 else False
+            last = behind[norm] if behind else first
+            layer, relu = first.module, last.module
+            if not (layer and relu and kind_of(layer) and is_exactly(relu, nn.ReLU)):
+                continue
+            found = (first, *behind[: norm + 1])
+            found_norm = behind[0].module if norm else None
+            owners = {id(step.owner): step.owner for step in found}.values()
+            reasons = (
+                self._why_not(layer),
+                self._why_not_norm(layer, found_norm),
+                _why_not_relu(relu),
+                *(_reach_into_sequential(path) for o in owners for path in self._paths[id(o)]),
+                *(self._why_held(o, *(step.module for step in found)) for o in owners),
+            )
+            if reason := next(filter(None, reasons), ""):
+                self._refuse((layer, relu), reason)
+            else:
+                self.fusions.append(
+                    Fusion(last.owner, [Layer(layer, found_norm)], {last.key: relu})
                 )
-                if reason := next(filter(None, reasons), ""):
-                    self._refuse((layer, relu), reason)
-                else:
-                    self.fusions.append(Fusion(parent, [Layer(layer, norm)], {key: relu}))
+
+    def _steps(self, parent: nn.Module) -> Iterator[Step]:
+        """What a Sequential calls, one after another, and what Sequentials inside of it call."""
+        for key, child in parent._modules.items():
+            if child is not None and self._is_part(child):
+                self._inside.add(id(child))
+                yield from self._steps(child)
+            else:
+                yield Step(parent, key, child)
+
+    def _is_part(self, child: nn.Module) -> bool:
+        """Whether a child of a Sequential is one, too, that nobody can tell from its parts."""
+        if not _usage.is_plain_sequential(child) or self._uses[id(child)] > 1:
+            return False
+        return not any(getattr(child, hooks) for hooks in _HOOKS)
 
     def _look_at_forward(self, parent: nn.Module) -> None:
         """Find children of which every call is followed by a ReLU, and by nothing else."""

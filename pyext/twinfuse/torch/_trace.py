@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from twinfuse.torch import _rewrite
+from twinfuse.torch import _options, _rewrite
 
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 _TORCH = str(Path(torch.__file__).parent)
@@ -66,15 +66,15 @@ class Traced(NamedTuple):
 def trace(module: nn.Module) -> tuple[Traced | None, str]:
     """The graph of `module`, its children as leaves, if no call can ever take another one.
 
-    That is so when `forward` has no branch and no loop, calls only its children and torch, and
-    changes nothing outside. Otherwise `(None, reason)`.
+    That is so when `forward` has no loop and no branch, but on which children there are, calls only
+    its children and torch, and changes nothing outside. Otherwise `(None, reason)`.
     """
     kind = _rewrite.native(type(module))
     name = kind.__name__
     original = getattr(kind.forward, "__code__", None)
     if original is None or "forward" in vars(module):
         return None, f"the forward method of {name} was replaced"
-    if _changes_or_branches(original):
+    if _changes_or_branches(original) and _changes_or_branches(_options.code_without(module)):
         return (
             None,
             f"the forward method of {name} has branches, loops or assignments to attributes",

@@ -10,6 +10,8 @@ import ast
 import functools
 import inspect
 import textwrap
+from collections import defaultdict
+from collections.abc import Iterable
 from typing import Generic
 
 from torch import nn
@@ -25,6 +27,15 @@ _REFLECTION |= {"get_submodule", "apply"}
 
 # What a list or dictionary of modules gives elements by.
 _ELEMENTS = {"items", "values", "get", "pop", "__getitem__", "__iter__"}
+# Where classes are from that call a module as a whole, if at all: of transformers the bases of its
+# models, not the models.
+_LIBRARIES = (
+    "torch.",
+    "transformers.modeling_utils",
+    "transformers.utils.",
+    "transformers.integrations.",
+    "transformers.distributed.",
+)
 _KNOWN = {nn.Sequential, *_CONTAINERS, nn.Module, object, Generic}
 # Methods of containers that call no element. `__dict__` and `__weakref__` are in all classes.
 _HARMLESS = {"__init__", "extra_repr", "forward", "__dict__", "__weakref__"}
@@ -63,6 +74,11 @@ def own_methods(module: nn.Module) -> str:
     return ""
 
 
+def _is_library(kind: type) -> bool:
+    """Whether a class only loads, saves and sets up modules, by whatever way it reaches them."""
+    return kind.__module__.startswith(_LIBRARIES)
+
+
 def _is_parametrized(kind: type) -> bool:
     return kind.__module__ == parametrize.__name__
 
@@ -80,10 +96,15 @@ def _parsed(kind: type) -> ast.AST | None:
     return tree
 
 
-def _sources(module: nn.Module) -> list[ast.AST | None]:
-    """Of every class that the module inherits methods from, up to `nn.Module`."""
+def _nodes(kind: type) -> Iterable[ast.AST]:
+    tree = _parsed(kind)
+    return ast.walk(tree) if tree else ()
+
+
+def _kinds(module: nn.Module) -> list[type]:
+    """Every class that the module inherits methods from, up to `nn.Module`."""
     kinds = _rewrite.native(type(module)).__mro__
-    return [_parsed(kind) for kind in kinds if kind not in (nn.Module, object)]
+    return [kind for kind in kinds if kind not in (nn.Module, object)]
 
 
 def _parent(node: ast.AST) -> ast.AST:
@@ -110,43 +131,52 @@ def _method_name(node: ast.AST) -> str:
     return method.name if method else ""
 
 
-def _loads(module: nn.Module, attribute: str) -> list[ast.Attribute] | None:
-    """Where methods of `module` read an attribute of that name; None if its source is missing.
+@functools.cache
+def _reads(kind: type) -> dict[str, list[ast.Attribute]] | None:
+    """Where methods of a class read which attributes; None if its source is missing.
 
     `__init__` has run before, and the parameters of a layer stay what they are.
     """
-    loads = []
-    for tree in _sources(module):
-        if tree is None:
-            return None
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Attribute) and node.attr == attribute:
-                outer = _parent(node)
-                while isinstance(outer, ast.Subscript):
-                    outer = _parent(outer)
-                parameter = isinstance(outer, ast.Attribute) and outer.attr in ("weight", "bias")
-                if (
-                    isinstance(node.ctx, ast.Load)
-                    and _method_name(node) != "__init__"
-                    and not parameter
-                ):
-                    loads.append(node)
-    return loads
+    if _parsed(kind) is None:
+        return None
+    reads = defaultdict(list)
+    for node in _nodes(kind):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            outer = _parent(node)
+            while isinstance(outer, ast.Subscript):
+                outer = _parent(outer)
+            parameter = isinstance(outer, ast.Attribute) and outer.attr in ("weight", "bias")
+            if not parameter and _method_name(node) != "__init__":
+                reads[node.attr].append(node)
+    return dict(reads)
+
+
+def _loads(module: nn.Module, attribute: str) -> list[ast.Attribute] | None:
+    """Where methods of `module` read an attribute of that name; None if its source is missing."""
+    reads = [_reads(kind) for kind in _kinds(module)]
+    if None in reads:
+        return None
+    return [load for read in reads for load in (read or {}).get(attribute, ())]
 
 
 def _by_reflection(module: nn.Module) -> str:
-    """Why a method of `module` may reach its children without naming them; empty if none does.
+    """Why a method of `module` may reach its children without naming them; empty if none does."""
+    for kind in _kinds(module):
+        if not _is_library(kind) and (name := _reflection(kind)):
+            return f"{kind.__name__} reaches its children by `{name}`"
+    return ""
+
+
+@functools.cache
+def _reflection(kind: type) -> str:
+    """By what methods of a class may reach children that they do not name; empty if by nothing.
 
     Methods that set parameters up walk over all modules, but call none of them.
     """
-    for kind in _rewrite.native(type(module)).__mro__:
-        tree = None if kind.__module__.startswith("torch.") or kind is object else _parsed(kind)
-        for node in ast.walk(tree) if tree else ():
-            name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
-            method = _method_name(node)
-            sets_up = method.strip("_").startswith(("init", "reset"))
-            if name in _REFLECTION and not sets_up:
-                return f"{kind.__name__} reaches its children by `{name}`"
+    for node in _nodes(kind):
+        name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
+        if name in _REFLECTION and not _sets_up(node):
+            return name
     return ""
 
 
@@ -209,8 +239,9 @@ def used_outside_forward(module: nn.Module, attribute: str) -> str:
     loads = [load for load in loads if not _is_torch(load)]
     if any(_method_name(load) != "forward" for load in loads):
         return f"{type(module).__name__} uses '{attribute}' outside of its forward method"
-    # What a variable or a list holds may be another child in another call.
-    if not all(_is_own(load) and _is_called(load) for load in loads):
+    # What a variable or a list holds may be another child in another call. Comparing is no use.
+    uses = [load for load in loads if not isinstance(_parent(load), ast.Compare)]
+    if not all(_is_own(load) and _is_called(load) for load in uses):
         return f"{type(module).__name__} uses '{attribute}' without calling it"
     return own_methods(module) or _by_reflection(module)
 
@@ -235,23 +266,30 @@ def hands_on(module: nn.Module, attribute: str = "") -> str:
         return ""
     name = type(module).__name__
     loads = _loads(module, attribute) if attribute else []
-    if loads is None or None in _sources(module):
+    if loads is None or any(_parsed(kind) is None for kind in _kinds(module)):
         return f"the source of {name} is not available"
     if attribute and not loads and isinstance(module, (nn.Sequential, *_CONTAINERS)):
         return f"{name} nowhere calls '{attribute}' by its name"
     if not all(_is_torch(load) or _stays(load) for load in loads):
         return f"{name} hands '{attribute}' on"
-    for kind in _rewrite.native(type(module)).__mro__:
-        tree = None if kind.__module__.startswith("torch.") or kind is object else _parsed(kind)
-        for node in ast.walk(tree) if tree else ():
-            is_own = isinstance(node, ast.Name) and _is_self(node) and not _sets_up(node)
-            if is_own and not _stays(node) and not isinstance(_parent(node), ast.Return):
-                return f"{kind.__name__} hands itself on in {_method_name(node)}"
+    for kind in _kinds(module):
+        if not _is_library(kind) and (method := _hands_itself_on(kind)):
+            return f"{kind.__name__} hands itself on in {method}"
+    return ""
+
+
+@functools.cache
+def _hands_itself_on(kind: type) -> str:
+    """The method of a class that gives its own module to others; empty if none does."""
+    for node in _nodes(kind):
+        is_own = isinstance(node, ast.Name) and _is_self(node) and not _sets_up(node)
+        if is_own and not _stays(node) and not isinstance(_parent(node), ast.Return):
+            return _method_name(node)
     return ""
 
 
 def _sets_up(node: ast.AST) -> bool:
-    return _method_name(node).strip("_").startswith(("init", "reset"))
+    return _method_name(node).strip("_").startswith(("init", "post_init", "reset"))
 
 
 def _is_self(name: ast.Name) -> bool:

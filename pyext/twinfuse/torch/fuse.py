@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from twinfuse._backend import Choice, Report
 from twinfuse.torch import _norm, _rewrite, _spread
 from twinfuse.torch._clamp import CLAMPED
 from twinfuse.torch._held import held
+from twinfuse.torch._savings import Call, Calls, recorded, saving
 from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, is_exactly
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.linear_relu import linear_relu
@@ -31,6 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 _NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 _ALONE_NAMES = {nn.LSTM: "lstm", nn.LSTMCell: "lstm_cell"}
 _KINDS = (FUSED, ALONE, CLAMPED, _norm.CONVS, _norm.NORMS)
+_RECURRENT = (LSTM, LSTMCell)
 _MARK = _rewrite.FUSED
 
 
@@ -68,8 +71,9 @@ def fuse(
     """Replace each Linear, Conv1d and Conv2d followed by a ReLU with one fused layer.
 
     Pairs are found in `nn.Sequential` (its subclasses too, unless they have a forward method of
-    their own), and in modules whose forward method has no branches or loops of Python and calls
-    nothing but its children and torch: the ReLU may be a module, `F.relu`, `torch.relu`,
+    their own), nested ones included, and in modules whose forward method has no loops of Python,
+    no branches but on whether an optional child is None, and calls nothing but its children and
+    torch: the ReLU may be a module, `F.relu`, `torch.relu`,
     `x.relu()` or one of them in place; `clamp(min=0)` is fused where no gradients are asked for.
     A BatchNorm between convolution and ReLU is folded into the convolution in eval mode, anew in
     each call; in training mode all three are native. LSTM and LSTMCell are fused by themselves,
@@ -159,8 +163,19 @@ def _restored(model: Model, but: Container[int]) -> Model:
     return model
 
 
-def explain(model: nn.Module) -> Report:
-    """One row for each layer of `model` that `fuse` knows: fused, or native and why."""
+def explain(model: nn.Module, example_inputs: Any = None) -> Report:
+    """One row for each layer of `model` that `fuse` knows: fused, or native and why.
+
+    With `example_inputs`, as `fuse` takes them, the model is run once, in eval mode and without
+    gradients: what a fused layer saves is then that of its calls in this run.
+    """
+    fused = tuple(kind for kinds in _KINDS[:4] for kind in kinds.values())
+    calls: Calls | None = None
+    if example_inputs is not None:
+        calls = recorded(
+            (m for m in model.modules() if isinstance(m, fused) and not isinstance(m, _RECURRENT)),
+            lambda: _outputs(model, example_inputs),
+        )
     survey = Survey(model)
     spread = _spread.around(model)
     fusible = {
@@ -170,8 +185,10 @@ def explain(model: nn.Module) -> Report:
     }
     report = Report()
     for name, module in model.named_modules():
-        if isinstance(module, tuple(kind for kinds in _KINDS[:4] for kind in kinds.values())):
-            report.append(_explain_fused(name, module, spread.get(id(module), "")))
+        if isinstance(module, fused):
+            seen = None if calls is None else calls.get(id(module), [])
+            around = spread.get(id(module), "")
+            report.append(replace(_explain_fused(module, seen, around), where=name))
         elif isinstance(module, tuple(ALONE)):
             op = next(op for kind, op in _ALONE_NAMES.items() if isinstance(module, kind))
             reason = "a subclass may compute something else"
@@ -203,18 +220,17 @@ def _why_native(module: object) -> str:
     return "no ReLU follows"
 
 
-def _explain_fused(name: str, layer: Any, around: str) -> Choice:
+def _explain_fused(layer: Any, calls: list[Call] | None, around: str) -> Choice:
     if around == "FullyShardedDataParallel":
         names = _NAMES | {ALONE[kind]: op for kind, op in _ALONE_NAMES.items()}
         op_name = next(op for kind, op in names.items() if isinstance(layer, kind))
-        return Choice(op_name, "unknown", reason=f"{around} holds its weights", where=name)
+        return Choice(op_name, "unknown", reason=f"{around} holds its weights")
     # DTensors that are so by tensor parallelism are so while the layer runs, too.
     parallel = getattr(layer, "_distribute_module_applied", False)
     sharded = around == "fully_shard" and not parallel
     with torch.no_grad():
-        if isinstance(layer, (LSTM, LSTMCell)):
-            choice = _explain_recurrent(layer, sharded)
-            return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
+        if isinstance(layer, _RECURRENT):
+            return _explain_recurrent(layer, sharded)
         with _eval_mode(layer):  # in training, reading a weight under spectral_norm changes it
             weight, bias = _as_run([layer.weight, layer.bias], sharded)
         if isinstance(layer, nn.Linear):
@@ -222,17 +238,30 @@ def _explain_fused(name: str, layer: Any, around: str) -> Choice:
             (choice,) = explain_call(linear_relu, example, weight, bias)
         else:
             op = conv1d_relu if isinstance(layer, nn.Conv1d) else conv2d_relu
-            if hasattr(layer, _norm.NORM) and (reason := layer.why_native(weight)):
-                native = op.__name__.removesuffix("_relu")
-                return Choice(native, "native", reason=reason, where=name)
+            folds = hasattr(layer, _norm.NORM)
+            if folds and (reason := _why_not_folded(layer, weight, calls)):
+                return Choice(op.__name__.removesuffix("_relu"), "native", reason=reason)
             window = (d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size))
             example = weight.new_empty((1, layer.in_channels, *window))
             options = (layer.stride, "valid", layer.dilation, layer.groups)
             (choice,) = explain_call(op, example, weight, bias, *options)
+            if folds and calls is None and not choice.reason:
+                choice = replace(choice, reason=layer.why_small(weight))
     if isinstance(layer, tuple(CLAMPED.values())) and not choice.reason:
         reason = "where no gradients are asked for: ReLU has others than clamp"
-        return Choice(choice.op, choice.backend, choice.kernel, reason, where=name)
-    return Choice(choice.op, choice.backend, choice.kernel, choice.reason, where=name)
+        choice = replace(choice, reason=reason)
+    if choice.backend == "reference":
+        return choice
+    return replace(choice, saving=saving(layer, weight, calls))
+
+
+def _why_not_folded(layer: Any, weight: Tensor, calls: list[Call] | None) -> str:
+    """Why a convolution and the BatchNorm behind it run natively, in the calls that were seen."""
+    reason: str = layer.why_native(weight)
+    if reason or not calls or any(call.folded for call in calls):
+        return reason
+    small: str = layer.why_small(weight)
+    return small
 
 
 def _as_run(tensors: list[Any], sharded: bool) -> list[Any]:

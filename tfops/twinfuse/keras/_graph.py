@@ -1,8 +1,8 @@
 """Layers that one kernel computes together, in the graphs of functional and Sequential models.
 
-A chain is a Dense or convolution, maybe a BatchNormalization, and a ReLU layer. It is fused in the
-graph of one model, whose layers stay as they are: another model made of them, a saved file or a
-direct call still has the values between them.
+A chain is a Dense or convolution, maybe a BatchNormalization, and a ReLU layer or operation. It is
+fused in the graph of one model, whose layers stay as they are: another model made of them, a saved
+file or a direct call still has the values between them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import keras
+from keras.src.activations.activations import ReLU
 from keras.src.models import Functional
+from keras.src.ops.nn import Relu
 
 from twinfuse.keras import _ops
 from twinfuse.keras.layers import Conv1D, Conv2D, Dense
@@ -32,18 +34,24 @@ _CALLS = {
     for kind in (
         *(*FUSED, *FUSED.values(), keras.layers.LSTM, keras.layers.LSTMCell),
         *(keras.layers.ReLU, keras.layers.Activation, keras.layers.BatchNormalization),
+        *(Relu, ReLU),
     )
 }
+# With bounds and slopes: the layer, and what `keras.activations.relu` leaves in a graph.
+_BOUNDED = (keras.layers.ReLU, ReLU)
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One call of each of some layers, of which only the next one reads the output."""
+    """One call of each of some layers, of which only the next one reads the output.
+
+    The last one may be an operation, `keras.ops.relu` or `keras.activations.relu`.
+    """
 
     nodes: tuple[Any, ...]
 
     @property
-    def layers(self) -> tuple[keras.layers.Layer, ...]:
+    def layers(self) -> tuple[Any, ...]:
         return tuple(node.operation for node in self.nodes)
 
     @property
@@ -109,7 +117,10 @@ class _Fused(keras.layers.Layer):
     def call(self, inputs: Any, training: bool | None = None) -> Any:
         norm = self._chain.norm
         if not (norm and training and norm.trainable) and not unfusable(self._chain):
-            return self._run(inputs)
+            outputs = self._run(inputs)
+            if not isinstance(self._chain.layers[-1], keras.layers.Layer):
+                outputs._keras_mask = None  # an operation passes none on
+            return outputs
         outputs = inputs
         for layer in self._chain.layers:
             outputs = layer(outputs)
@@ -117,6 +128,11 @@ class _Fused(keras.layers.Layer):
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """No mask but what the layers inside have set."""
+
+
+def first_layer(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """The layer itself, or the first of the chain that it stands for in a graph."""
+    return layer._chain.layers[0] if isinstance(layer, _Fused) else layer
 
 
 def graphs(layers: Iterable[keras.layers.Layer]) -> list[Functional]:
@@ -212,13 +228,13 @@ def _chains_from(node: Any, users: dict[int, list[Any]]) -> Iterator[Chain]:
 
 def _ends_chain(operation: Any) -> bool:
     """Whether `operation` is some kind of ReLU; those of other kinds are refused by name."""
-    return type(operation) is keras.layers.ReLU or is_relu(operation)
+    return type(operation) in _BOUNDED or is_relu(operation)
 
 
 def unfusable(chain: Chain) -> str:
     """Why nothing may compute `chain` but its layers one by one; empty when something may."""
     layer, *_, relu = chain.layers
-    if type(relu) is keras.layers.ReLU and not is_relu(relu):
+    if type(relu) in _BOUNDED and not is_relu(relu):
         return f"{relu.name} has a max_value, a negative_slope or a threshold"
     if not (is_linear(layer) and is_relu(relu)):
         return f"{layer.name} and {relu.name} have other activations"
@@ -227,6 +243,8 @@ def unfusable(chain: Chain) -> str:
     for each in chain.layers:
         if has_other_call(each):
             return f"the call method of {each.name} has been replaced"
+        if not isinstance(each, keras.layers.Layer):
+            continue
         if _ops.has_hooks(each):
             return f"{each.name} has hooks"
         if not each.autocast:
@@ -263,8 +281,10 @@ def has_other_call(layer: Any) -> bool:
 
 
 def is_relu(operation: Any) -> bool:
-    """Whether `operation` is a layer that computes max(x, 0) and nothing else."""
-    if type(operation) is keras.layers.ReLU:
+    """Whether `operation`, maybe a layer, computes max(x, 0) and nothing else."""
+    if type(operation) is Relu:
+        return True
+    if type(operation) in _BOUNDED:
         unbounded = operation.max_value is None
         return unbounded and operation.negative_slope == operation.threshold == 0
     return type(operation) is keras.layers.Activation and _ops.is_relu(operation.activation)
@@ -316,3 +336,9 @@ def _folded(layer: Any, norm: Any) -> dict[str, Callable[[], Any]]:
         return norm.beta - mean * scale() if norm.center else -mean * scale()
 
     return {"kernel": lambda: layer.kernel * scale(), "bias": bias, "use_bias": lambda: True}
+
+
+def folding_kernels(chain: Chain) -> int:
+    """How many small kernels compute what `_folded` gives."""
+    layer, norm, _ = chain.layers
+    return 7 + 2 * bool(norm.scale) + (layer.bias is not None)

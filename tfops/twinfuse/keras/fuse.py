@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import keras
 
 from twinfuse._backend import Choice, Report
-from twinfuse.keras import _graph, _lstm_ops, _ops
+from twinfuse.keras import _graph, _lstm_ops, _ops, _savings
 from twinfuse.keras.layers import LSTM, LSTMCell
 
 Model = TypeVar("Model", bound=keras.layers.Layer)
@@ -95,14 +95,25 @@ def unfuse(model: Model) -> Model:
     return model
 
 
-def explain(model: keras.layers.Layer) -> Report:
-    """One row for each layer of `model` that has no layers inside: fused, or native and why."""
-    roles = _graph.roles(_graph.graphs(_flatten(model)))
+def explain(model: keras.layers.Layer, example_inputs: Any = None) -> Report:
+    """One row for each layer of `model` that has no layers inside: fused, or native and why.
+
+    With `example_inputs`, what `model` is called with, it is called once: what a fused layer saves
+    is then that of its calls in this run.
+    """
+    layers = list(_flatten(model))
+    calls = {} if example_inputs is None else _savings.recorded(model, example_inputs)
+    roles = _graph.roles(_graph.graphs(layers))
     rows = []
     for parent, layer in _leaves(model, set()):
         role = roles.get(id(layer)) or _graph.Role(reason=_unseen(layer, parent))
         choice = _choice(layer, role)
-        rows.append(Choice(type(layer).__name__, *choice, where=layer.path or layer.name))
+        saving = None
+        if choice[0] not in ("native", "fused", "reference") and not isinstance(layer, _RECURRENT):
+            chain = role.fused[0] if role.fused else None
+            saving = _savings.saving(layer, chain, calls.get(id(layer), []))
+        where = layer.path or layer.name
+        rows.append(Choice(type(layer).__name__, *choice, where=where, saving=saving))
     return Report(rows)
 
 
