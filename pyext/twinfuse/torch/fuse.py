@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
-from twinfuse.torch import _norm, _rewrite
+from twinfuse.torch import _deferred, _norm, _rewrite
 from twinfuse.torch._clamp import CLAMPED
 from twinfuse.torch._held import held
 from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, is_exactly
@@ -30,7 +30,8 @@ Model = TypeVar("Model", bound=nn.Module)
 # What reports call the layers.
 _NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 _ALONE_NAMES = {nn.LSTM: "lstm", nn.LSTMCell: "lstm_cell"}
-_KINDS = (FUSED, ALONE, CLAMPED, _norm.CONVS, _norm.NORMS)
+_FUSING = (FUSED, ALONE, CLAMPED, _norm.CONVS, _deferred.DEFERRED)
+_KINDS = (*_FUSING, _norm.NORMS)
 _MARK = _rewrite.FUSED
 
 
@@ -89,19 +90,14 @@ def fuse(
             compared.
         inplace: change `model` itself, and return it. Else the result is a copy of `model` with the
             same parameters, buffers and other tensors: training the one trains the other.
-        deferred: also fuse what only a running model shows (forward methods with branches). Not
-            available yet: True raises NotImplementedError.
+        deferred: also fuse each other Linear, in every call, with a ReLU that turns out to be the
+            first to use its output; in any forward method, so long as the ReLU is in that of the
+            same module. Costs time in each call of a Linear that has none.
 
     Raises:
         RuntimeError: the outputs for `example_inputs` differ, and the model is then unfused; or
             `model` cannot be copied.
     """
-    if deferred:
-        raise NotImplementedError(
-            "fuse(deferred=True) is not available in this version: write the layer as "
-            "twinfuse.torch.nn.LinearReLU (ConvReLU1d, ConvReLU2d), or compile the model with "
-            "torch.compile"
-        )
     expected = [] if example_inputs is None else _outputs(model, example_inputs)
     if not inplace:
         model = _copied(model)
@@ -124,6 +120,9 @@ def fuse(
             fusion.parent.__class__ = _rewrite.rewritten(native, fusion.calls)
     for module in list(model.modules()):
         _become(module, ALONE)
+    for layer, owner in list(_deferred.layers_with_owners(model)) if deferred else ():
+        _become(layer, _deferred.DEFERRED)
+        _deferred.defer(layer, owner)
     if example_inputs is not None:
         for got, want in zip(_outputs(model, example_inputs), expected, strict=True):
             if not _is_close(got, want):
@@ -146,6 +145,7 @@ def unfuse(model: Model) -> Model:
         if kind := _rewrite.rewritten_of(type(module)):
             _swap_class(module, kind, kind.native)
         vars(module).pop(_rewrite.LAYERS, None)
+        _deferred.undo(module)
         for key, child in module._modules.items():
             if isinstance(child, FusedReLU):
                 module._modules[key] = child.original
@@ -160,9 +160,12 @@ def explain(model: nn.Module) -> Report:
         for fusion in survey.fusions
         for module in (*(layer.module for layer in fusion.layers), *fusion.relus.values())
     }
+    before = "no Linear, Conv1d or Conv2d before it"
+    if any(isinstance(module, _deferred.DeferredLinear) for module in model.modules()):
+        before = "by itself, unless it is the first to use the output of a deferred Linear"
     report = Report()
     for name, module in model.named_modules():
-        if isinstance(module, tuple(kind for kinds in _KINDS[:4] for kind in kinds.values())):
+        if isinstance(module, tuple(kind for kinds in _FUSING for kind in kinds.values())):
             report.append(_explain_fused(name, module))
         elif isinstance(module, tuple(ALONE)):
             op = next(op for kind, op in _ALONE_NAMES.items() if isinstance(module, kind))
@@ -176,21 +179,21 @@ def explain(model: nn.Module) -> Report:
             report.append(Choice(where=name, op="relu", backend=backend, reason=reason))
         elif isinstance(module, (*_NAMES, nn.ReLU)):
             op = next((op for kind, op in _NAMES.items() if isinstance(module, kind)), "relu")
-            reason = survey.reasons.get(id(module), _why_native(module))
+            reason = survey.reasons.get(id(module), _why_native(module, before))
             if id(module) in fusible:
                 reason = "can be fused: call fuse(model)"
             report.append(Choice(where=name, op=op, backend="native", reason=reason))
     return report
 
 
-def _why_native(module: object) -> str:
-    """Why a module is in no pattern, where the survey has not said so."""
+def _why_native(module: object, before: str) -> str:
+    """Why a module is in no pattern, where the survey has not said so; `before`: of ReLUs."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it has no weight yet: call the model once, then fuse it"
     if type(module) not in (*_NAMES, nn.ReLU):
         return "a subclass may compute something else"
     if isinstance(module, nn.ReLU):
-        return "no Linear, Conv1d or Conv2d before it"
+        return before
     return "no ReLU follows"
 
 
@@ -213,6 +216,9 @@ def _explain_fused(name: str, layer: Any) -> Choice:
             example = weight.new_empty((1, layer.in_channels, *window))
             options = (layer.stride, "valid", layer.dilation, layer.groups)
             (choice,) = explain_call(op, example, weight, bias, *options)
+    if isinstance(layer, _deferred.DeferredLinear) and choice.backend != "reference":
+        reason = layer.uses.described()
+        return Choice("linear", "deferred", choice.kernel, reason, where=name)
     if isinstance(layer, tuple(CLAMPED.values())) and not choice.reason:
         reason = "where no gradients are asked for: ReLU has others than clamp"
         return Choice(choice.op, choice.backend, choice.kernel, reason, where=name)
