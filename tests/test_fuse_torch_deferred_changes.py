@@ -13,7 +13,7 @@ torch = require("torch")
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
-from tests.deferred_models import Dirty, Exp, Same, Straight, inputs, probes  # noqa: E402
+from tests.deferred_models import Dirty, Exp, Same, Straight, inputs, probes, run  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +149,31 @@ def test_saved_values_of_constants_are_guarded() -> None:
 
         with pytest.raises(RuntimeError, match=r"modified by an inplace|deferred Linear"):
             model(inputs().detach(), use).sum().backward()
+
+
+def test_values_that_cpp_changes_are_changed_for_python() -> None:
+    """As collectives do, called below `torch.distributed`."""
+
+    def use(z: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            z.detach().add_(1)
+        y = z * 2
+        with torch._C.DisableTorchFunctionSubclass():
+            z.detach().add_(1)
+        return y + z
+
+    native, ours = probes()
+    x = inputs()
+    torch.testing.assert_close(run(ours, x, use), run(native, x, use))
+
+
+def test_other_tensors_may_change_by_it() -> None:
+    def use(z: Any) -> Any:
+        total = torch.zeros(5, 6, dtype=z.dtype)
+        with torch._C.DisableTorchFunctionSubclass():
+            total.add_(z)
+        return total * F.relu(z)
+
+    native, ours = probes()
+    x = inputs()
+    torch.testing.assert_close(run(ours, x, use), run(native, x, use))

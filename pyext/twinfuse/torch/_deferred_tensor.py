@@ -142,15 +142,15 @@ class Deferred(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None
-        if type(first) is Deferred:
-            kept = first._call.kept
-            if func in _OWN or (func in _METADATA and kept is None):
+        if call := _call(first):
+            if func in _OWN or (func in _METADATA and call.kept is None):
                 with _without_overrides():
                     return func(*args, **kwargs)
-            if func in _RELUS and (output := _relu(first, func, args, kwargs)) is not None:
+            if func in _RELUS and (output := _relu(first, call, func, args, kwargs)) is not None:
                 return output
         for lazy in _observed(func, args, kwargs):
-            if lazy._call.is_fused or settled(lazy) is not lazy:
+            call = _call(lazy)
+            if (call and call.is_fused) or settled(lazy) is not lazy:
                 name = resolve_name(func) or func.__name__
                 raise RuntimeError(
                     f"{name}: expected the output of a deferred Linear before it is used, got one "
@@ -185,13 +185,13 @@ def settled(lazy: Tensor) -> Tensor:
     Raises:
         RuntimeError: what it is computed from is not what it was.
     """
-    if type(lazy) is not Deferred:
+    call = _call(lazy)
+    if call is None:
         return lazy
-    call = lazy._call
     with call.lock:
-        if type(lazy) is not Deferred:  # another thread had the lock
+        if _call(lazy) is None:  # another thread had the lock
             return lazy
-        _check(lazy)
+        _check(lazy, call)
         if call.kept is not None:
             return call.kept
         plain = call.plain()
@@ -205,6 +205,11 @@ def settled(lazy: Tensor) -> Tensor:
         return call.keep(plain)
 
 
+def _call(value: Any) -> Call | None:
+    """What a tensor waits for, if it does."""
+    return vars(value).get("_call") if type(value) is Deferred else None
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list, dict)):
         return tree_map_only(Deferred, settled, value)
@@ -215,7 +220,7 @@ def _raw(lazy: Deferred) -> Tensor:
     """The values for C++, below the graph."""
     call = lazy._call
     with call.lock:
-        _check(lazy)
+        _check(lazy, call)
         if call.kept is not None:
             return call.kept.detach()
         if call.raw is None:
@@ -235,7 +240,7 @@ def _observed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> li
 
 
 def _relu(
-    lazy: Deferred, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    lazy: Any, call: Call, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tensor | None:
     """The result of a ReLU in one with the call; None where the two must not be."""
     limits = (args, kwargs) if func in _CLAMPS or func in _CLAMPS_IN_PLACE else None
@@ -244,12 +249,11 @@ def _relu(
     outside = torch.is_inference_mode_enabled() or not torch.is_grad_enabled()
     if in_place and outside and (lazy.requires_grad or torch.is_inference_mode_enabled()):
         return None
-    call = lazy._call
     with call.lock:
-        seen = type(lazy) is not Deferred or call.kept is not None or call.raw is not None
+        seen = _call(lazy) is None or call.kept is not None or call.raw is not None
         if seen or (in_place and _is_shared(lazy)):
             return None
-        _check(lazy)
+        _check(lazy, call)
         output = call.relu(limits)
         if output is not None and in_place:
             return lazy if _exchange(lazy, output) else None
@@ -257,9 +261,8 @@ def _relu(
         return output
 
 
-def _check(lazy: Deferred) -> None:
+def _check(lazy: Tensor, call: Call) -> None:
     """Refuse values that others have changed, or have and would have to know as changed."""
-    call = lazy._call
     with _without_overrides():
         node = lazy.grad_fn
     if node is not (call.node and call.node()):
@@ -275,7 +278,7 @@ def _is_shared(lazy: Tensor) -> bool:
     return bool(lazy._use_count() > 1)  # type: ignore[attr-defined]
 
 
-def _exchange(lazy: Deferred, plain: Tensor) -> bool:
+def _exchange(lazy: Tensor, plain: Tensor) -> bool:
     """Let two objects change what they are; not if C++ has the first."""
     if _is_shared(lazy):
         return False
@@ -283,8 +286,9 @@ def _exchange(lazy: Deferred, plain: Tensor) -> bool:
         torch._C._swap_tensor_impl(lazy, plain)
     except RuntimeError:  # C++ has a weak reference
         return False
+    # In this order other threads never see the class of plain tensors on what waits.
     waiting: Any = plain
-    waiting.__class__, waiting._call = Deferred, lazy._call
+    waiting.__class__, waiting._call = Deferred, _call(lazy)
     done: Any = lazy
     done.__class__ = Tensor
     del done._call
