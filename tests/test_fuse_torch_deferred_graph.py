@@ -37,6 +37,15 @@ def _seed() -> None:
     torch.manual_seed(7)
 
 
+def as_array(z: Any) -> Any:
+    """Zeros, if it were left a wrapper of a transform."""
+    return (
+        z.requires_grad * z
+        + torch.from_numpy(z.detach().numpy()) * (z.data_ptr() > 0)
+        + torch.tensor(z.tolist())
+    )
+
+
 def with_hook(z: Any) -> Any:
     z.register_hook(lambda grad: grad * 5)
     return F.relu(z)
@@ -84,12 +93,12 @@ GRAPHS = {
     "in_place_in_inference": lambda z: (torch.inference_mode()(F.relu_)(z), z)[1] * 2,
     "plain_in_inference": lambda z: (torch.inference_mode()(torch.sum)(z), z)[1] * 2,
     "plain_without_grad": lambda z: (torch.no_grad()(torch.sum)(z), z)[1] * 2,
-    "autocast_before_relu": lambda z: torch.autocast("cpu", torch.bfloat16)(F.relu)(z),
-    "autocast_before_value": lambda z: torch.autocast("cpu", torch.bfloat16)(torch.sin)(z),
     "vmap": lambda z: torch.vmap(lambda row: row * z.sum())(z),
     "vmap_of_captured": lambda z: torch.vmap(lambda row: row + F.relu(z[0]))(
         torch.ones(3, 6).double()
     ),
+    "outside_of_vmap": lambda z: torch.vmap(lambda s: s * z)(torch.ones(2)).sum() * as_array(z),
+    "outside_of_grad": lambda z: torch.func.grad(lambda s: (s * z).sum())(z[0, 0]) * as_array(z),
     "relu_in_vmap": lambda z: torch.vmap(lambda s: s * F.relu(z))(torch.ones(3).double()) + z,
     "func_grad": lambda z: torch.func.grad(lambda t: (t * z).sum())(torch.ones_like(z)) + z,
     "jvp": lambda z: torch.func.jvp(lambda t: t * F.relu(z), (z,), (torch.ones_like(z),))[1] + z,
@@ -107,6 +116,17 @@ def test_graphs(name: str) -> None:
     expected, got = run(native, x, use), run(ours, x, use)
     assert got[0].requires_grad == expected[0].requires_grad
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [F.relu, torch.sin, F.relu_, Exp.apply])
+def test_autocast_that_begins_after_the_linear(function: Any, launched: Launched) -> None:
+    native, ours = probes(dtype=torch.float32)
+    x = inputs(dtype=torch.float32)
+    use = torch.autocast("cpu", torch.bfloat16)(function)
+    with launched(FORWARD, times=0):
+        expected, got = run(native, x, use), run(ours, x, use)
+    assert got[0].dtype == expected[0].dtype == torch.float32
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["exp_and_relu", "relu_and_exp", "same", "straight_and_relu"])

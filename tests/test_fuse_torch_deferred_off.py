@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
 from tests.deferred_models import Decoder, Probe, inputs, probes, run  # noqa: E402
-from twinfuse.torch._deferred import _open  # noqa: E402
+from twinfuse.torch._deferred import Uses, _open  # noqa: E402
 from twinfuse.torch._deferred_tensor import Deferred  # noqa: E402
 
 FORWARD = "linear_relu_forward_"
@@ -139,15 +139,10 @@ def noted(*args: Any) -> None:
 def test_hooks_of_the_layer(register: str) -> None:
     _, ours = probes()
     seen: list[Any] = []
-
-    def hook(module: Any, *args: Any) -> None:
-        seen.append([type(tensor) for tensor in torch.utils._pytree.tree_leaves(args)])
-
-    handle = getattr(ours.fc, register)(hook)
+    handle = getattr(ours.fc, register)(lambda *args: seen.append(args))
     kinds = Kinds()
     ours(inputs(), kinds).sum().backward()
-    assert kinds.seen == [torch.Tensor] and len(seen) == 1
-    assert Deferred not in seen[0]
+    assert kinds.seen == [torch.Tensor] and len(seen) == 1 and ours.fc.uses == Uses()
     handle.remove()
     ours(inputs(), kinds)
     assert kinds.seen[1] is Deferred
@@ -169,7 +164,7 @@ def test_hooks_of_all_modules(register: str) -> None:
         ours(inputs(), kinds).sum().backward()
     finally:
         handle.remove()
-    assert kinds.seen == [torch.Tensor]
+    assert kinds.seen == [torch.Tensor] and ours.fc.uses == Uses()
 
 
 @pytest.mark.parametrize(

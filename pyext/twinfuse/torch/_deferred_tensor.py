@@ -149,8 +149,7 @@ class Deferred(Tensor):
             if func in _RELUS and (output := _relu(first, call, func, args, kwargs)) is not None:
                 return output
         for lazy in _observed(func, args, kwargs):
-            call = _call(lazy)
-            if (call and call.is_fused) or settled(lazy) is not lazy:
+            if settled(lazy) is not lazy:
                 name = resolve_name(func) or func.__name__
                 raise RuntimeError(
                     f"{name}: expected the output of a deferred Linear before it is used, got one "
@@ -250,8 +249,7 @@ def _relu(
     if in_place and outside and (lazy.requires_grad or torch.is_inference_mode_enabled()):
         return None
     with call.lock:
-        seen = _call(lazy) is None or call.kept is not None or call.raw is not None
-        if seen or (in_place and _is_shared(lazy)):
+        if _call(lazy) is None or call.kept is not None or call.raw is not None:
             return None
         _check(lazy, call)
         output = call.relu(limits)
