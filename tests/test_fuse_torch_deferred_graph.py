@@ -37,6 +37,9 @@ def _seed() -> None:
     torch.manual_seed(7)
 
 
+ONE = torch.ones(1, dtype=torch.float64)
+
+
 def as_array(z: Any) -> Any:
     """Zeros, if it were left a wrapper of a transform."""
     return (
@@ -97,8 +100,8 @@ GRAPHS = {
     "vmap_of_captured": lambda z: torch.vmap(lambda row: row + F.relu(z[0]))(
         torch.ones(3, 6).double()
     ),
-    "outside_of_vmap": lambda z: torch.vmap(lambda s: s * z)(torch.ones(2)).sum() * as_array(z),
-    "outside_of_grad": lambda z: torch.func.grad(lambda s: (s * z).sum())(z[0, 0]) * as_array(z),
+    "after_vmap": lambda z: torch.vmap(lambda s: s * z)(ONE).sum() * as_array(z),
+    "after_grad": lambda z: torch.func.grad(lambda s: (s * z).sum())(ONE) * as_array(z),
     "relu_in_vmap": lambda z: torch.vmap(lambda s: s * F.relu(z))(torch.ones(3).double()) + z,
     "func_grad": lambda z: torch.func.grad(lambda t: (t * z).sum())(torch.ones_like(z)) + z,
     "jvp": lambda z: torch.func.jvp(lambda t: t * F.relu(z), (z,), (torch.ones_like(z),))[1] + z,

@@ -29,7 +29,8 @@ class Choice:
     """What one op call takes: a row of `twinfuse.explain`.
 
     `backend` is one of `BACKENDS`; in the report of a model also "native" for a layer that is not
-    one of ours, and "fused" for one whose work the layer before it does.
+    one of ours, "fused" for one whose work the layer before it does, and "deferred" for one that
+    finds out while it runs what follows.
     """
 
     op: str
