@@ -287,6 +287,10 @@ def test_nothing_waits_after_the_call(relu_first: bool) -> None:
 def test_nothing_waits_outside_of_the_call_of_its_module() -> None:
     _, ours = probes()
     assert type(ours.fc(inputs())) is torch.Tensor
+    assert (
+        ours.forward(inputs(), type) is torch.Tensor
+    )  # without hooks, as some checkpoints call it
+    assert ours(inputs(), type) is Deferred
     layer = tft.fuse(nn.Linear(8, 8), deferred=True)
     assert type(layer) is nn.Linear and not layer._forward_hooks
     layers = tft.fuse(nn.ModuleList([nn.Linear(8, 8)]), deferred=True)

@@ -92,7 +92,7 @@ def fuse(
             same parameters, buffers and other tensors: training the one trains the other.
         deferred: also fuse each other Linear, in every call, with a ReLU that turns out to be the
             first to use its output; in any forward method, so long as the ReLU is in that of the
-            same module. Costs time in each call of a Linear that has none.
+            same module. Costs time in the first calls of a Linear that has none.
 
     Raises:
         RuntimeError: the outputs for `example_inputs` differ, and the model is then unfused; or
