@@ -347,11 +347,6 @@ def test_explain_runs_nothing(launched: Launched) -> None:
         twinfuse.explain(tft.fuse(model, inplace=True))
 
 
-def test_deferred_is_not_there_yet() -> None:
-    with pytest.raises(NotImplementedError, match="LinearReLU"):
-        tft.fuse(mlp(), deferred=True)
-
-
 def test_fuse_trains_like_native() -> None:
     curves = []
     for prepare in (lambda m: m, tft.fuse):

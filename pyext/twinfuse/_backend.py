@@ -63,8 +63,8 @@ class Choice:
     """What one op call takes: a row of `twinfuse.explain`.
 
     `backend` is one of `BACKENDS`; in the report of a model also "native" for a layer that is not
-    one of ours, "fused" for one whose work the layer before it does, and "unknown" for one of ours
-    whose weights are out of reach.
+    one of ours, "fused" for one whose work the layer before it does, "deferred" for one that finds
+    out while it runs what follows, and "unknown" for one of ours whose weights are out of reach.
     """
 
     op: str

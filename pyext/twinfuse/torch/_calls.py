@@ -21,13 +21,15 @@ from torch.autograd import forward_ad
 
 from twinfuse import _backend, _core
 from twinfuse.torch import _operators
+from twinfuse.torch._deferred_tensor import Deferred
 
 Named = list[tuple[str, Tensor]]
 
 # Aliases, because a call on a tiny input costs as much as its guards.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN_OR_NONE = _PLAIN | {type(None)}
-_TRACED = frozenset((FakeTensor, FunctionalTensor))
+# Subclasses whose operators are ours as well.
+_SERVED = frozenset((FakeTensor, FunctionalTensor, Deferred))
 _missing = _operators.missing
 _incomplete = bool(_missing)
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -176,6 +178,10 @@ class Op:
         _fall_back(self.name, reason)
         return output
 
+    def serves(self, *args: Any) -> bool:
+        """Whether a kernel serves this call."""
+        return not self._why_reference(*args)
+
     def _why_reference(self, *args: Any) -> str:
         """Why no kernel serves this call; empty when one does."""
         requested = _backend.requested
@@ -190,7 +196,7 @@ class Op:
         named = self._named(*args)
         input = named[0][1]
         for name, tensor in named:
-            if type(tensor) not in _PLAIN and type(tensor) not in _TRACED:
+            if type(tensor) not in _PLAIN and type(tensor) not in _SERVED:
                 return f"{name}: expected a plain tensor, got a {type(tensor).__name__}"
         device = input.device.type
         dtype = _dtype_of_call(input, device)

@@ -6,7 +6,7 @@ that start with zeros learn from it. So these layers are fused where no gradient
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,13 @@ from torch.autograd import forward_ad
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
 from twinfuse.torch.linear_relu import linear_relu
 from twinfuse.torch.nn.conv_relu import padded
+
+
+def is_relu(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `clamp` or `clamp_min` of these arguments is `clamp(min=0)`."""
+    limits = dict(zip(("input", "min", "max"), args)) | dict(kwargs)
+    low, high = limits.get("min"), limits.get("max")
+    return high is None and "out" not in limits and type(low) in (int, float) and not low
 
 
 def _is_differentiated(*tensors: Tensor | None) -> bool:

@@ -34,6 +34,18 @@ def reference_backward(
 ) -> Gradients:
     """The op's gradients by torch's own operators, which autograd and vmap can go through."""
     grad = grad_output.masked_fill(output <= 0, 0)
+    return linear_backward(grad, input, weight, needs_input, needs_weight, needs_bias)
+
+
+def linear_backward(
+    grad: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> Gradients:
+    """The gradients of a linear layer alone, by the same operators."""
     rows = _rows(grad)
     grad_input = grad_weight = grad_bias = None
     if needs_input:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from twinfuse.torch import _norm, _rewrite, _spread, _trace, _usage
+from twinfuse.torch._clamp import is_relu
 from twinfuse.torch._held import held
 from twinfuse.torch.nn import LSTM, ConvReLU1d, ConvReLU2d, LinearReLU, LSTMCell
 
@@ -350,11 +351,7 @@ def _is_relu(node: fx.Node, children: Children) -> bool:
 
 def _is_clamp(node: fx.Node) -> bool:
     """Whether a call is `clamp(min=0)`."""
-    if node.op not in _CALLS or node.target not in _CLAMPS:
-        return False
-    limits = dict(zip(("input", "min", "max"), node.args)) | node.kwargs
-    low, high = limits.get("min"), limits.get("max")
-    return high is None and type(low) in (int, float) and not low
+    return node.op in _CALLS and node.target in _CLAMPS and is_relu(node.args, node.kwargs)
 
 
 def _why_not_clamps(found: list[fx.Node], norm: nn.Module | None) -> str:

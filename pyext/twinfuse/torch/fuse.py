@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
-from twinfuse.torch import _norm, _rewrite, _spread
+from twinfuse.torch import _deferred, _norm, _rewrite, _spread
 from twinfuse.torch._clamp import CLAMPED
 from twinfuse.torch._held import held
 from twinfuse.torch._savings import Call, Calls, recorded, saving
@@ -32,8 +32,10 @@ Model = TypeVar("Model", bound=nn.Module)
 # What reports call the layers.
 _NAMES = {nn.Linear: "linear", nn.Conv1d: "conv1d", nn.Conv2d: "conv2d"}
 _ALONE_NAMES = {nn.LSTM: "lstm", nn.LSTMCell: "lstm_cell"}
-_KINDS = (FUSED, ALONE, CLAMPED, _norm.CONVS, _norm.NORMS)
-_RECURRENT = (LSTM, LSTMCell)
+_FUSING = (FUSED, ALONE, CLAMPED, _norm.CONVS, _deferred.DEFERRED)
+_KINDS = (*_FUSING, _norm.NORMS)
+# Those of which `explain` estimates nothing.
+_UNKNOWN = (LSTM, LSTMCell, _deferred.DeferredLinear)
 _MARK = _rewrite.FUSED
 
 
@@ -94,19 +96,14 @@ def fuse(
             compared.
         inplace: change `model` itself, and return it. Else the result is a copy of `model` with the
             same parameters, buffers and other tensors: training the one trains the other.
-        deferred: also fuse what only a running model shows (forward methods with branches). Not
-            available yet: True raises NotImplementedError.
+        deferred: also fuse each other Linear, in every call, with a ReLU that turns out to be the
+            first to use its output; in any forward method, so long as the ReLU is in that of the
+            same module. Costs time in the first calls of a Linear that has none.
 
     Raises:
         RuntimeError: the outputs for `example_inputs` differ, and the model is then unfused; or
             `model` cannot be copied, as one that is sharded cannot.
     """
-    if deferred:
-        raise NotImplementedError(
-            "fuse(deferred=True) is not available in this version: write the layer as "
-            "twinfuse.torch.nn.LinearReLU (ConvReLU1d, ConvReLU2d), or compile the model with "
-            "torch.compile"
-        )
     expected = [] if example_inputs is None else _outputs(model, example_inputs)
     if not inplace:
         model = _copied(model)
@@ -130,6 +127,11 @@ def fuse(
     for module in list(model.modules()):
         if id(module) not in survey.reasons:
             _become(module, ALONE)
+    spread = _spread.around(model)
+    for layer, owner in list(_deferred.layers_with_owners(model)) if deferred else ():
+        if id(layer) not in spread:
+            _become(layer, _deferred.DEFERRED)
+            _deferred.defer(layer, owner)
     if example_inputs is not None:
         for got, want in zip(_outputs(model, example_inputs), expected, strict=True):
             if not _is_close(got, want):
@@ -157,6 +159,7 @@ def _restored(model: Model, but: Container[int]) -> Model:
         if kind := _rewrite.rewritten_of(type(module)):
             _swap_class(module, kind, kind.native)
         vars(module).pop(_rewrite.LAYERS, None)
+        _deferred.undo(module)
         for key, child in module._modules.items():
             if isinstance(child, FusedReLU):
                 module._modules[key] = child.original
@@ -169,11 +172,11 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
     With `example_inputs`, as `fuse` takes them, the model is run once, in eval mode and without
     gradients: what a fused layer saves is then that of its calls in this run.
     """
-    fused = tuple(kind for kinds in _KINDS[:4] for kind in kinds.values())
+    fused = tuple(kind for kinds in _FUSING for kind in kinds.values())
     calls: Calls | None = None
     if example_inputs is not None:
         calls = recorded(
-            (m for m in model.modules() if isinstance(m, fused) and not isinstance(m, _RECURRENT)),
+            (m for m in model.modules() if isinstance(m, fused) and not isinstance(m, _UNKNOWN)),
             lambda: _outputs(model, example_inputs),
         )
     survey = Survey(model)
@@ -183,6 +186,9 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
         for fusion in survey.fusions
         for module in (*(layer.module for layer in fusion.layers), *fusion.relus.values())
     }
+    before = "no Linear, Conv1d or Conv2d before it"
+    if any(isinstance(module, _deferred.DeferredLinear) for module in model.modules()):
+        before = "by itself, unless it is the first to use the output of a deferred Linear"
     report = Report()
     for name, module in model.named_modules():
         if isinstance(module, fused):
@@ -202,21 +208,21 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
             report.append(Choice(where=name, op="relu", backend=backend, reason=reason))
         elif isinstance(module, (*_NAMES, nn.ReLU)):
             op = next((op for kind, op in _NAMES.items() if isinstance(module, kind)), "relu")
-            reason = survey.reasons.get(id(module), _why_native(module))
+            reason = survey.reasons.get(id(module), _why_native(module, before))
             if id(module) in fusible:
                 reason = "can be fused: call fuse(model)"
             report.append(Choice(where=name, op=op, backend="native", reason=reason))
     return report
 
 
-def _why_native(module: object) -> str:
-    """Why a module is in no pattern, where the survey has not said so."""
+def _why_native(module: object, before: str) -> str:
+    """Why a module is in no pattern, where the survey has not said so; `before`: of ReLUs."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it has no weight yet: call the model once, then fuse it"
     if type(module) not in (*_NAMES, nn.ReLU):
         return "a subclass may compute something else"
     if isinstance(module, nn.ReLU):
-        return "no Linear, Conv1d or Conv2d before it"
+        return before
     return "no ReLU follows"
 
 
@@ -229,7 +235,7 @@ def _explain_fused(layer: Any, calls: list[Call] | None, around: str) -> Choice:
     parallel = getattr(layer, "_distribute_module_applied", False)
     sharded = around == "fully_shard" and not parallel
     with torch.no_grad():
-        if isinstance(layer, _RECURRENT):
+        if isinstance(layer, (LSTM, LSTMCell)):
             return _explain_recurrent(layer, sharded)
         with _eval_mode(layer):  # in training, reading a weight under spectral_norm changes it
             weight, bias = _as_run([layer.weight, layer.bias], sharded)
@@ -247,6 +253,8 @@ def _explain_fused(layer: Any, calls: list[Call] | None, around: str) -> Choice:
             (choice,) = explain_call(op, example, weight, bias, *options)
             if folds and calls is None and not choice.reason:
                 choice = replace(choice, reason=layer.why_small(weight))
+    if isinstance(layer, _deferred.DeferredLinear) and choice.backend != "reference":
+        return Choice("linear", "deferred", choice.kernel, layer.uses.described())
     if isinstance(layer, tuple(CLAMPED.values())) and not choice.reason:
         reason = "where no gradients are asked for: ReLU has others than clamp"
         choice = replace(choice, reason=reason)

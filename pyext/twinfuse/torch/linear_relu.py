@@ -64,3 +64,4 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 _OP.serve(linear_relu)
+serves = _OP.serves
