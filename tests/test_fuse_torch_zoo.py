@@ -60,6 +60,20 @@ def test_outputs_and_gradients(name: str, launched: Launched) -> None:
     assert_as_good(case, fused, native)
 
 
+@pytest.mark.parametrize("name", ["OPT", "T5"])
+def test_deferred(name: str, launched: Launched) -> None:
+    """All that the architecture has, though its forward methods do not trace; and undone."""
+    case, native = made(name)
+    fused = tft.fuse(native, deferred=True)
+    assert list(fused.state_dict()) == list(native.state_dict())
+    with launched("linear_relu_forward_", times=case.runs["linear_relu"]):
+        outputs(case, fused)
+    assert_as_good(case, fused, native)
+    rows = [row for row in tft.explain(fused) if row.backend == "deferred"]
+    assert sum("fused" in row.reason for row in rows) >= case.runs["linear_relu"]
+    assert_same(case, tft.unfuse(fused), native)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_explain_says_what_runs(name: str) -> None:
     case, native = made(name)
