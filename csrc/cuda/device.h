@@ -77,7 +77,8 @@ TWINFUSE_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 }
 
 // What other blocks read while they run: in the L2 cache, where all of them look. An element is
-// written as a whole; 16 bytes are read as four words, each at some time of its own.
+// written as a whole; 16 bytes are read as four words, each at some time of its own. (PTX promises
+// nothing of words that are read over halves; the hardware does.)
 TWINFUSE_DEVICE void publish(Half* to, Half value) {
   asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(to), "h"(__half_as_ushort(value))
                : "memory");
@@ -97,6 +98,7 @@ TWINFUSE_DEVICE uint4 fetch(const void* from) {
                : "memory");
   return words;
 }
+
 // Counts the bytes that come into a block's memory, and completes a phase when all that were
 // expected have.
 struct alignas(8) Barrier {

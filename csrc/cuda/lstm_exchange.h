@@ -38,8 +38,8 @@ TWINFUSE_DEVICE void read_own(uint4 (&words)[kBatch][kColumns],
 //
 // Step n writes slot n % 4, and each element is written by the same thread every time. That thread
 // also empties the place for step n + 2. Nobody reads there any more: what it held is of the step
-// two before n, and this block has seen all of the one between, which others left when they had
-// read all of that. A fence before it puts step n + 1 makes the place empty for whoever has seen
+// two before n, and this block has seen all of the one between, which others could only compute
+// from all of that. A fence before it puts step n + 1 makes the place empty for whoever has seen
 // that, as those have who wait for step n + 2: a thread reads the same places at every step, and
 // its own fence stands between what it reads of two steps.
 template <class Element, int kDepth>
@@ -122,8 +122,8 @@ class GridExchange {
 // Between the blocks of a cluster, each of which has in its own memory all that a step leaves.
 //
 // Elements are sent with a barrier at which each block counts what has come. Step n is in slot
-// n % 2: whoever sends step n + 2 has waited for all of step n + 1, which a block sends when it has
-// read step n.
+// n % 2: whoever sends step n + 2 has waited for all of step n + 1, which a block computes from all
+// that it has read of step n. No fence orders the two: what is sent depends on what was read.
 template <class Element, int kDepth, int kRows>
 class ClusterExchange {
  public:
@@ -140,6 +140,7 @@ class ClusterExchange {
       for (int slot = 0; slot < kSlots; slot++) begin_barrier(arrived_ + slot);
       for (int slot = 0; slot < kSlots; slot++) expect(slot);
     }
+    warp_sync();  // meeting others needs whole warps
     cluster_sync();
   }
   TWINFUSE_DEVICE Element* row(int step, int row) const {
@@ -160,6 +161,7 @@ class ClusterExchange {
     if (step < 0) return;
     wait_for(step);
     if (thread_index() == 0) expect(step % kSlots);
+    warp_sync();  // so do tensor cores, and each thread has waited for itself
   }
   // Others may be sending until a block ends.
   TWINFUSE_DEVICE void close(int last) { wait_for(last); }
@@ -174,10 +176,10 @@ class ClusterExchange {
   static constexpr int kSlots = 2;
   static constexpr int kElements = 16 / static_cast<int>(sizeof(Element));
   static constexpr int kPitch = exchange_pitch(kDepth, sizeof(Element));
+  static constexpr int kRowBytes = kDepth * static_cast<int>(sizeof(Element));
+  static_assert(kRows * kRowBytes < 1 << 20, "a barrier counts no more");
 
-  TWINFUSE_DEVICE void expect(int slot) {
-    expect_bytes(arrived_ + slot, rows_ * kDepth * static_cast<int>(sizeof(Element)));
-  }
+  TWINFUSE_DEVICE void expect(int slot) { expect_bytes(arrived_ + slot, rows_ * kRowBytes); }
   TWINFUSE_DEVICE void wait_for(int step) {
     wait_barrier(arrived_ + step % kSlots, step / kSlots % 2);
   }

@@ -57,6 +57,13 @@ struct LstmShape {
            : reach == kCluster ? kChunk
                                : kSmaller<kChunk, kThreads / kUnits>;
   }
+  // Of a cluster, each thread hands over 16 bytes with its neighbours, and every unit has a block.
+  template <int kUnits, int kWidth>
+  static constexpr bool fits_cluster() {
+    return kUnits % (16 / element_size(format)) == 0 && kWidth % kUnits == 0 &&
+           kChunk * kUnits % kThreads == 0;
+  }
+
   // While weights are loaded, each warp has a kilobyte for each of its tiles.
   template <class Memory, int kTiles>
   static constexpr int shared_bytes() {
@@ -74,6 +81,7 @@ struct LstmForwardShape : LstmShape<format, rows, parts, groups, columns, reach>
   static constexpr int kWidth = Base::kDepth;       // units that a sequence may have
   static constexpr int kPitch = 4 * kUnits + 4;     // of sums: neighbours in different banks
   static constexpr int kMostSlice = Base::template most_slice<kUnits>();
+  static_assert(reach != kCluster || Base::template fits_cluster<kUnits, kWidth>());
 
   struct Memory {
     alignas(16) unsigned char exchange[Base::kExchange];
@@ -93,6 +101,7 @@ struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, reach
   static constexpr int kWidth = Base::kDepth / 4;
   static constexpr int kPitch = kUnits + 4;
   static constexpr int kMostSlice = Base::template most_slice<kUnits>();
+  static_assert(reach != kCluster || Base::template fits_cluster<kUnits, kWidth>());
 
   // Gradients of the state, and what skipped steps add to the output of the last one that was not.
   struct Memory {

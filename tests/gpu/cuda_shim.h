@@ -226,6 +226,7 @@ inline void wait_barrier(Barrier* barrier, int parity) {
 }
 // Comes there at a time of its own, which no fence binds.
 inline void send(int block, void* to, const uint4& words, Barrier* barrier) {
+  if (reinterpret_cast<uintptr_t>(to) % 16) fibers::fail("what is sent is not aligned");
   fibers::Block* of = fibers::peer(block);
   const uintptr_t own = fibers::memory_of(fibers::current->block), there = fibers::memory_of(of);
   void* const at = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(to) - own + there);

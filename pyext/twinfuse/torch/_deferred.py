@@ -63,7 +63,10 @@ class Uses:
     def described(self) -> str:
         if self.are_in_vain:
             return f"native by now: no ReLU was the first to use its first {PATIENCE} outputs"
-        if calls := self.fused + self.plain:
+        if self.plain and not self.fused:
+            return f"no ReLU was the first to use its {self.plain} outputs so far"
+        if self.fused:
+            calls = self.fused + self.plain
             return f"a ReLU was the first to use {self.fused} of {calls} outputs, and fused"
         return "fuses with a ReLU that is the first to use its output"
 

@@ -6,6 +6,7 @@ import functools
 from collections import defaultdict
 from dataclasses import replace
 from math import prod
+from threading import get_ident
 from typing import Any
 
 import keras
@@ -22,10 +23,12 @@ def recorded(model: keras.layers.Layer, inputs: Any) -> dict[int, Sizes]:
     native = keras.layers.Layer.__call__
 
     @functools.wraps(native)
+    here = get_ident()  # other threads may be calling other models
+
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = native(self, *args, **kwargs)
         layer = _graph.first_layer(self)
-        if isinstance(layer, tuple(_graph.FUSED)):
+        if isinstance(layer, tuple(_graph.FUSED)) and get_ident() == here:
             known = hasattr(outputs, "numpy")
             calls[id(layer)].append(prod(outputs.shape) if known else None)
         return outputs
