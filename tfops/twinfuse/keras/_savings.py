@@ -22,9 +22,9 @@ def recorded(model: keras.layers.Layer, inputs: Any) -> dict[int, Sizes]:
     calls: dict[int, Sizes] = defaultdict(list)
     native = keras.layers.Layer.__call__
 
-    @functools.wraps(native)
     here = get_ident()  # other threads may be calling other models
 
+    @functools.wraps(native)
     def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
         outputs = native(self, *args, **kwargs)
         layer = _graph.first_layer(self)
