@@ -273,7 +273,7 @@ NATIVE: dict[str, tuple[Any, str, str]] = {
         "hooks of the Linear",
     ),
     "relu_hook": (lambda: with_hook(1, "register_forward_pre_hook"), "0", "the ReLU has hooks"),
-    "forward_replaced": (replaced_forward, "0", "no ReLU follows"),
+    "forward_replaced": (replaced_forward, "0", "its forward method was replaced"),
     "own_forward": (lambda: OddSequential(nn.Linear(8, 8), nn.ReLU()), "0", "is used as well"),
     "indexed": (Indexes, "net.0", "may use parts of 'net'"),
     "reached_from_above": (ReachesDown, "inner.fc1", "may reach 'fc1' by itself"),

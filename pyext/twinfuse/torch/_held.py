@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 import types
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module()))
+_OPAQUE = {"torch", "numpy", "builtins"}
 
 
 def held(module: nn.Module) -> Iterator[nn.Module | Tensor]:
@@ -24,16 +26,22 @@ def held(module: nn.Module) -> Iterator[nn.Module | Tensor]:
 
 
 def _inside(value: Any, seen: set[int]) -> Iterator[nn.Module | Tensor]:
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, (nn.Module, Tensor)):
-        yield value
-    for part in _parts(value):
-        yield from _inside(part, seen)
+    waiting = [value]  # no recursion, as objects may be linked in long chains
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            waiting += [child for child in value._modules.values() if child is not None]
+        if isinstance(value, (nn.Module, Tensor)):
+            yield value
+        else:
+            waiting += parts(value)
 
 
-def _parts(value: Any) -> tuple[Any, ...]:
+def parts(value: Any) -> tuple[Any, ...]:
+    """What a container, a function or a reference has inside."""
     if isinstance(value, Mapping):
         return *value.keys(), *value.values()
     if isinstance(value, (tuple, list, set, frozenset, deque)):
@@ -44,8 +52,6 @@ def _parts(value: Any) -> tuple[Any, ...]:
         return value.__self__, value.__func__
     if isinstance(value, weakref.ref):
         return (value(),)
-    if isinstance(value, types.SimpleNamespace) or is_dataclass(value):
-        return tuple(getattr(value, "__dict__", {}).values())
     if isinstance(value, types.FunctionType):
         return *(value.__closure__ or ()), value.__defaults__, value.__kwdefaults__
     if isinstance(value, types.CellType):
@@ -53,4 +59,22 @@ def _parts(value: Any) -> tuple[Any, ...]:
             return (value.cell_contents,)
         except ValueError:  # it is empty
             return ()
-    return ()
+    return () if _is_opaque(type(value)) else _attributes(value)
+
+
+def _is_opaque(kind: type) -> bool:
+    """Whether objects of a class have no attributes that users of a model have set."""
+    package = str(kind.__module__).partition(".")[0]
+    if kind is types.SimpleNamespace:
+        return False
+    return issubclass(kind, type) or package in _OPAQUE or package in sys.stdlib_module_names
+
+
+def _attributes(value: Any) -> tuple[Any, ...]:
+    found = list(getattr(value, "__dict__", {}).values())
+    for kind in type(value).__mro__:
+        slots = (m for m in vars(kind).values() if isinstance(m, types.MemberDescriptorType))
+        for slot in slots:
+            with contextlib.suppress(AttributeError):  # it is empty
+                found.append(slot.__get__(value))
+    return tuple(found)

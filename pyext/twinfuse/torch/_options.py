@@ -1,7 +1,7 @@
 """Branches that depend on nothing but which optional children a module has.
 
 As in residual networks: `if self.shortcut is not None: x = self.shortcut(x)`. In one model they
-always go the same way.
+go the same way as long as nobody sets such an attribute, which fused modules look at in each call.
 """
 
 from __future__ import annotations
@@ -18,17 +18,14 @@ from torch import nn
 
 from twinfuse.torch import _rewrite
 
-_Choices = tuple[tuple[str, bool], ...]  # attributes, and whether there is something in them
+Choices = tuple[tuple[str, bool], ...]  # attributes, and whether there is something in them
 
 
-def code_without(module: nn.Module) -> CodeType:
-    """The code of the forward method of `module`, of such branches only the one that is taken."""
+def choices(module: nn.Module) -> Choices:
+    """What decides such branches in the forward method of `module`, as it is now."""
     forward = _rewrite.native(type(module)).forward
     values = ((name, getattr(module, name, module)) for name in _optional(forward))
-    return _code(
-        forward,
-        tuple((n, v is not None) for n, v in values if v is None or n in module._modules),
-    )
+    return tuple((n, v is not None) for n, v in values if v is None or n in module._modules)
 
 
 @functools.cache
@@ -50,7 +47,8 @@ def _optional(forward: FunctionType) -> tuple[str, ...]:
 
 
 @functools.cache
-def _code(forward: FunctionType, choices: _Choices) -> CodeType:
+def code_of(forward: FunctionType, choices: Choices) -> CodeType:
+    """The code of a forward method, of such branches only the ones that are taken."""
     if not choices:
         return forward.__code__
     source = _rewrite.Source(forward)

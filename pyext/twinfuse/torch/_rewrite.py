@@ -30,6 +30,8 @@ _NAMES = {"relu", "relu_", "clamp", "clamp_", "clamp_min", "clamp_min_"}
 FUSED = "_twinfuse_fused"
 # Set on a module of a rewritten class: the keys of the children that compute its ReLUs.
 LAYERS = "_twinfuse_layers"
+# The same: attributes that branches ask for, and whether there was something in them.
+CHOICES = "_twinfuse_choices"
 
 
 class Call(NamedTuple):
@@ -94,6 +96,7 @@ def _rewritten(kind: Any, forward: FunctionType, calls: tuple[Call, ...]) -> Any
     members = {
         "forward": _chosen(without, forward),
         LAYERS: (),
+        CHOICES: (),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -111,6 +114,13 @@ def is_fused(layer: object) -> bool:
 def _chosen(without: FunctionType, original: FunctionType) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name, was_there in getattr(self, CHOICES):
+            if (getattr(self, name, None) is not None) is not was_there:
+                expected, got = ("a module", "None") if was_there else ("None", "another value")
+                raise RuntimeError(
+                    f"fuse: {type(self).__name__}.{name}: expected {expected}, as when the model "
+                    f"was fused, got {got}: unfuse the model before you change it"
+                )
         layers = getattr(self, LAYERS)
         # Where only some are fused, ReLU is applied twice, which changes nothing.
         if layers and all(is_fused(getattr(self, key, None)) for key in layers):

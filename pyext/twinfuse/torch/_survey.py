@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Fusion:
     layers: list[Layer]
     relus: dict[str, nn.Module]  # children, by key, that are called for these layers only
     calls: tuple[_rewrite.Call, ...] = ()  # of ReLUs, in the forward method of `parent`
+    choices: tuple[tuple[str, bool], ...] = ()  # of branches in it, as they have to stay
 
 
 @dataclass
@@ -196,7 +198,7 @@ class Survey:
                     for key, found in followed.items()
                 ]
                 out = tuple(cut for node in rest if isinstance(cut := cuts[node], _rewrite.Call))
-                self.fusions.append(Fusion(parent, fused, whole, out))
+                self.fusions.append(Fusion(parent, fused, whole, out, traced.choices))
                 break
             for key, reason in stuck.items():
                 self._refuse([layers[key]], reason)
@@ -252,6 +254,8 @@ class Survey:
         reasons = [_usage.used_outside_forward(parent, key)]
         for path in self._paths[id(parent)]:
             reasons += [_usage.used_from_above(above, key) for above, _ in path]
+            if _usage.has_elements(parent):
+                reasons.append(_reach_into_sequential(path))
         return next(filter(None, reasons), "")
 
 
@@ -266,10 +270,20 @@ def alone(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    if module is None or not _COMPUTES.isdisjoint(vars(module)):
+    if module is None or not _COMPUTES.isdisjoint(vars(module)) or is_patched(kind):
         return False
     parametrized = parametrize.is_parametrized(module) and type(module).__bases__ == (kind,)
     return type(module) is kind or parametrized
+
+
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether somebody has replaced what a class of torch computes, for all layers there are."""
+    found = ((kind, name) for name in _COMPUTES if hasattr(kind, name))
+    for owner, name in (*found, (nn.Module, "__call__"), (nn.Module, "_call_impl")):
+        scope = getattr(getattr(owner, name), "__globals__", None)
+        if scope is not vars(sys.modules[owner.__module__]):
+            return True
+    return False
 
 
 def _walk(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:

@@ -61,6 +61,7 @@ def _is_of_torch(builtin: Any) -> bool:
 class Traced(NamedTuple):
     graph: fx.Graph
     calls: dict[fx.Node, int]  # the calls of the forward method that made these nodes, by index
+    choices: _options.Choices  # of branches; with others it would be another graph
 
 
 def trace(module: nn.Module) -> tuple[Traced | None, str]:
@@ -74,11 +75,14 @@ def trace(module: nn.Module) -> tuple[Traced | None, str]:
     original = getattr(kind.forward, "__code__", None)
     if original is None or "forward" in vars(module):
         return None, f"the forward method of {name} was replaced"
-    if _changes_or_branches(original) and _changes_or_branches(_options.code_without(module)):
-        return (
-            None,
-            f"the forward method of {name} has branches, loops or assignments to attributes",
-        )
+    choices: _options.Choices = ()
+    if _changes_or_branches(original):
+        choices = _options.choices(module)
+        if _changes_or_branches(_options.code_of(kind.forward, choices)):
+            reason = "has branches, loops or assignments to attributes"
+            return None, f"the forward method of {name} {reason}"
+        if reason := _rewrite.why_not(kind):  # nobody would see that they change
+            return None, reason
     calls: dict[fx.Node, int] = {}
 
     def mark(index: int, value: Any) -> Any:
@@ -110,7 +114,7 @@ def trace(module: nn.Module) -> tuple[Traced | None, str]:
     previous = sys.getprofile()
     try:
         sys.setprofile(watch)
-        return Traced(_Tracer().trace(root), calls), ""
+        return Traced(_Tracer().trace(root), calls, choices), ""
     except _NotProvable as error:
         return None, str(error)
     except Exception as error:

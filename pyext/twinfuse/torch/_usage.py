@@ -17,7 +17,7 @@ from typing import Generic
 from torch import nn
 from torch.nn.utils import parametrize
 
-from twinfuse.torch import _rewrite
+from twinfuse.torch import _members, _rewrite
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 # What reaches a child without naming it.
@@ -41,6 +41,11 @@ _KNOWN = {nn.Sequential, *_CONTAINERS, nn.Module, object, Generic}
 _HARMLESS = {"__init__", "extra_repr", "forward", "__dict__", "__weakref__"}
 
 
+def has_elements(module: nn.Module) -> bool:
+    """Whether children of `module` can be had by an index or a loop, without their names."""
+    return isinstance(module, (nn.Sequential, *_CONTAINERS))
+
+
 def is_plain_sequential(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Sequential)
@@ -62,7 +67,7 @@ def calls_nothing(module: nn.Module) -> bool:
 
 def own_methods(module: nn.Module) -> str:
     """Why a container may use its elements, which have no names; empty if it does not."""
-    if not isinstance(module, (nn.Sequential, *_CONTAINERS)):
+    if not has_elements(module):
         return ""
     for kind in _rewrite.native(type(module)).__mro__:
         if kind in _KNOWN or _is_parametrized(kind):
@@ -84,16 +89,24 @@ def _is_parametrized(kind: type) -> bool:
 
 
 @functools.cache
-def _parsed(kind: type) -> ast.AST | None:
+def _parsed(kind: type) -> ast.Module | None:
     """The source of a class, with every node's parent set."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        lines, first = inspect.getsourcelines(kind)
+        tree = ast.parse(textwrap.dedent("".join(lines)))
     except (OSError, TypeError, SyntaxError):
         return None
+    ast.increment_lineno(tree, first - 1)
     for node in ast.walk(tree):
         for child in ast.iter_child_nodes(node):
             child.parent = node  # type: ignore[attr-defined]
     return tree
+
+
+def _is_known(kind: type) -> bool:
+    """Whether the source of a class is there and has all of its methods."""
+    tree = _parsed(kind)
+    return tree is not None and (_is_library(kind) or _members.are_of(kind, tree))
 
 
 def _nodes(kind: type) -> Iterable[ast.AST]:
@@ -153,9 +166,10 @@ def _reads(kind: type) -> dict[str, list[ast.Attribute]] | None:
 
 def _loads(module: nn.Module, attribute: str) -> list[ast.Attribute] | None:
     """Where methods of `module` read an attribute of that name; None if its source is missing."""
-    reads = [_reads(kind) for kind in _kinds(module)]
-    if None in reads:
+    kinds = _kinds(module)
+    if not all(map(_is_known, kinds)):
         return None
+    reads = [_reads(kind) for kind in kinds]
     return [load for read in reads for load in (read or {}).get(attribute, ())]
 
 
@@ -266,9 +280,9 @@ def hands_on(module: nn.Module, attribute: str = "") -> str:
         return ""
     name = type(module).__name__
     loads = _loads(module, attribute) if attribute else []
-    if loads is None or any(_parsed(kind) is None for kind in _kinds(module)):
+    if loads is None or not all(map(_is_known, _kinds(module))):
         return f"the source of {name} is not available"
-    if attribute and not loads and isinstance(module, (nn.Sequential, *_CONTAINERS)):
+    if attribute and not loads and has_elements(module):
         return f"{name} nowhere calls '{attribute}' by its name"
     if not all(_is_torch(load) or _stays(load) for load in loads):
         return f"{name} hands '{attribute}' on"

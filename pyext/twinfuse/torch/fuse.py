@@ -119,9 +119,10 @@ def fuse(
         layers = [m for layer in fusion.layers for m in (layer.module, layer.norm) if m is not None]
         for key, relu in fusion.relus.items():
             fusion.parent._modules[key] = FusedReLU(relu, layers)
-        if fusion.calls:
+        if fusion.calls or (fusion.choices and layers):
             keys = (key for key, child in fusion.parent._modules.items() if child in layers)
             setattr(fusion.parent, _rewrite.LAYERS, tuple(keys))
+            setattr(fusion.parent, _rewrite.CHOICES, fusion.choices)
             native: Any = type(fusion.parent)
             fusion.parent.__class__ = _rewrite.rewritten(native, fusion.calls)
     for module in list(model.modules()):
@@ -159,6 +160,7 @@ def _restored(model: Model, but: Container[int]) -> Model:
         if kind := _rewrite.rewritten_of(type(module)):
             _swap_class(module, kind, kind.native)
         vars(module).pop(_rewrite.LAYERS, None)
+        vars(module).pop(_rewrite.CHOICES, None)
         _deferred.undo(module)
         for key, child in module._modules.items():
             if isinstance(child, FusedReLU):
@@ -215,12 +217,14 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
     return report
 
 
-def _why_native(module: object, before: str) -> str:
+def _why_native(module: Any, before: str) -> str:
     """Why a module is in no pattern, where the survey has not said so; `before`: of ReLUs."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "it has no weight yet: call the model once, then fuse it"
     if type(module) not in (*_NAMES, nn.ReLU):
         return "a subclass may compute something else"
+    if not is_exactly(module, type(module)):
+        return "its forward method was replaced"
     if isinstance(module, nn.ReLU):
         return before
     return "no ReLU follows"
@@ -327,8 +331,10 @@ def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
+    # Not by `eval`, which may do more: layers of LoRA merge weights in their `train` methods.
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in modes:
+        module.training = False
     try:
         yield
     finally:
