@@ -297,13 +297,17 @@ class Counts(nn.Module):
         self.register_buffer("last", None)
 
     def forward(self, x: Any) -> Any:
-        self.calls += 1
+        with torch.inference_mode(self.calls.is_inference()):
+            self.calls += 1
         self.total, self.last = self.total + x.sum(0), x
         return x * self.calls
 
 
-def test_example_inputs_change_no_buffers() -> None:
-    model = nn.Sequential(Counts(), nn.Linear(8, 8), nn.ReLU())
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_example_inputs_change_no_buffers(mode: Any) -> None:
+    with mode():
+        counts = Counts()
+    model = nn.Sequential(counts, nn.Linear(8, 8), nn.ReLU())
     before = dict(model[0]._buffers)
     fused = tft.fuse(model, inputs())
     tft.explain(fused, inputs())

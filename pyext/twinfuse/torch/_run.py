@@ -51,7 +51,8 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers[name] = buffer
         for buffer, values, version in saved:
             if _version(buffer) != version:
-                buffer.copy_(values)
+                with torch.inference_mode(buffer.is_inference()):
+                    buffer.copy_(values)
 
 
 def _version(buffer: Tensor) -> object:
