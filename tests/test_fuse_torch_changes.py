@@ -79,6 +79,18 @@ def test_a_forward_method_above_that_was_replaced(monkeypatch: pytest.MonkeyPatc
     assert reason(fused, "net.0") == "the source of Outer is not available"
 
 
+PATCHED: Any = None
+
+
+def test_a_method_above_that_one_module_has_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Outer())
+    monkeypatch.setitem(globals(), "PATCHED", model[0])
+    model[0].forward = lambda x: PATCHED.net(x) + PATCHED.net[0](x)  # type: ignore[method-assign]
+    expected = model(inputs())
+    assert torch.equal(tft.fuse(model, inplace=True)(inputs()), expected)
+    assert reason(model, "0.net.0") == "the method forward of Outer was replaced"
+
+
 @pytest.mark.parametrize("kind", [nn.Linear, nn.ReLU, nn.Module])
 def test_classes_of_torch_that_were_patched(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "__call__" if kind is nn.Module else "forward"

@@ -30,6 +30,14 @@ def is_patched(kind: type[nn.Module]) -> bool:
     return False
 
 
+def replaced_in(module: nn.Module) -> str:
+    """A method of its class that one module has another function for; empty if there is none."""
+    for name, value in vars(module).items():
+        if callable(value) and not isinstance(value, type) and hasattr(type(module), name):
+            return name
+    return ""
+
+
 def are_of(kind: type, tree: ast.Module) -> bool:
     """Whether each method of `kind` is one of `tree`, the source of the class."""
     members = list(vars(kind).values())

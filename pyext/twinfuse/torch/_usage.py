@@ -278,9 +278,11 @@ def hands_on(module: nn.Module, attribute: str = "") -> str:
     """Why a function elsewhere may get `module`, or its child of that name; empty if none does."""
     if reason := own_methods(module):
         return reason
+    name = type(module).__name__
+    if method := _members.replaced_in(module):
+        return f"the method {method} of {name} was replaced"
     if is_plain_sequential(module) or calls_nothing(module):
         return ""
-    name = type(module).__name__
     loads = _loads(module, attribute) if attribute else []
     if loads is None or not all(map(_is_known, _kinds(module))):
         return f"the source of {name} is not available"
