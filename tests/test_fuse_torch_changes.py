@@ -79,6 +79,18 @@ def test_a_forward_method_above_that_was_replaced(monkeypatch: pytest.MonkeyPatc
     assert reason(fused, "net.0") == "the source of Outer is not available"
 
 
+PATCHED: Any = None
+
+
+def test_a_method_above_that_one_module_has_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Outer())
+    monkeypatch.setitem(globals(), "PATCHED", model[0])
+    model[0].forward = lambda x: PATCHED.net(x) + PATCHED.net[0](x)  # type: ignore[method-assign]
+    expected = model(inputs())
+    assert torch.equal(tft.fuse(model, inplace=True)(inputs()), expected)
+    assert reason(model, "0.net.0") == "the method forward of Outer was replaced"
+
+
 @pytest.mark.parametrize("kind", [nn.Linear, nn.ReLU, nn.Module])
 def test_classes_of_torch_that_were_patched(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "__call__" if kind is nn.Module else "forward"
@@ -88,6 +100,22 @@ def test_classes_of_torch_that_were_patched(kind: Any, monkeypatch: pytest.Monke
     fused = tft.fuse(model)
     assert torch.equal(fused(inputs()), model(inputs()))
     assert "replaced" in reason(fused, "relu" if kind is nn.ReLU else "fc")
+
+
+def test_a_patched_sequential(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def noted(self: Any, x: Any) -> Any:
+        for layer in self:
+            x = layer(x)
+            seen.append(x)
+        return x
+
+    monkeypatch.setattr(nn.Sequential, "forward", noted)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    fused = tft.fuse(model)
+    assert torch.equal(fused(inputs()), model(inputs()))
+    assert all(map(torch.equal, seen[:2], seen[2:]))
 
 
 class Projected(Block):
@@ -173,6 +201,39 @@ def test_elements_of_a_sequential_with_a_forward_method() -> None:
     assert reason(fused, "net.0") == "TwiceAndPart may use parts of 'net' by themselves"
 
 
+class Evaluates(Block):
+    def forward(self, x: Any) -> Any:
+        return self.out(self.relu(self.fc(x)))
+
+    def features(self, x: Any) -> Any:
+        return eval("self.fc")(x)
+
+
+def test_layers_that_evaluated_text_names() -> None:
+    model = Evaluates()
+    fused = tft.fuse(model)
+    assert torch.equal(fused.features(inputs()), model.features(inputs()))
+
+
+class NoGradient(Block):
+    """Without the indented blocks that would be branches."""
+
+    def forward(self, x: Any) -> Any:
+        y = self.fc(x)
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        y = F.relu(y)
+        torch.set_grad_enabled(before)
+        return y
+
+
+def test_forward_methods_that_switch_gradients() -> None:
+    model = NoGradient()
+    fused = tft.fuse(model)
+    assert fused(inputs()).requires_grad is model(inputs()).requires_grad is False
+    assert reason(fused, "fc").endswith("switches gradients or autocast")
+
+
 class Holder:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -238,3 +299,30 @@ def test_example_inputs_merge_no_weights() -> None:
     assert tft.explain(fused, inputs())
     for one in (model, fused):
         assert not one[0].merged and all(module.training for module in one.modules())
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(8))
+        self.register_buffer("last", None)
+
+    def forward(self, x: Any) -> Any:
+        with torch.inference_mode(self.calls.is_inference()):
+            self.calls += 1
+        self.total, self.last = self.total + x.sum(0), x
+        return x * self.calls
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.enable_grad])
+def test_example_inputs_change_no_buffers(mode: Any) -> None:
+    with mode():
+        counts = Counts()
+    model = nn.Sequential(counts, nn.Linear(8, 8), nn.ReLU())
+    before = dict(model[0]._buffers)
+    fused = tft.fuse(model, inputs())
+    tft.explain(fused, inputs())
+    for one in (model, fused):
+        assert all(one[0]._buffers[name] is before[name] for name in before)
+        assert not one[0].calls and not one[0].total.any()

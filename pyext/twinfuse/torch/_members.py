@@ -10,10 +10,32 @@ from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
+from torch import nn
+
 from twinfuse.torch._held import parts
 
+# Methods that somebody may have replaced in one module, or in a class of torch.
+COMPUTES = {"forward", "_conv_forward"}
 # The members of classes that were found to be as written.
 _checked: weakref.WeakKeyDictionary[type, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def is_patched(kind: type[nn.Module]) -> bool:
+    """Whether somebody has replaced what a class of torch computes, for all modules of it."""
+    found = ((kind, name) for name in COMPUTES if hasattr(kind, name))
+    for owner, name in (*found, (nn.Module, "__call__"), (nn.Module, "_call_impl")):
+        scope = getattr(getattr(owner, name), "__globals__", None)
+        if scope is not vars(sys.modules[owner.__module__]):
+            return True
+    return False
+
+
+def replaced_in(module: nn.Module) -> str:
+    """A method of its class that one module has another function for; empty if there is none."""
+    for name, value in vars(module).items():
+        if callable(value) and not isinstance(value, type) and hasattr(type(module), name):
+            return name
+    return ""
 
 
 def are_of(kind: type, tree: ast.Module) -> bool:

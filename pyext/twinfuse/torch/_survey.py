@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from torch.nn.modules import module as hooked
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from twinfuse.torch import _norm, _rewrite, _spread, _trace, _usage
+from twinfuse.torch import _members, _norm, _rewrite, _spread, _trace, _usage
 from twinfuse.torch._clamp import is_relu
 from twinfuse.torch._held import held
 from twinfuse.torch.nn import LSTM, ConvReLU1d, ConvReLU2d, LinearReLU, LSTMCell
@@ -35,8 +34,6 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-# Methods that somebody may have replaced in one module.
-_COMPUTES = {"forward", "_conv_forward"}
 _IN_PLACE = (torch.relu_, "relu_", torch.clamp_, "clamp_", torch.clamp_min_, "clamp_min_")
 _RELUS = (torch.relu, F.relu, "relu", torch.relu_, "relu_")
 _CLAMPS = (torch.clamp, "clamp", torch.clamp_min, "clamp_min", *_IN_PLACE[2:])
@@ -270,20 +267,14 @@ def alone(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_exactly(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    if module is None or not _COMPUTES.isdisjoint(vars(module)) or is_patched(kind):
+    if (
+        module is None
+        or not _members.COMPUTES.isdisjoint(vars(module))
+        or _members.is_patched(kind)
+    ):
         return False
     parametrized = parametrize.is_parametrized(module) and type(module).__bases__ == (kind,)
     return type(module) is kind or parametrized
-
-
-def is_patched(kind: type[nn.Module]) -> bool:
-    """Whether somebody has replaced what a class of torch computes, for all layers there are."""
-    found = ((kind, name) for name in _COMPUTES if hasattr(kind, name))
-    for owner, name in (*found, (nn.Module, "__call__"), (nn.Module, "_call_impl")):
-        scope = getattr(getattr(owner, name), "__globals__", None)
-        if scope is not vars(sys.modules[owner.__module__]):
-            return True
-    return False
 
 
 def _walk(module: nn.Module, path: Path) -> Iterator[tuple[Path, nn.Module]]:

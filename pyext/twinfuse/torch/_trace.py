@@ -15,6 +15,8 @@ from torch import fx, nn
 from twinfuse.torch import _options, _rewrite
 
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib")
+# What decides how all that follows is computed, or whether it has gradients.
+_MODES = {"_set_grad_enabled", "set_autocast_enabled", "set_autocast_dtype"}
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -108,6 +110,8 @@ def trace(module: nn.Module) -> tuple[Traced | None, str]:
             by_own = frame.f_back is not None and _place(frame.f_back.f_code) == place
             if not _is_torch_or_standard(file) or (by_own and _is_standard(file)):
                 raise _NotProvable(f"the forward method of {name} calls other Python functions")
+        elif event == "c_call" and argument.__name__ in _MODES:
+            raise _NotProvable(f"the forward method of {name} switches gradients or autocast")
         elif event == "c_call" and own and not _is_of_torch(argument):
             raise _NotProvable(f"the forward method of {name} calls {argument.__name__}()")
 

@@ -23,7 +23,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 # What reaches a child without naming it.
 _REFLECTION = {"getattr", "vars", "attrgetter", "methodcaller", "__dict__", "__getattr__"}
 _REFLECTION |= {"_modules", "modules", "children", "named_modules", "named_children"}
-_REFLECTION |= {"get_submodule", "apply"}
+_REFLECTION |= {"get_submodule", "apply", "__getattribute__", "getmembers", "getattr_static"}
 
 # What a list or dictionary of modules gives elements by.
 _ELEMENTS = {"items", "values", "get", "pop", "__getitem__", "__iter__"}
@@ -52,6 +52,7 @@ def is_plain_sequential(module: nn.Module) -> bool:
         and type(module).forward is nn.Sequential.forward
         and "forward" not in vars(module)
         and not own_methods(module)
+        and not _members.is_patched(nn.Sequential)
     )
 
 
@@ -189,7 +190,8 @@ def _reflection(kind: type) -> str:
     """
     for node in _nodes(kind):
         name = node.id if isinstance(node, ast.Name) else getattr(node, "attr", "")
-        if name in _REFLECTION and not _sets_up(node):
+        found = name in _REFLECTION or (isinstance(node, ast.Name) and name in ("eval", "exec"))
+        if found and not _sets_up(node):
             return name
     return ""
 
@@ -276,9 +278,11 @@ def hands_on(module: nn.Module, attribute: str = "") -> str:
     """Why a function elsewhere may get `module`, or its child of that name; empty if none does."""
     if reason := own_methods(module):
         return reason
+    name = type(module).__name__
+    if method := _members.replaced_in(module):
+        return f"the method {method} of {name} was replaced"
     if is_plain_sequential(module) or calls_nothing(module):
         return ""
-    name = type(module).__name__
     loads = _loads(module, attribute) if attribute else []
     if loads is None or not all(map(_is_known, _kinds(module))):
         return f"the source of {name} is not available"

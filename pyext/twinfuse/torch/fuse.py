@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
 from twinfuse.torch import _deferred, _norm, _rewrite, _spread
 from twinfuse.torch._clamp import CLAMPED
 from twinfuse.torch._held import held
+from twinfuse.torch._run import eval_mode, outputs
 from twinfuse.torch._savings import Call, Calls, recorded, saving
 from twinfuse.torch._survey import ALONE, FUSED, Survey, alone, is_exactly
 from twinfuse.torch.conv_relu import conv1d_relu, conv2d_relu
@@ -104,7 +103,7 @@ def fuse(
         RuntimeError: the outputs for `example_inputs` differ, and the model is then unfused; or
             `model` cannot be copied, as one that is sharded cannot.
     """
-    expected = [] if example_inputs is None else _outputs(model, example_inputs)
+    expected = [] if example_inputs is None else outputs(model, example_inputs)
     if not inplace:
         model = _copied(model)
     survey = Survey(_restored(model, _spread.around(model)))
@@ -134,7 +133,7 @@ def fuse(
             _become(layer, _deferred.DEFERRED)
             _deferred.defer(layer, owner)
     if example_inputs is not None:
-        for got, want in zip(_outputs(model, example_inputs), expected, strict=True):
+        for got, want in zip(outputs(model, example_inputs), expected, strict=True):
             if not _is_close(got, want):
                 unfuse(model)
                 raise RuntimeError(
@@ -179,7 +178,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Report:
     if example_inputs is not None:
         calls = recorded(
             (m for m in model.modules() if isinstance(m, fused) and not isinstance(m, _UNKNOWN)),
-            lambda: _outputs(model, example_inputs),
+            lambda: outputs(model, example_inputs),
         )
     survey = Survey(model)
     spread = _spread.around(model)
@@ -241,7 +240,7 @@ def _explain_fused(layer: Any, calls: list[Call] | None, around: str) -> Choice:
     with torch.no_grad():
         if isinstance(layer, (LSTM, LSTMCell)):
             return _explain_recurrent(layer, sharded)
-        with _eval_mode(layer):  # in training, reading a weight under spectral_norm changes it
+        with eval_mode(layer):  # in training, reading a weight under spectral_norm changes it
             weight, bias = _as_run([layer.weight, layer.bias], sharded)
         if isinstance(layer, nn.Linear):
             example = weight.new_empty((1, layer.in_features))
@@ -316,30 +315,6 @@ def _copied(model: Model) -> Model:
             "fuse: model: expected one that copy.deepcopy can copy, or inplace=True, "
             f"got {type(error).__name__}: {error}"
         ) from error
-
-
-def _outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
-    arguments, keywords = inputs if isinstance(inputs, tuple) else (inputs,), {}
-    if isinstance(inputs, Mapping):
-        arguments, keywords = (), dict(inputs)
-    with torch.no_grad(), torch.random.fork_rng(), _eval_mode(model):
-        # The model may change them.
-        arguments, keywords = tree_map_only(Tensor, torch.clone, (arguments, keywords))
-        outputs = model(*arguments, **keywords)
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    # Not by `eval`, which may do more: layers of LoRA merge weights in their `train` methods.
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _is_close(got: Tensor, expected: Tensor) -> bool:
