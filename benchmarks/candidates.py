@@ -55,11 +55,13 @@ class Side:
     """What is measured in one framework.
 
     `makers`: framework and mode as reports name them -> name -> what builds a candidate. `arrays`
-    brings what a candidate returned into the order and layout of the reference.
+    brings what a candidate returned into the order and layout of the reference. `reference`
+    computes one where the case has none for both frameworks.
     """
 
     makers: dict[str, dict[str, Maker]]
     arrays: Callable[[Any], list[Array]]
+    reference: Callable[[], list[Array]] | None = None
 
 
 def collect(
@@ -109,6 +111,9 @@ def gather(
     with built.context():
         for framework in frameworks:
             side = sides[framework]()
+            # Nobody compares the one whose memory is measured.
+            if side.reference and not only:
+                built.references |= dict.fromkeys(side.makers, side.reference())
             for mode, makers in side.makers.items():
                 converters[mode] = side.arrays
                 _add(built, mode, makers, only)
