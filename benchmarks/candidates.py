@@ -113,7 +113,12 @@ def gather(
             side = sides[framework]()
             # Nobody compares the one whose memory is measured.
             if side.reference and not only:
-                built.references |= dict.fromkeys(side.makers, side.reference())
+                try:
+                    built.references |= dict.fromkeys(side.makers, side.reference())
+                # Where the framework itself fails, there is nobody to be compared with.
+                except Exception as error:
+                    built.skipped[f"all of {framework}"] = _reason(error)
+                    continue
             for mode, makers in side.makers.items():
                 converters[mode] = side.arrays
                 _add(built, mode, makers, only)
@@ -129,9 +134,13 @@ def _add(built: Case, framework: str, makers: dict[str, Maker], only: Sequence[s
             run = make()
         # Whatever stops a candidate, the others are still to be measured; the report says why.
         except Exception as error:
-            built.skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            built.skipped[name] = _reason(error)
         else:
             built.candidates.append(Candidate(name, framework, run, name.startswith("twinfuse")))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _torch_arrays(result: Any) -> list[Array]:
