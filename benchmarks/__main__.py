@@ -19,7 +19,7 @@ from benchmarks.harness import Settings
 from benchmarks.operands import ITEM_SIZE, Section, installed, set_threads
 from benchmarks.runner import Op, Runner
 
-OPS = ("linear_relu", "conv_relu", "lstm")
+OPS = ("linear_relu", "conv_relu", "lstm", "networks")
 QUICK = Settings(rounds=5, least_rounds=5, block=0.005, warm=0.001, settle=0.005, limit=2.0)
 
 

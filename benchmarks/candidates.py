@@ -55,11 +55,13 @@ class Side:
     """What is measured in one framework.
 
     `makers`: framework and mode as reports name them -> name -> what builds a candidate. `arrays`
-    brings what a candidate returned into the order and layout of the reference.
+    brings what a candidate returned into the order and layout of the reference. `reference`
+    computes one where the case has none for both frameworks.
     """
 
     makers: dict[str, dict[str, Maker]]
     arrays: Callable[[Any], list[Array]]
+    reference: Callable[[], list[Array]] | None = None
 
 
 def collect(
@@ -109,6 +111,14 @@ def gather(
     with built.context():
         for framework in frameworks:
             side = sides[framework]()
+            # Nobody compares the one whose memory is measured.
+            if side.reference and not only:
+                try:
+                    built.references |= dict.fromkeys(side.makers, side.reference())
+                # Where the framework itself fails, there is nobody to be compared with.
+                except Exception as error:
+                    built.skipped[f"all of {framework}"] = _reason(error)
+                    continue
             for mode, makers in side.makers.items():
                 converters[mode] = side.arrays
                 _add(built, mode, makers, only)
@@ -124,9 +134,13 @@ def _add(built: Case, framework: str, makers: dict[str, Maker], only: Sequence[s
             run = make()
         # Whatever stops a candidate, the others are still to be measured; the report says why.
         except Exception as error:
-            built.skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            built.skipped[name] = _reason(error)
         else:
             built.candidates.append(Candidate(name, framework, run, name.startswith("twinfuse")))
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _torch_arrays(result: Any) -> list[Array]:

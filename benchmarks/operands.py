@@ -32,8 +32,10 @@ class Case:
     """One op at one shape and dtype: who computes it, and how much there is to compute.
 
     `outputs` turns what a candidate's `run` returned into float64 arrays in the order and layout of
-    `reference`. `traffic` is the bytes of every operand and result, once. `notes` say what a
-    candidate's time leaves out. `steps` follow one another in a call; 0: it has no steps.
+    `reference`; `references` has others for some frameworks and modes. `traffic` is the bytes of
+    every operand and result, once. `notes` say what a candidate's time leaves out. `steps` follow
+    one another in a call; 0: it has no steps. `ops` are those whose kernels ours is to launch; by
+    default the one that is measured.
     """
 
     reference: list[Array]
@@ -44,6 +46,8 @@ class Case:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     steps: int = 0
+    references: dict[str, list[Array]] = field(default_factory=dict)
+    ops: tuple[str, ...] | None = None
     context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 

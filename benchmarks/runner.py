@@ -123,6 +123,7 @@ class Runner:
             dict(case.skipped),
             dict(case.notes),
             case.steps,
+            case.ops != (),
         )
 
     def _frameworks(self, shape: Shape) -> list[str]:
@@ -151,17 +152,18 @@ def check(case: Case, dtype: str, op: str) -> tuple[list[Candidate], dict[str, d
 
     The others go to `case.skipped` with what is wrong with them.
     """
+    ops = (op,) if case.ops is None else case.ops
     sound: list[Candidate] = []
     kernels: dict[str, dict[str, int]] = {}
     for candidate in case.candidates:
         candidate_kernels: dict[str, int] = {}
         try:
-            with launched(op, candidate_kernels):
+            with launched(ops, candidate_kernels):
                 outputs = case.outputs(candidate, candidate.run())
         except Exception as failure:
             case.skipped[candidate.name] = f"{type(failure).__name__}: {failure}".splitlines()[0]
             continue
-        distance = error(outputs, case.reference)
+        distance = error(outputs, case.references.get(candidate.framework, case.reference))
         if distance > TOLERANCE[dtype]:
             case.skipped[candidate.name] = f"wrong result: relative error {distance:.1e}"
             continue
@@ -172,14 +174,14 @@ def check(case: Case, dtype: str, op: str) -> tuple[list[Candidate], dict[str, d
 
 
 @contextlib.contextmanager
-def launched(op: str, into: dict[str, int]) -> Iterator[None]:
-    """Put into `into` how often each kernel of `op` is launched inside the block."""
+def launched(ops: Sequence[str], into: dict[str, int]) -> Iterator[None]:
+    """Put into `into` how often each kernel of `ops` is launched inside the block."""
     import twinfuse
 
     before = twinfuse.launches()
     yield
     for name, count in twinfuse.launches().items():
-        if op in name and count > before.get(name, 0):
+        if any(op in name for op in ops) and count > before.get(name, 0):
             into[name] = count - before.get(name, 0)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("rich")
 
-from benchmarks import conv_relu, linear_relu, lstm
+from benchmarks import conv_relu, linear_relu, lstm, networks
 from benchmarks.goals import ALL_PEERS, MEMORY_RESOLUTION, Goal, judge, memory_ratio
 from benchmarks.harness import Candidate, Timing
 from benchmarks.limits import Limits
@@ -116,7 +116,7 @@ def test_memory_ratio_takes_the_worse_view_and_ignores_noise() -> None:
     assert memory_ratio(MemoryUse(10 << 20, 300), MemoryUse(20 << 20, 200)) == 1.5
 
 
-@pytest.mark.parametrize("op", [linear_relu, conv_relu, lstm], ids=lambda op: op.OP)
+@pytest.mark.parametrize("op", [linear_relu, conv_relu, lstm, networks], ids=lambda op: op.OP)
 def test_the_goals_name_sections_and_shapes_that_exist(op: Any) -> None:
     sections = {s.name: s for s in op.SECTIONS}
     for goal in op.GOALS:
