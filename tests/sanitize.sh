@@ -40,9 +40,10 @@ if [ $# -eq 0 ]; then
   # What launches GPU kernels, on the fake driver; the interpreter must be chosen before Triton loads.
   TRITON_INTERPRET=1 "$python" -m pytest -p no:cacheprovider --capture=sys -q \
     tests/gpu/test_driver_failures.py tests/gpu/test_limits.py tests/gpu/test_images.py
-  # Kernels that run on the CPU; those of many blocks would need gigabytes of stacks.
+  # Kernels that run on the CPU; those of many blocks would need gigabytes of stacks. Clusters are
+  # among the cases and slices: tests of theirs alone would take minutes.
   TRITON_INTERPRET=1 "$python" -m pytest -p no:cacheprovider --capture=sys -q \
-    -n "${WORKERS:-2}" tests/gpu/test_cuda_lstm.py -k "not _768 and not _1024 and not _1280"
+    -n "${WORKERS:-2}" tests/gpu/test_cuda_lstm.py -k "not _768 and not _1024 and not _1280 and not cluster"
   set -- -q -n "${WORKERS:-2}" --dist loadfile -m "not slow" tests/test_core*.py \
     tests/test_properties*.py tests/test_lstm_onnx.py tests/test_isa.py tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
     tests/test_conv_relu_torch_formats.py tests/test_conv_relu_tensorflow_calls.py
