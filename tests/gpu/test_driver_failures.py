@@ -39,6 +39,20 @@ GIVING_BACK = ("cuCtxPopCurrent_v2", "cuThreadExchangeStreamCaptureMode")
 MOST_CALLS = 200
 
 
+def printed_by(script: str) -> str:
+    """What it prints in a process of its own, where nothing has been loaded before."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=launcher.ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 class Call:
     """One pass of a case, as often as wanted; nothing is run."""
 
@@ -231,16 +245,7 @@ def in_a_process(driver: str | Path, setup: str = "") -> str:
         assert texts[0] == texts[1]
         print(texts[0])
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        cwd=launcher.ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    text = done.stdout.strip()
+    text = printed_by(script).strip()
     assert text.startswith("linear_relu: ")
     return text
 
