@@ -13,8 +13,11 @@ BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CX
 export WORKERS ?= 2
 # Warnings stop a development build. A user's compiler may know warnings that ours does not.
 export CXXFLAGS ?= -Werror
+# Cases that are run of each test: together they are tens of thousands. 0: all.
+export SAMPLE ?= 16
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --sample $(SAMPLE) --durations 40 --durations-min 5
 
-.PHONY: setup demo test bench kernels lint format sanitize clean
+.PHONY: setup demo test test-all bench kernels lint format sanitize clean
 
 setup: $(VENV)/built
 
@@ -40,8 +43,12 @@ demo: setup
 	$(BIN)/python -m examples.sequences
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) tests/gpu
+	$(PYTEST) --dist loadfile
+	TRITON_INTERPRET=1 $(PYTEST) tests/gpu
+
+test-all: SAMPLE = 0
+test-all: sanitize test
+	$(BIN)/python -m tests.install_matrix --full
 
 bench: setup
 	$(BIN)/python -m benchmarks

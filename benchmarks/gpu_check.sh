@@ -23,16 +23,13 @@ failed=0
   >"$out/tests.log" 2>&1 || failed=1
 tail -n 60 "$out/tests.log" | cut -c1-300
 
-# Kernels in clusters are taken only on request.
-TWINFUSE_LSTM_CLUSTERS=1 "$python" -m pytest -q -rs -p no:cacheprovider -n "${WORKERS:-8}" \
-  tests/test_gpu_lstm_*.py >"$out/clusters.log" 2>&1 || failed=1
-echo "in clusters: $(tail -n 1 "$out/clusters.log" | cut -c1-200)"
-
 sanitized="(odd_everywhere or uneven_padding or pointwise_stride or three_by_three_stride_nhwc
-  or packed_tile or mask_tile or 7-3-40-256) and not float32 and not norm and not dropout"
+  or packed_tile or mask_tile or 7-3-40-256 or 7-8-67-640) and not float32 and not norm and not dropout"
 sanitized=$(echo $sanitized)
 if command -v compute-sanitizer >/dev/null; then
   for tool in ${SANITIZERS:-memcheck racecheck}; do
+    # Racecheck does not see that asynchronous stores between blocks of a cluster order anything.
+    [ "$tool" = memcheck ] || sanitized+=" and not 256"
     # torch's caching allocator would hide an access beyond a tensor.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "${SANITIZER_TIMEOUT:-120}" compute-sanitizer \
       --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
@@ -53,7 +50,5 @@ fi
 if [ "$failed" = 0 ] || [ "${KEEP_GOING:-}" = 1 ]; then
   "$python" -m benchmarks.gpu ${BENCHMARKS:---compile} --json "$out/bfloat16.json" || failed=1
   "$python" -m benchmarks.gpu_lstm ${LSTM_BENCHMARKS:-} --json "$out/lstm.json" || failed=1
-  TWINFUSE_LSTM_CLUSTERS=1 "$python" -m benchmarks.gpu_lstm ${LSTM_BENCHMARKS:-} \
-    --json "$out/lstm-clusters.json" || failed=1
 fi
 exit "$failed"

@@ -4,6 +4,8 @@ A test that needs a framework asks for it with `require("torch")` at the top of 
 its body). Where the framework is absent the test is skipped with that reason, unless
 TWINFUSE_TEST_REQUIRE (comma-separated: torch, tensorflow, keras, core, kernels for those of GPUs,
 nvcc, gpu) names it: then it fails, so that CI cannot pass by skipping.
+
+The tables are large: `--sample N` runs N cases of each test, always the same.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import ModuleType
@@ -55,6 +59,31 @@ def require(name: str) -> ModuleType:
     except ImportError as error:
         skip(name, f"it cannot be imported: {error}")
         raise AssertionError("unreachable") from error
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="run no more than N cases of each test (default: all)",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not (most := config.getoption("--sample")):
+        return
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.split("[")[0]].append(item.nodeid)
+    # By a hash: those side by side in a table are alike.
+    kept = {
+        name
+        for names in cases.values()
+        for name in sorted(names, key=lambda name: zlib.crc32(name.encode()))[:most]
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -308,19 +308,10 @@ class Special:
 
 Case = Install | Special
 
-SPECIAL: list[Case] = [
-    Special("no compiler", no_compiler),
-    Special("framework later, two processes", framework_later),
-    Special("wheel for another TensorFlow", other_version),
-    Special("bindings that do not load", does_not_load),
-]
-# Every mode and every set of frameworks once; --full takes all pairs.
+# What one build, that of a wheel, can show; --full takes every way with every set of frameworks.
 REDUCED: list[Case] = [
-    Install("no isolation", BOTH),
-    Install("isolated", ("torch",)),
-    Install("editable", ("tensorflow",)),
-    Install("isolated"),
-    *SPECIAL,
+    Special("no compiler", no_compiler),
+    Special("wheel for another TensorFlow", other_version),
 ]
 FULL: list[Case] = [
     *(
@@ -328,7 +319,9 @@ FULL: list[Case] = [
         for mode in MODES
         for frameworks in (BOTH, ("torch",), ("tensorflow",), ())
     ),
-    *SPECIAL,
+    *REDUCED,
+    Special("framework later, two processes", framework_later),
+    Special("bindings that do not load", does_not_load),
 ]
 
 

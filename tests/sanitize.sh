@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the core and of the bindings under AddressSanitizer and UBSan.
 #   tests/sanitize.sh [python] [pytest arguments]
+# SAMPLE is the number of cases of each test; without it all are run.
 # A second build of the package lies in build/sanitize and is put first on Python's path, so nothing
 # of the usual build or of the package knows about this.
 set -euo pipefail
@@ -35,18 +36,19 @@ library, reason = _core.load()
 assert library is not None, reason
 assert '/$base/' in str(_core.LIBRARY), _core.LIBRARY
 "
+# A report of the sanitizer ends the process: it must not be in a file of pytest's by then.
+pytest=("$python" -m pytest -p no:cacheprovider --capture=sys --sample "${SAMPLE:-0}")
 # The table of convolutions runs on the core alone: in a framework it would take an hour here.
 if [ $# -eq 0 ]; then
   # What launches GPU kernels, on the fake driver; the interpreter must be chosen before Triton loads.
-  TRITON_INTERPRET=1 "$python" -m pytest -p no:cacheprovider --capture=sys -q \
+  TRITON_INTERPRET=1 "${pytest[@]}" -q \
     tests/gpu/test_driver_failures.py tests/gpu/test_limits.py tests/gpu/test_images.py
   # Kernels that run on the CPU; those of many blocks would need gigabytes of stacks. Clusters are
   # among the cases and slices: tests of theirs alone would take minutes.
-  TRITON_INTERPRET=1 "$python" -m pytest -p no:cacheprovider --capture=sys -q \
-    -n "${WORKERS:-2}" tests/gpu/test_cuda_lstm.py -k "not _768 and not _1024 and not _1280 and not cluster"
+  TRITON_INTERPRET=1 "${pytest[@]}" -q -n "${WORKERS:-2}" \
+    tests/gpu/test_cuda_lstm.py -k "not _768 and not _1024 and not _1280 and not cluster"
   set -- -q -n "${WORKERS:-2}" --dist loadfile -m "not slow" tests/test_core*.py \
     tests/test_properties*.py tests/test_lstm_onnx.py tests/test_isa.py tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
     tests/test_conv_relu_torch_formats.py tests/test_conv_relu_tensorflow_calls.py
 fi
-# A report of the sanitizer ends the process: it must not be in a file of pytest's by then.
-exec "$python" -m pytest -p no:cacheprovider --capture=sys "$@"
+exec "${pytest[@]}" "$@"

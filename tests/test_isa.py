@@ -49,7 +49,7 @@ def isa_of_a_process(forced: str) -> tuple[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FEATURES)
-def test_core_under(isa: str) -> None:
+def test_core_under(isa: str, request: pytest.FixtureRequest) -> None:
     load()
     missing = FEATURES[isa] - processor_flags()
     if missing or platform.machine() not in ("x86_64", "AMD64"):
@@ -59,6 +59,8 @@ def test_core_under(isa: str) -> None:
     if _core.isa() == isa:
         return  # the tests of this very process
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
+    if sample := request.config.getoption("--sample"):
+        command += ["--sample", str(sample)]
     env = {**os.environ, "TWINFUSE_ISA": isa, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     result = subprocess.run(
         [*command, *map(str, MODULES)],

@@ -24,7 +24,6 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
   using typename Cells::Given, typename Cells::Factors;
   static constexpr int kParts = Shape::kParts;
   static constexpr int kGate = Shape::kWidth;  // gates of the exchange lie so far apart
-  static constexpr bool kTogether = Shape::kReach == kCluster;  // warps hand over as a whole
   using WeightProduct = Product<Format, Shape::kTiles, Shape::kGroups, kParts, kThreads>;
 
   TWINFUSE_DEVICE LstmBackward(const LstmBackwardArguments& p, Memory& memory)
@@ -34,7 +33,6 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
     const int warp = thread_index() / 32, part = warp % kParts, row = warp / kParts * 16;
     load_weights(row, part);
     block_sync();
-    exchange_.open();
     begin();
     Given given[kCells];
     this->load(0, 0, given);
@@ -49,22 +47,18 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
         if (step) product(step - 1, chunk, row, part);
         if (chunk == 0) exchange_.leave();
         block_sync();
-        float grads[kCells][4] = {};
+        float grads[kCells][4];
         // What others wait for leaves at once.
         s_.for_cells(chunk, [&](int i, const Cell& at) {
           this->compute(step, at, given[i], factors[i], grads[i]);
-          if constexpr (!kTogether) put_grads(step, at, grads[i]);
+          put_grads(step, at, grads[i]);
         });
-        if constexpr (kTogether)
-#pragma unroll
-          for (int i = 0; i < kCells; i++) put_grads(step, s_.cell(0, i), grads[i]);
         s_.for_cells(chunk,
                      [&](int i, const Cell& at) { this->store(step, at, given[i], grads[i]); });
 #pragma unroll
         for (int i = 0; i < kCells; i++) given[i] = next[i];
       }
     finish(row, part);
-    exchange_.close(s_.p.steps - 1);
   }
 
   TWINFUSE_DEVICE void put_grads(int step, const Cell& at, const float (&grads)[4]) {
@@ -85,11 +79,10 @@ struct LstmBackward : LstmBackwardCells<typename Format::Element, Shape> {
   // What is not there is zeros to all.
   TWINFUSE_DEVICE void begin() {
     s_.for_each([&](const Cell& at) { Cells::begin(at); });
-    if constexpr (!kTogether)
-      for (int i = thread_index(); !s_.block && i < s_.rows() * 4 * kGate; i += kThreads) {
-        const int row = i / (4 * kGate), k = i % (4 * kGate);
-        if (row >= s_.count || k % kGate >= s_.p.units) exchange_.put_zero(row, k);
-      }
+    for (int i = thread_index(); !s_.block && i < s_.rows() * 4 * kGate; i += kThreads) {
+      const int row = i / (4 * kGate), k = i % (4 * kGate);
+      if (row >= s_.count || k % kGate >= s_.p.units) exchange_.put_zero(row, k);
+    }
   }
 
   TWINFUSE_DEVICE void product(int step, int chunk, int row, int part) {

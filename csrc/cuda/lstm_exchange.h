@@ -158,7 +158,6 @@ class ClusterExchange {
   TWINFUSE_DEVICE void leave() {}
   // Also for all threads of this block, which sent when they had read what was there before.
   TWINFUSE_DEVICE void wait(int step) {
-    if (step < 0) return;
     wait_for(step);
     if (thread_index() == 0) expect(step % kSlots);
     warp_sync();  // so do tensor cores, and each thread has waited for itself

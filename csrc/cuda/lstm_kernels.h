@@ -57,13 +57,6 @@ struct LstmShape {
            : reach == kCluster ? kChunk
                                : kSmaller<kChunk, kThreads / kUnits>;
   }
-  // Of a cluster, each thread hands over 16 bytes with its neighbours, and every unit has a block.
-  template <int kUnits, int kWidth>
-  static constexpr bool fits_cluster() {
-    return kUnits % (16 / element_size(format)) == 0 && kWidth % kUnits == 0 &&
-           kChunk * kUnits % kThreads == 0;
-  }
-
   // While weights are loaded, each warp has a kilobyte for each of its tiles.
   template <class Memory, int kTiles>
   static constexpr int shared_bytes() {
@@ -81,7 +74,10 @@ struct LstmForwardShape : LstmShape<format, rows, parts, groups, columns, reach>
   static constexpr int kWidth = Base::kDepth;       // units that a sequence may have
   static constexpr int kPitch = 4 * kUnits + 4;     // of sums: neighbours in different banks
   static constexpr int kMostSlice = Base::template most_slice<kUnits>();
-  static_assert(reach != kCluster || Base::template fits_cluster<kUnits, kWidth>());
+  // Of a cluster, each thread hands over 16 bytes with its neighbours, and every unit has a block.
+  static_assert(reach != kCluster ||
+                (kUnits % (16 / element_size(format)) == 0 && kWidth % kUnits == 0 &&
+                 Base::kChunk * kUnits % Base::kThreads == 0));
 
   struct Memory {
     alignas(16) unsigned char exchange[Base::kExchange];
@@ -101,7 +97,7 @@ struct LstmBackwardShape : LstmShape<format, rows, parts, groups, columns, reach
   static constexpr int kWidth = Base::kDepth / 4;
   static constexpr int kPitch = kUnits + 4;
   static constexpr int kMostSlice = Base::template most_slice<kUnits>();
-  static_assert(reach != kCluster || Base::template fits_cluster<kUnits, kWidth>());
+  static_assert(reach != kCluster, "clusters are no faster here");
 
   // Gradients of the state, and what skipped steps add to the output of the last one that was not.
   struct Memory {
@@ -152,7 +148,7 @@ struct LstmBackwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
 };
 
 // F(name, pass, format, the shape's numbers), by the units that a kernel takes; C of those that run
-// in clusters, which architectures from 9.0 on have. A cluster has all blocks that the width needs.
+// in clusters, which have all blocks that the width needs.
 #define TWINFUSE_LSTM_STEPS(F, format)                                 \
   F(lstm_forward_##format##_step, ForwardStep, format, 1, 8, 2, 4)     \
   F(lstm_forward_##format##_widestep, ForwardStep, format, 2, 4, 2, 8) \
@@ -164,13 +160,13 @@ struct LstmBackwardStepShape : LstmStepShape<rows, parts, tiles, columns> {
   F(lstm_forward_##format##_128, Forward, format, 16, 1, 1, 4, 1, kBlock)         \
   C(lstm_forward_##format##_cluster256, Forward, format, 2, 4, 1, 2, 2, kCluster) \
   F(lstm_forward_##format##_256, Forward, format, 1, 8, 2, 1, 4, kGrid)           \
+  C(lstm_forward_##format##_cluster512, Forward, format, 4, 4, 1, 4, 2, kCluster) \
   F(lstm_forward_##format##_512, Forward, format, 1, 8, 2, 2, 4, kGrid)           \
   F(lstm_forward_##format##_768, Forward, format, 1, 8, 2, 3, 2, kGrid)           \
   F(lstm_forward_##format##_1024, Forward, format, 1, 8, 2, 4, 2, kGrid)          \
   F(lstm_forward_##format##_1280, Forward, format, 1, 8, 2, 5, 1, kGrid)          \
   F(lstm_backward_##format##_64, Backward, format, 4, 4, 2, 1, kBlock)            \
   F(lstm_backward_##format##_128, Backward, format, 8, 2, 8, 1, kBlock)           \
-  C(lstm_backward_##format##_cluster256, Backward, format, 1, 8, 4, 2, kCluster)  \
   F(lstm_backward_##format##_256, Backward, format, 1, 8, 4, 4, kGrid)            \
   F(lstm_backward_##format##_512, Backward, format, 1, 8, 8, 2, kGrid)            \
   F(lstm_backward_##format##_768, Backward, format, 1, 8, 12, 1, kGrid)           \
@@ -199,6 +195,8 @@ struct LstmOffsetsShape {
 #define TWINFUSE_LSTM_BF16(F, C) TWINFUSE_LSTM_16(F, C, bf16)
 #define TWINFUSE_LSTM_FP16(F, C) TWINFUSE_LSTM_16(F, C, fp16)
 #define TWINFUSE_LSTM_TF32(F, C) TWINFUSE_LSTM_32(F, C, tf32)
-#define TWINFUSE_LSTM_TF32X3(F, C) TWINFUSE_LSTM_32(F, C, tf32x3)
+// Three products take so long that clusters gain nothing.
+#define TWINFUSE_LSTM_NO_CLUSTERS(...)
+#define TWINFUSE_LSTM_TF32X3(F, C) TWINFUSE_LSTM_32(F, TWINFUSE_LSTM_NO_CLUSTERS, tf32x3)
 
 }  // namespace twinfuse::cuda

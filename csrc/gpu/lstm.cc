@@ -1,9 +1,6 @@
 // LSTM on a GPU: the products of all inputs at once, then a kernel of csrc/cuda for all steps, or a
 // launch for each where none holds the weights; and backward steps first, then products of all
 // gradients at once. A cell is one launch forward.
-#include <stdlib.h>
-#include <string.h>
-
 #include <algorithm>
 
 #include "cuda/lstm_arguments.h"
@@ -20,7 +17,6 @@ enum class Pass { Forward, Backward, ForwardStep, BackwardStep };
 
 // Sequences of a cell up to which its kernel reads weights hardly more often than a product would.
 constexpr int64_t kMostFused = 128;
-constexpr int kLeastWithClusters = 90;
 // Inputs of a cell that its kernel counts.
 constexpr int64_t kMostInputs = int64_t{1} << 24;
 
@@ -82,12 +78,6 @@ const Device::CudaLoaded& loaded(const Call& call, const LstmKernel& kernel) {
   return call.device.cuda_kernel(kernel.name, kernel.threads, kernel.shared, kernel.cluster());
 }
 
-// Not unless asked for: these kernels have not run on a GPU yet.
-bool may_use_clusters(const Call& call) {
-  const char* wanted = getenv("TWINFUSE_LSTM_CLUSTERS");
-  return wanted && !strcmp(wanted, "1") && call.device.architecture() >= kLeastWithClusters;
-}
-
 // A launch for each step, of blocks so wide that all run at once, or as wide as there are.
 Plan plan_steps(const Call& call, Pass pass, int64_t units, int64_t batch) {
   Plan best;
@@ -117,7 +107,6 @@ Plan plan_layer(const Call& call, Pass pass, int64_t units, int64_t batch) {
   for (const LstmKernel& kernel : kLstmKernels) {
     if (kernel.pass != pass || kernel.format != format_of(call) || kernel.width < units) continue;
     const bool clusters = kernel.reach == kCluster;
-    if (clusters && !may_use_clusters(call)) continue;
     Plan made{&kernel, nullptr, clusters ? kernel.cluster() : divide(units, kernel.units)};
     try {
       made.loaded = &loaded(call, kernel);

@@ -1,4 +1,4 @@
-"""Clusters of blocks, which the LSTM of the core launches on request."""
+"""Clusters of blocks, which the forward pass of the core's LSTM launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import skip
 from tests.gpu import fake_driver
 from tests.gpu.fake_driver import Driver, driver_fixture
-from tests.gpu.replay import architectures
+from tests.gpu.replay import TF32, architectures
 from tests.gpu.test_lstm_launches import built, by_direction, check
 from tests.lstm_cases import LstmCase
 
@@ -18,36 +18,42 @@ __all__ = ["built", "driver_fixture"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_clusters(driver: Driver, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they are asked for, the device has room for one and it takes all sequences."""
+def test_clusters(driver: Driver, dtype: str) -> None:
+    """Where the device has room for them and they take all sequences; float32 as TF32."""
     fewest = 65 if dtype == "float32" else 129  # which no block has alone
     lengths = (3,) * 5 + (1,) * 6
     packed = LstmCase("packed", 3, 11, 6, fewest, lengths=lengths, zoneout="draws")
-    for wanted, occupancy, case, used in (
-        ("1", 6, packed, True),
-        ("1", 6, LstmCase("masked", 3, 16, 6, 256, mask="interior", batch_first=True), True),
-        ("1", 12, LstmCase("slices", 2, 32, 6, 200), True),
-        ("1", 6, LstmCase("many", 2, 17, 6, 200), False),
-        ("1", 5, LstmCase("no_room", 2, 3, 6, 200), False),
-        ("0", 6, LstmCase("not_wanted", 2, 3, 6, 200), False),
+    wide = ["cluster512"] if dtype != "float32" else ["512"]
+    for occupancy, case, used in (
+        (6, packed, ["cluster256"]),
+        (6, LstmCase("masked", 3, 16, 6, 256, mask="interior", batch_first=True), ["cluster256"]),
+        (12, LstmCase("slices", 2, 32, 6, 200), ["cluster256"]),
+        (12, LstmCase("many", 2, 33, 6, 200), ["256"]),
+        (5, LstmCase("no_room", 2, 3, 6, fewest), ["256"]),
+        (12, LstmCase("wide", 2, 3, 6, 257), wide),
     ):
-        monkeypatch.setenv("TWINFUSE_LSTM_CLUSTERS", wanted)
         driver.set_occupancy(occupancy)
+        computed = used == ["cluster256"] and dtype == "float16"
         with driver.stream() as stream:
-            lender = check(case, dtype, stream=stream, compute=used and dtype != "bfloat16")
-        for direction, kernels in by_direction(lender).items():
-            there = used and (direction == "forward" or dtype != "float32")
-            assert (kernels == ["cluster256"]) == there
-        of_memory = [made for made in lender.recurrent if made.name.endswith("_256")]
-        assert lender.sets == len(of_memory)
+            lender = check(case, dtype, stream=stream, compute=computed, precision=TF32)
+        kernels = by_direction(lender)
+        assert kernels["forward"] == used, case
+        assert "cluster" not in "".join(kernels["backward"])
 
 
-def test_clusters_of_other_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8.0 has none."""
-    if 80 not in architectures():
-        skip("kernels", "none are built for architecture 80")
-    monkeypatch.setenv("TWINFUSE_LSTM_CLUSTERS", "1")
-    index = [device.arch for device in fake_driver.DEVICES].index(80)
+def test_no_clusters_for_exact_float32(driver: Driver) -> None:
+    driver.set_occupancy(6)
+    with driver.stream() as stream:
+        lender = check(LstmCase("exact", 2, 3, 6, 65), "float32", stream=stream, compute=False)
+    assert by_direction(lender)["forward"] == ["256"]
+
+
+@pytest.mark.parametrize("arch", [80, 100, 120])
+def test_no_clusters_on_other_architectures(driver: Driver, arch: int) -> None:
+    if arch not in architectures():
+        skip("kernels", f"none are built for architecture {arch}")
+    driver.set_occupancy(6)
+    index = [device.arch for device in fake_driver.DEVICES].index(arch)
     case = LstmCase("units", 2, 3, 6, 200)
     lender = check(case, "float16", index=index, compute=False)
-    assert "cluster256" not in {name for names in by_direction(lender).values() for name in names}
+    assert by_direction(lender)["forward"] == ["256"]
