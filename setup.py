@@ -41,8 +41,10 @@ KERNELS = "csrc/cpu/kernels.cc"
 # Sources of others, in C that is C++, too. Their warnings are not ours to mend.
 THIRD_PARTY = "csrc/third_party"
 THIRD_PARTY_FLAGS = ["-x", "c++", "-w"]
-# What `make kernels` has compiled; a build takes what is there and up to date.
+# What `make kernels` has compiled; a build takes what is there and up to date, and for GPUs of this
+# machine or those in TORCH_CUDA_ARCH_LIST compiles the rest.
 GPU_KERNELS = "build/kernels"
+GPU_COMPILERS = ("csrc/aot.py", "csrc/cuda_build.py")
 NO_GPU_KERNELS = "csrc/gpu/no_kernels.cc"
 
 # Contraction would let the compiler choose where products are rounded, and with that the bits.
@@ -50,6 +52,22 @@ CXXFLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     "-ffp-contract=off",
 ]
+
+
+def architectures() -> str:
+    """Of GPUs to compile for without being asked by `make kernels`, such as `8.0 9.0`."""
+    if wanted := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return wanted
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return " ".join(sorted(set(found.stdout.split())))
 
 
 def load_module(name: str, path: Path) -> ModuleType:
@@ -212,6 +230,15 @@ class BuildExt(build_ext):
         """Sources of the table of GPU kernels."""
         folder = Path(os.environ.get("TWINFUSE_KERNELS") or ROOT / GPU_KERNELS)
         embed = load_module("twinfuse_embed", ROOT / "csrc/embed.py")
+        is_ours = "TWINFUSE_KERNELS" not in os.environ
+        if is_ours and not embed.up_to_date(folder) and (wanted := architectures()):
+            if importlib.util.find_spec("triton") is None:
+                reason = f"no Triton for {sys.executable}; --no-build-isolation takes that of torch"
+                self.left_out.append(f"GPU kernels ({reason})")
+                return [ROOT / NO_GPU_KERNELS]
+            for script in GPU_COMPILERS:
+                command = [sys.executable, str(ROOT / script), str(folder), "--arch", wanted]
+                subprocess.run(command, check=True)
         if not embed.up_to_date(folder):
             found = "older than csrc/triton" if (folder / "kernels.json").exists() else "not there"
             self.left_out.append(f"GPU kernels ({folder} is {found}; `make kernels` makes it)")

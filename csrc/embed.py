@@ -60,7 +60,9 @@ def without_cuda(kernels: Path) -> str:
         return f"{table} is not there; `make kernels` makes it"
     if stamp.read_text().strip() != cuda_sources_hash():
         return f"{table} is older than csrc/cuda; `make kernels` makes it"
-    return "" if json.loads(table.read_text()) else "no nvcc when `make kernels` ran"
+    if json.loads(table.read_text()):
+        return ""
+    return "no nvcc when the kernels were compiled: the framework's own run"
 
 
 def write(kernels: Path, out: Path, measured: Path = MEASURED) -> list[Path]:

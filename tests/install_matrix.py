@@ -257,6 +257,33 @@ def no_compiler(workspace: Workspace) -> str:
     return line
 
 
+def no_triton(workspace: Workspace) -> str:
+    """On a machine with a GPU, where nothing can compile its kernels."""
+    environment = workspace.environment((), tools=True)
+    query = environment.folder / "bin" / "nvidia-smi"
+    query.write_text("#!/bin/sh\necho 9.0\n")
+    query.chmod(0o755)
+    environment.variables["PATH"] = f"{query.parent}:{environment.variables['PATH']}"
+    line = summary(environment.pip("install", "--no-build-isolation", workspace.tree))
+    check("GPU kernels (no Triton" in line, "the reason in the line", line)
+    return line
+
+
+def gpu_kernels(workspace: Workspace) -> str:
+    """Compiled by the installation for the architecture that is asked for."""
+    environment = workspace.environment(("torch",), tools=True)
+    environment.add(workspace.linked("triton", "triton", "tqdm"))
+    environment.variables["TORCH_CUDA_ARCH_LIST"] = "9.0"
+    line = summary(environment.pip("install", "--no-build-isolation", workspace.tree))
+    built, _, left_out = line.partition("; left out:")
+    check("GPU kernels" in built, "GPU kernels to be built", line)
+    lstm = bool(shutil.which("nvcc", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"))
+    check(("LSTM on GPUs" in left_out) != lstm, "those of the LSTM to depend on nvcc", line)
+    (probe,) = environment.probe("torch")
+    check(probe.launches > 0, "fused kernels to run", str(probe))
+    return line
+
+
 def framework_later(workspace: Workspace) -> str:
     """A framework installed after us: compiled by the first import, once for two processes."""
     environment = workspace.environment((), tools=True)
@@ -312,6 +339,7 @@ Case = Install | Special
 REDUCED: list[Case] = [
     Special("no compiler", no_compiler),
     Special("wheel for another TensorFlow", other_version),
+    Special("GPU without Triton", no_triton),
 ]
 FULL: list[Case] = [
     *(
@@ -322,6 +350,7 @@ FULL: list[Case] = [
     *REDUCED,
     Special("framework later, two processes", framework_later),
     Special("bindings that do not load", does_not_load),
+    Special("GPU kernels", gpu_kernels),
 ]
 
 

@@ -243,8 +243,9 @@ def test_explain() -> None:
     for op, call in (("lstm", (tft.lstm, x, None, params)),
                      ("lstm_cell", (tft.lstm_cell, x[0], (h, c), *params))):  # fmt: skip
         rows = twinfuse.explain(*call)
+        kind = "64" if op == "lstm" else "step"
         assert [row.kernel for row in rows] == [
-            f"{op}_{k}_f16_cuda" for k in ("forward", "backward")
+            f"{op}_{k}_f16_cuda (lstm_{k}_fp16_{kind})" for k in ("forward", "backward")
         ]
         assert {row.backend for row in rows} == {"cuda"}
 

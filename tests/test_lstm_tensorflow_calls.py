@@ -17,6 +17,7 @@ import twinfuse  # noqa: E402
 import twinfuse.tensorflow as tftf  # noqa: E402
 from tests import tf_cases  # noqa: E402
 from tests.test_lstm_tensorflow import FUNCTIONS, OPTIONS, operands  # noqa: E402
+from twinfuse import _core  # noqa: E402
 from twinfuse.tensorflow import _binding  # noqa: E402
 from twinfuse.tensorflow._lstm_gradients import LAYER  # noqa: E402
 
@@ -252,6 +253,25 @@ def test_gradients_of_a_graph_that_saves_nothing(launched: Launched) -> None:
         return tftf.lstm(x, kernel, o["recurrent_kernel"], o["bias"])[0]
 
     tf_cases.assert_close(ours, gradients(native, [o["x"], o["kernel"]]))
+
+
+def test_explain_names_what_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where kernels differ by size."""
+    asked: list[Any] = []
+
+    def kernel(*args: Any, **sizes: int) -> str:
+        asked.append((*args, *sizes.values()))
+        return "the_kernel"
+
+    monkeypatch.setattr(_core, "lstm_gpu_kernel", kernel)
+    monkeypatch.setattr(_core, "reported", lambda name, *_: ("cuda", name, ""))
+    x, weights = tf.zeros([5, 3, 4]), (tf.zeros([4, 24]), tf.zeros([6, 24]))
+    state = (tf.zeros([5, 6]), tf.zeros([5, 6]))
+    (row,) = twinfuse.explain(tftf.lstm, x, *weights)
+    assert row.kernel.endswith(" (the_kernel)")
+    twinfuse.explain(tftf.lstm, x, *weights, time_major=True)
+    twinfuse.explain(tftf.lstm_cell, x[:, 0], state, *weights)
+    assert [sizes[-3:] for sizes in asked] == [(3, 5, 6), (5, 3, 6), (1, 5, 6)]
 
 
 def test_explain() -> None:

@@ -13,6 +13,7 @@ torch = require("torch")
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
 from tests.torch_cases import assert_same, random  # noqa: E402
+from twinfuse import _core  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -301,3 +302,26 @@ def test_explain() -> None:
         assert len(twinfuse.explain(tft.lstm, x, None, params)) == 1
     (row,) = twinfuse.explain(tft.lstm, x.detach().to("meta"), None, [p.detach() for p in params])
     assert row.backend == "reference" and "meta" in row.reason
+
+
+def test_explain_names_what_takes_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, where kernels differ by size."""
+    asked: list[Any] = []
+
+    def kernel(*args: Any, **sizes: int) -> str:
+        asked.append((*args[:2], sizes))
+        return "the_kernel"
+
+    monkeypatch.setattr(_core, "lstm_gpu_kernel", kernel)
+    monkeypatch.setattr(_core, "reported", lambda name, *_: ("cuda", name, ""))
+    x, h, c, *params = arguments()
+    _, batch, units = h.shape
+    for call, steps in (
+        ((tft.lstm, x, (h, c), params), x.shape[0]),
+        ((tft.lstm_cell, x[0], (h[0], c[0]), *params), 1),
+    ):
+        rows = twinfuse.explain(*call)
+        assert all(row.kernel.endswith(" (the_kernel)") for row in rows)
+        sizes = {"steps": steps, "batch": batch, "units": units}
+        assert asked == [(backward, "float64", sizes) for backward in (False, True)]
+        asked.clear()

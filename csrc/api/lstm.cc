@@ -381,3 +381,18 @@ extern "C" TwinfuseStatus twinfuse_lstm_cell_backward(
                               grad_final, &saved, input, weights, noise, lstm, context);
   });
 }
+
+extern "C" const char* twinfuse_lstm_gpu_kernel(int32_t backward, int32_t dtype, int32_t precision,
+                                                int32_t device_index, int64_t steps, int64_t batch,
+                                                int64_t units) {
+  const char* name = nullptr;
+  twinfuse::guarded([&] {
+    TwinfuseContext context{};
+    context.device = TWINFUSE_CUDA, context.device_index = device_index;
+    context.precision = precision;
+    twinfuse::LstmCall op{};
+    op.steps = steps, op.batch = batch, op.units = units;
+    return twinfuse::gpu::lstm_kernel(op, backward, dtype, context, &name);
+  });
+  return name;
+}

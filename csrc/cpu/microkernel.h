@@ -191,14 +191,14 @@ Microkernel<E> microkernel_for(InSlab slab, int rows, int vectors) {
   return microkernel_for<E, InSlab::kNone, Epilogue>(rows, vectors);
 }
 
-// The widest kind for rows and columns that are packed, which asks for lines ahead.
-template <class E, int kRows = max_rows(kMaxVectors)>
+// For operands that are in no slab; asks for lines ahead.
+template <class E, int kVectors, int kRows = max_rows(kVectors)>
 Microkernel<E> prefetching_microkernel_for(int rows) {
   if constexpr (kRows == 1)
-    return microkernel<E, InSlab::kNone, 1, kMaxVectors, void, true>;
+    return microkernel<E, InSlab::kNone, 1, kVectors, void, true>;
   else
-    return rows == kRows ? microkernel<E, InSlab::kNone, kRows, kMaxVectors, void, true>
-                         : prefetching_microkernel_for<E, kRows - 1>(rows);
+    return rows == kRows ? microkernel<E, InSlab::kNone, kRows, kVectors, void, true>
+                         : prefetching_microkernel_for<E, kVectors, kRows - 1>(rows);
 }
 
 // Rows that the streaming kernel takes at most: their sums stay in registers beside those

@@ -113,7 +113,7 @@ class Resident {
         in.a = a + part.begin * row;
         in.ahead = ahead + t * in.steps * kLine;
         const auto kernel = prefetches && vectors == kMaxVectors
-                                ? prefetching_microkernel_for<Arithmetic>(height)
+                                ? prefetching_microkernel_for<Arithmetic, kMaxVectors>(height)
                                 : microkernel_for<Arithmetic>(InSlab::kNone, height, vectors);
         kernel(in, sums + part.begin * vectors * kWidth, nullptr);
       }

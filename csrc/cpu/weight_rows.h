@@ -55,11 +55,17 @@ class WeightRows {
   // The sums of all sequences for the gates of some units.
   void multiply(Units u, int64_t worker, const GateSums<Acc>& sums) const {
     Acc* tile = at<Acc>(tiles_) + worker * kTile;
+    const LstmWeights& w = op_.weights;
     for (int gate = 0; gate < kGates; gate++)
       for (int64_t b = 0; b < op_.batch; b += kMostVectors * kWidth) {
         const int vectors = op_.batch - b > kWidth ? kMostVectors : 1;
-        multiply(op_.weights.ih, gate, u, at<Packed>(x_) + b, vectors, tile, false);
-        multiply(op_.weights.hh, gate, u, at<Packed>(h_) + b, vectors, tile, true);
+        // What the caches do not hold is asked for while what comes before it is multiplied.
+        const T* const then = b ? nullptr : rows(w.hh, gate, u.unit);
+        const bool is_last = gate == kGates - 1;
+        const T* const later =
+            b ? nullptr : rows(w.ih, is_last ? 0 : gate + 1, is_last ? u.unit + kWidth : u.unit);
+        multiply(w.ih, gate, u, at<Packed>(x_) + b, vectors, tile, false, then);
+        multiply(w.hh, gate, u, at<Packed>(h_) + b, vectors, tile, true, later);
         Acc* to = sums.at(u.unit / kWidth, b) + gate * sums.gate_stride();
         for (int v = 0; v < vectors; v++, to += kWidth * sums.row_stride())
           transpose_rows<T>(reinterpret_cast<const char*>(tile + v * kWidth),
@@ -82,10 +88,12 @@ class WeightRows {
                     at<Packed>(transpose_) + worker * transpose_scratch<T>(this->depth()));
   }
 
+  const T* rows(const Matrix& weights, int gate, int64_t unit) const {
+    return static_cast<const T*>(weights.data) + (gate * op_.units + unit) * weights.row_stride;
+  }
+
   void multiply(const Matrix& weights, int gate, Units u, const Packed* columns, int vectors,
-                Acc* tile, bool continued) const {
-    const T* rows =
-        static_cast<const T*>(weights.data) + (gate * op_.units + u.unit) * weights.row_stride;
+                Acc* tile, bool continued, const T* next) const {
     Operands in{};
     in.steps = weights.cols, in.run = run_of<Arithmetic>(weights.cols);
     in.a_row = weights.row_stride * static_cast<int64_t>(sizeof(T)), in.a_step = sizeof(T);
@@ -95,10 +103,15 @@ class WeightRows {
     const int64_t tiles = ceil_div(u.n, max_rows(vectors));
     for (int64_t t = 0; t < tiles; t++) {
       const Range part = part_of(u.n, 1, tiles, t);
-      in.a = reinterpret_cast<const char*>(rows) + part.begin * in.a_row;
+      in.a = reinterpret_cast<const char*>(rows(weights, gate, u.unit) +
+                                           part.begin * weights.row_stride);
       const int height = static_cast<int>(part.end - part.begin);
-      microkernel_for<Arithmetic>(InSlab::kNone, height, vectors)(
-          in, tile + part.begin * vectors * kWidth, nullptr);
+      auto kernel = microkernel_for<Arithmetic>(InSlab::kNone, height, vectors);
+      if (next && vectors == kMostVectors) {
+        in.ahead = reinterpret_cast<const char*>(next) + part.begin * in.a_row;
+        kernel = prefetching_microkernel_for<Arithmetic, kMostVectors>(height);
+      }
+      kernel(in, tile + part.begin * vectors * kWidth, nullptr);
     }
   }
 

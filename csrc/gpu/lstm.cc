@@ -129,7 +129,9 @@ Plan plan_layer(const Call& call, Pass pass, int64_t units, int64_t batch) {
   return best;
 }
 
-Plan plan(const Call& call, const LstmCall& op, Pass layer, Pass step) {
+Plan plan(const Call& call, const LstmCall& op, bool backward) {
+  const Pass layer = backward ? Pass::Backward : Pass::Forward;
+  const Pass step = backward ? Pass::BackwardStep : Pass::ForwardStep;
   if (!op.units) throw Unsupported("no GPU kernel takes 0 units");
   // To load weights once would be no gain.
   const Plan best = op.steps > 1 ? plan_layer(call, layer, op.units, op.batch) : Plan();
@@ -287,11 +289,17 @@ Matrix rows_of(const LstmCall& op, const Sequence& s) {
 
 }  // namespace
 
+TwinfuseStatus lstm_kernel(const LstmCall& sizes, bool backward, int32_t dtype,
+                           const TwinfuseContext& context, const char** kernel) {
+  return serve("lstm", dtype, context,
+               [&](const Call& call) { *kernel = plan(call, sizes, backward).kernel->name; });
+}
+
 TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dtype,
                             const TwinfuseContext& context) {
   return serve(name, dtype, context, [&](const Call& call) {
     require_served(op);
-    const Plan chosen = plan(call, op, Pass::Forward, Pass::ForwardStep);
+    const Plan chosen = plan(call, op, false);
     const Matrix input = rows_of(op, op.input), &saved = op.saved.gates;
     cuda::LstmForwardArguments arguments{};
     // A product of few terms is more accurate by itself.
@@ -332,7 +340,7 @@ TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t d
                              const TwinfuseContext& context) {
   return serve(name, dtype, context, [&](const Call& call) {
     require_served(op);
-    const Plan chosen = plan(call, op, Pass::Backward, Pass::BackwardStep);
+    const Plan chosen = plan(call, op, true);
     const int64_t gates = 4 * op.units;
     const LstmWeights& grads = op.grad_weights;
     const bool sums = grads.bias_ih.data || grads.bias_hh.data;

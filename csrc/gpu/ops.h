@@ -18,5 +18,8 @@ TwinfuseStatus lstm_forward(const LstmForward& op, const char* name, int32_t dty
                             const TwinfuseContext& context);
 TwinfuseStatus lstm_backward(const LstmBackward& op, const char* name, int32_t dtype,
                              const TwinfuseContext& context);
+// Which of them takes the steps of a call of these sizes.
+TwinfuseStatus lstm_kernel(const LstmCall& sizes, bool backward, int32_t dtype,
+                           const TwinfuseContext& context, const char** kernel);
 
 }  // namespace twinfuse::gpu

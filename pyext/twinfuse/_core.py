@@ -26,6 +26,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "twinfuse_kernel_name": (ctypes.c_char_p, [ctypes.c_int32]),
     "twinfuse_kernel_launches": (ctypes.c_int64, [ctypes.c_int32]),
     "twinfuse_find_kernel": (ctypes.c_char_p, [ctypes.c_char_p, ctypes.c_int32, ctypes.c_int32]),
+    "twinfuse_lstm_gpu_kernel": (
+        ctypes.c_char_p,
+        [*[ctypes.c_int32] * 4, *[ctypes.c_int64] * 3],
+    ),
 }
 
 
@@ -110,6 +114,18 @@ def find_kernel(role: str, dtype: str, device: str) -> tuple[str, str]:
     if name is None:
         return "", library.twinfuse_last_error().decode()
     return name.decode(), ""
+
+
+def lstm_gpu_kernel(
+    backward: bool, dtype: str, tf32: bool, index: int, *, steps: int, batch: int, units: int
+) -> str:
+    """What takes the steps of an LSTM of these sizes on this GPU; empty if nothing does."""
+    library, _ = load()
+    if library is None:
+        return ""
+    sizes = (steps, batch, units)
+    name = library.twinfuse_lstm_gpu_kernel(backward, DTYPES[dtype], tf32, index, *sizes)
+    return "" if name is None else str(name.decode())
 
 
 def device_backend(index: int) -> tuple[str, str]:

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import skip
+from tests.core_api import last_error
 from tests.gpu import fake_driver
-from tests.gpu.fake_driver import Driver, driver_fixture
+from tests.gpu.fake_driver import LARGE, Driver, driver_fixture
 from tests.gpu.replay import TF32, architectures
 from tests.gpu.test_lstm_launches import built, by_direction, check
 from tests.lstm_cases import LstmCase
+from twinfuse import _core
 
 native: Any = pytest.importorskip("tests._core.native")
 __all__ = ["built", "driver_fixture"]
@@ -57,3 +59,26 @@ def test_no_clusters_on_other_architectures(driver: Driver, arch: int) -> None:
     case = LstmCase("units", 2, 3, 6, 200)
     lender = check(case, "float16", index=index, compute=False)
     assert by_direction(lender)["forward"] == ["256"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_kernels_by_size(driver: Driver, dtype: str) -> None:
+    """What the core says is what it launches."""
+    for case in (
+        LstmCase("alone", 2, 3, 6, 20),
+        LstmCase("cluster", 2, 3, 6, 200),
+        LstmCase("wide_cluster", 2, 3, 6, 300),
+        LstmCase("shared", 2, 3, 6, 600),
+        LstmCase("steps", 2, 3, 6, 2000),
+        LstmCase("cell", 1, 3, 6, 20, cell=True),
+    ):
+        lender = check(case, dtype, index=LARGE, compute=False, precision=TF32)
+        sizes = {"steps": case.steps, "batch": case.batch, "units": case.units}
+        for direction, kernels in by_direction(lender).items():
+            said = _core.lstm_gpu_kernel(direction == "backward", dtype, True, LARGE, **sizes)
+            assert said.split("_")[1] == direction
+            assert {said.split("_")[-1]} == set(kernels), case
+    sizes = {"steps": 2, "batch": 3, "units": 20}
+    assert _core.lstm_gpu_kernel(False, "float64", False, LARGE, **sizes) == ""
+    assert "float64" in last_error()
+    assert _core.lstm_gpu_kernel(False, dtype, False, LARGE, **sizes | {"units": 0}) == ""

@@ -157,6 +157,13 @@ TWINFUSE_API TwinfuseStatus twinfuse_lstm_cell_backward(
     const TwinfuseLstmWeights* weights, const TwinfuseLstmNoise* noise, const TwinfuseLstm* lstm,
     const TwinfuseContext* context);
 
+// Name of the GPU kernel (csrc/cuda/lstm_kernels.h) that takes the steps of such calls, all in one
+// launch or, if it ends with "step", one in each; cells are one step. NULL with the reason in
+// `twinfuse_last_error()`. Loads the kernel.
+TWINFUSE_API const char* twinfuse_lstm_gpu_kernel(int32_t backward, int32_t dtype,
+                                                  int32_t precision, int32_t device_index,
+                                                  int64_t steps, int64_t batch, int64_t units);
+
 #ifdef __cplusplus
 }  // extern "C"
 #endif

@@ -104,6 +104,7 @@ class Op:
         misfit: why the arguments do not fit together, or "". Called after all else was checked.
         named: the tensors by name, of which the first is the input.
         renamed: whether the kernels' errors call arguments by other names than the function's.
+        on_gpu: what takes a call on a GPU, of several: `on_gpu(backward, dtype, *args)`.
     """
 
     function: Callable[..., Any]
@@ -117,12 +118,14 @@ class Op:
         misfit: Callable[..., str],
         named: Callable[..., Named] = _named,
         renamed: bool = False,
+        on_gpu: Callable[..., str] = lambda *_: "",
     ) -> None:
         self.name = name
         self._named, self._renamed = named, renamed
         self._forward = _kernels(f"{stem}_forward")
         self._backward = _kernels(f"{stem}_backward")
         self._public, self._reference, self._misfit = public, reference, misfit
+        self._on_gpu = on_gpu
 
     def has_kernels(self, device: str) -> bool:
         return any(name for name, _ in self._forward[device].values())
@@ -231,10 +234,13 @@ class Op:
             )
         device = input.device.type
         dtype = _dtype_of_call(input, device)
-        return _backend.Report(
-            _backend.Choice(op, *_core.reported(*names[device][dtype], device, _index(input)))
-            for op, names in kernels.items()
-        )
+        report = _backend.Report()
+        for op, names in kernels.items():
+            backend, kernel, reason = _core.reported(*names[device][dtype], device, _index(input))
+            if backend == "cuda" and (own := self._on_gpu(op != self.name, _DTYPES[dtype], *args)):
+                kernel = f"{kernel} ({own})"
+            report.append(_backend.Choice(op, backend, kernel, reason))
+        return report
 
 
 def _unlike(name: str, tensor: Tensor, input: Tensor, dtype: torch.dtype) -> str:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from twinfuse import _core
 from twinfuse.torch import _calls
 from twinfuse.torch._lstm_reference import missing_on_gpu, noise_needs_gradient
 from twinfuse.torch.lstm_cell import (
     State,
     activation_numbers,
+    allows_tf32,
     broadcast,
     check_epsilon,
     expected,
@@ -238,3 +240,12 @@ def named(call: Call) -> _calls.Named:
     for name, tensors in (("params", call.params), *call.lists.items()):
         found += [(f"{name}[{i}]", tensor) for i, tensor in enumerate(tensors)]
     return found
+
+
+def on_gpu(backward: bool, dtype: str, call: Call) -> str:
+    """What takes the steps of the layers."""
+    packed = call.batch_sizes
+    steps = call.input.shape[1 if call.batch_first else 0] if packed is None else len(packed)
+    sizes = {"steps": steps, "batch": call.batch, "units": call.params[0].shape[0] // 4}
+    tf32 = allows_tf32(torch.backends.cudnn)
+    return _core.lstm_gpu_kernel(backward, dtype, tf32, call.input.device.index, **sizes)

@@ -150,7 +150,9 @@ def _reference(call: Call) -> Results:
 
 
 _OP = _calls.Op(
-    "lstm", "lstm", _public, _reference, _lstm_call.misfit, _lstm_call.named, renamed=True
+    *("lstm", "lstm", _public, _reference, _lstm_call.misfit, _lstm_call.named),
+    renamed=True,
+    on_gpu=_lstm_call.on_gpu,
 )
 # What the operator itself falls back to is slow on a GPU, for which native has kernels.
 _native_on_gpu = not _OP.has_kernels("cuda")

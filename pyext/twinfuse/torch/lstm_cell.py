@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
+from twinfuse import _core
 from twinfuse.torch import _binding, _calls
 from twinfuse.torch import _lstm_cell_ops as _ops
 from twinfuse.torch._lstm_reference import ACTIVATIONS, missing_on_gpu, noise_needs_gradient
@@ -110,7 +111,24 @@ def _reference(*args: Any) -> State:
     return torch.lstm_cell(input, (h, c), *weights)
 
 
-_OP = _calls.Op("lstm_cell", "lstm_cell", _ops.public, _reference, _misfit, _named, renamed=True)
+def _on_gpu(backward: bool, dtype: str, input: Tensor, h: Tensor, *_: Any) -> str:
+    sizes = {"steps": 1, "batch": h.shape[0], "units": h.shape[1]}
+    tf32 = allows_tf32(torch.backends.cuda.matmul)
+    return _core.lstm_gpu_kernel(backward, dtype, tf32, input.device.index, **sizes)
+
+
+def allows_tf32(backend: Any) -> bool:
+    try:
+        return bool(backend.allow_tf32)
+    except RuntimeError:  # settings that contradict each other
+        return False
+
+
+_OP = _calls.Op(
+    *("lstm_cell", "lstm_cell", _ops.public, _reference, _misfit, _named),
+    renamed=True,
+    on_gpu=_on_gpu,
+)
 _native_on_gpu = not _OP.has_kernels("cuda")  # as in `lstm`
 
 

@@ -266,6 +266,18 @@ def _fit(sizes: list[int | None], expected: list[int | None]) -> bool:
     )
 
 
+def _on_gpu(kind: Kind, o: Operands, settings: Settings, index: int) -> str:
+    """What takes the steps, if the sizes are known."""
+    *first, gates = o.x.shape[0], o.x.shape[1], o.kernel.shape[1]
+    batch, steps = reversed(first) if settings.time_major else first
+    steps = steps if kind is LAYER else 1
+    if None in (batch, steps, gates):
+        return ""
+    tf32 = tf.config.experimental.tensor_float_32_execution_enabled()
+    sizes = {"steps": steps, "batch": batch, "units": gates // 4}
+    return _core.lstm_gpu_kernel(False, o.x.dtype.name, tf32, index, **sizes)
+
+
 def _explain(kind: Kind, function: Callable[..., Any]) -> Callable[..., _backend.Report]:
     signature = inspect.signature(function)
 
@@ -278,6 +290,8 @@ def _explain(kind: Kind, function: Callable[..., Any]) -> Callable[..., _backend
         else:
             device, index = _binding.device_type(operands.x), _binding.device_index(operands.x)
             choice = _core.reported(*_choose(kind, operands, settings), device, index)
+            if choice[0] == "cuda" and (own := _on_gpu(kind, operands, settings, index)):
+                choice = (choice[0], f"{choice[1]} ({own})", choice[2])
         return _backend.Report([_backend.Choice(kind.name, *choice)])
 
     return explain
