@@ -25,6 +25,7 @@ class Chunk {
   using Unit = typename E::Unit;
   using Packed = typename E::Packed;
   static constexpr int kWidth = E::S::kWidth;
+  static constexpr int64_t kCachedBytes = 512 << 10;
   static constexpr bool kFinishes =
       std::is_same<T, float>::value && std::is_same<Epilogue, BiasRelu>::value;
 
@@ -103,8 +104,12 @@ class Chunk {
     segment_ = g_.a_slab ? g_.row_unit : rows_;
     vectors_ = streaming ? 1 : segment_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
     tiles_ = ceil_div(segment_, max_rows(vectors_));
-    // Read in place where a column is used once and panels are whole.
-    const bool direct = E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ == 1 &&
+    // Read in place where panels are whole and a column is used once, or so few times that the
+    // caches still hold it.
+    const bool cached =
+        g_.b.outer <= kCachedBytes / static_cast<int64_t>(sizeof(T)) / max64(depth_, 1);
+    const int64_t most_tiles = cached ? 3 : 1;
+    const bool direct = E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ <= most_tiles &&
                         segment_ == rows_ && !keep_columns && !g_.b_sums;
     own_panels_ = keep_columns || (!g_.b_cols_outer && !direct);
     prepare_rows();
