@@ -255,6 +255,16 @@ CASES = (
     _case("pairs_of_channels", (2, 18, 13, 12), 34, 3, padding=1),
     _case("pairs_of_pixels", (3, 16, 20, 18), 160, 3, padding=1),
     _case("pairs_in_long_rows", (1, 8, 9, 130), 17, 3, padding=1),
+    # Enough channels for taps to be left out that meet nothing but the border.
+    _case("border", (2, 128, 5, 8), 33, 3, padding=1),
+    _case("border_nhwc", (2, 128, 5, 8), 33, 3, padding=1, **NHWC),
+    _case("border_of_small_image", (3, 128, 2, 2), 18, 3, padding=1),
+    _case("border_beyond_kernel", (1, 128, 3, 4), 33, (2, 3), padding=((3, 0), (1, 4)), **NHWC),
+    _case("border_stride", (1, 128, 9, 11), 17, 5, stride=2, padding=3),
+    _case("border_dilation", (1, 128, 6, 9), 33, 3, padding=2, dilation=2,
+          **{**NHWC, "weight_layout": "hwio"}),
+    _case("border_several_blocks", (1, 576, 2, 4), 17, 3, padding=1,
+          **{**NHWC, "weight_layout": "hwio"}),
     # On and beside the multiples of vector widths, register tiles and reduction blocks.
     _case("one_channel", (2, 1, 8, 9), 1, 3, padding=1),
     _case("one_channel_nhwc", (2, 1, 8, 9), 1, 3, padding=1, **NHWC),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests of the core and of the bindings under AddressSanitizer and UBSan.
 #   tests/sanitize.sh [python] [pytest arguments]
-# SAMPLE is the number of cases of each test; without it all are run.
+# SAMPLE is the number of cases of each test of what runs on a CPU; without it all are run.
 # A second build of the package lies in build/sanitize and is put first on Python's path, so nothing
 # of the usual build or of the package knows about this.
 set -euo pipefail
@@ -37,7 +37,7 @@ assert library is not None, reason
 assert '/$base/' in str(_core.LIBRARY), _core.LIBRARY
 "
 # A report of the sanitizer ends the process: it must not be in a file of pytest's by then.
-pytest=("$python" -m pytest -p no:cacheprovider --capture=sys --sample "${SAMPLE:-0}")
+pytest=("$python" -m pytest -p no:cacheprovider --capture=sys)
 # The table of convolutions runs on the core alone: in a framework it would take an hour here.
 if [ $# -eq 0 ]; then
   # What launches GPU kernels, on the fake driver; the interpreter must be chosen before Triton loads.
@@ -47,8 +47,9 @@ if [ $# -eq 0 ]; then
   # among the cases and slices: tests of theirs alone would take minutes.
   TRITON_INTERPRET=1 "${pytest[@]}" -q -n "${WORKERS:-2}" \
     tests/gpu/test_cuda_lstm.py -k "not _768 and not _1024 and not _1280 and not cluster"
-  set -- -q -n "${WORKERS:-2}" --dist loadfile -m "not slow" tests/test_core*.py \
-    tests/test_properties*.py tests/test_lstm_onnx.py tests/test_isa.py tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
+  set -- -q -n "${WORKERS:-2}" --dist loadfile --sample "${SAMPLE:-0}" -m "not slow" \
+    tests/test_core*.py tests/test_properties*.py tests/test_lstm_onnx.py tests/test_isa.py \
+    tests/test_linear_relu*.py tests/test_conv_relu_*_errors.py \
     tests/test_conv_relu_torch_formats.py tests/test_conv_relu_tensorflow_calls.py
 fi
 exec "${pytest[@]}" "$@"

@@ -5,6 +5,7 @@
 // blocks and chunks: the next block takes up the sums of the one before.
 #pragma once
 
+#include "cpu/inside.h"
 #include "cpu/scratch.h"
 #include "cpu/sums.h"
 #include "cpu/writer.h"
@@ -44,7 +45,9 @@ class Chunk {
         columns_(reinterpret_cast<Unit*>(scratch + layout.columns)),
         transpose_(reinterpret_cast<Packed*>(scratch + layout.transpose)),
         partial_(reinterpret_cast<Acc*>(scratch + layout.partial)),
-        writer_(g) {
+        writer_(g),
+        inside_(windows_are_rows_ ? g.a_slab : nullptr,
+                run_of<Arithmetic>(max64(g.depth, g.part.depth))) {
     in_.run = run_of<Arithmetic>(max64(g.depth, g.part.depth));
   }
 
@@ -173,26 +176,50 @@ class Chunk {
     }
     for (int64_t start = 0; start < rows_; start += segment_) {
       const char* a = segment_rows(start);
+      const int64_t first = r_ / E::kGroup;
+      const Range steps = inside_.steps(window_row(start), {first, first + in_.steps});
+      Operands in = in_;
+      if (windows_are_rows_) in = in.part(steps.begin - first, steps.end - steps.begin);
       for (int64_t t = 0, i = 0; t < tiles_; t++, i += tile_.rows) {
         tile_.i = i_ + start + i;
         tile_.rows = low + (t < taller);
         writer_.prefetch(tile_);
-        in_.a = a + i * in_.a_row;
-        in_.continued = !tile_.first;
+        in.a = a + i * in.a_row;
+        in.continued = !tile_.first;
         if (tile_.last && g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
         Direct<Acc> to;
         if (direct[t < taller] && writer_.direct(tile_, bias, &to)) {
-          direct[t < taller](in_, sums, &to);
+          direct[t < taller](in, sums, &to);
           continue;
         }
-        if (in_.continued) writer_.resume(tile_, vectors, sums);
+        if (in.continued) writer_.resume(tile_, vectors, sums);
         if (streaming)
-          multiply_streaming(j, sums);
+          multiply_streaming(in, j, sums);
+        else if (inside_.splits(i, tile_.rows, vectors))
+          multiply_inside(in, steps, i, vectors, sums);
         else
-          kernels[t < taller](in_, sums, nullptr);
+          kernels[t < taller](in, sums, nullptr);
         writer_.write(tile_, sums, vectors, bias);
       }
     }
+  }
+
+  // A tile of windows from column `first` on: each tap with the windows that meet the image there.
+  void multiply_inside(const Operands& in, Range steps, int64_t first, int vectors,
+                       Acc* sums) const {
+    if (tile_.first) memset(sums, 0, tile_.rows * vectors * kWidth * sizeof(Acc));
+    inside_.each(first, tile_.rows, vectors, steps, [&](Range some, Range windows) {
+      Operands part = in.part(some.begin - steps.begin, some.end - some.begin);
+      part.a += windows.begin * part.a_row;
+      part.continued = true;
+      const int count = static_cast<int>(windows.end - windows.begin);
+      microkernel_for<Arithmetic>(slab_kind_, count, vectors)(
+          part, sums + windows.begin * vectors * kWidth, nullptr);
+    });
+  }
+
+  int64_t window_row(int64_t start) const {
+    return windows_are_rows_ ? (i_ + start) / g_.row_unit % g_.a_slab->rows.count : 0;
   }
 
   // Rows `start` and following of this block, as far as they are equally far apart.
@@ -208,10 +235,9 @@ class Chunk {
 
   // One tile of one vector with `b` where it lies; the last, incomplete run goes through a packed
   // panel.
-  void multiply_streaming(int64_t j, Acc* sums) {
+  void multiply_streaming(Operands in, int64_t j, Acc* sums) {
     const int64_t done = depth_ / (in_.run * E::kGroup) * in_.run, r = done * E::kGroup;
     const T* b = g_.b.data + (j_ + j) * g_.b.outer + r_;
-    Operands in = in_;
     in.b = reinterpret_cast<const char*>(b);
     in.steps = done;
     const int64_t b_row = g_.b.outer * static_cast<int64_t>(sizeof(T));
@@ -242,7 +268,7 @@ class Chunk {
       const bool as_is =
           sizeof(Packed) == sizeof(T) && a.plain() && depth_ % E::kGroup == 0 && !sum_a_;
       // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
-      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
+      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 1024 == 0;
       if (as_is && (!shares_sets || rows_ <= max_rows(4))) {
         a_ = reinterpret_cast<const char*>(a.data + i_ * a.outer + r_);
         in_.a_row = a.outer * static_cast<int64_t>(sizeof(T));
@@ -326,6 +352,7 @@ class Chunk {
   Packed* transpose_;
   Acc* partial_;
   Writer<T, Epilogue> writer_;
+  InsideTaps<T> inside_;
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

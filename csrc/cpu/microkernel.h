@@ -25,6 +25,14 @@ struct Operands {
   const int32_t* offsets;       // of each step of the operand that is read from a slab
   bool continued = false;       // `sums` holds those of the steps before
   const char* ahead = nullptr;  // a cache line for each step that will be needed soon
+
+  // So many steps from step `first` on, where `a` is read from a slab.
+  Operands part(int64_t first, int64_t count) const {
+    Operands in = *this;
+    in.steps = count;
+    in.b += first * b_step, in.offsets += first;
+    return in;
+  }
 };
 
 // Which operand is read from a slab: its steps have offsets instead of a stride.

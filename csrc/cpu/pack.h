@@ -125,6 +125,35 @@ void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
     transpose_pieces<Lane, 1>(rows + k * sizeof(Lane), row_bytes, to + k * stride, stride);
 }
 
+// Weights whose rows hold the taps of a channel side by side, in either direction, but which are
+// read tap after tap.
+template <class T>
+bool has_dense_taps(const Axis& inner) {
+  const Digit* digits = inner.digits;
+  return std::is_same<typename Engine<T>::Packed, T>::value && Engine<T>::kGroup == 1 &&
+         digits[0].size == 1 && abs64(digits[1].stride) == 1 && digits[1].size >= kPieceColumns<T>;
+}
+
+// All steps of kWidth such rows; see pack_transposed. Each piece goes over some taps a second time.
+template <class T>
+void transpose_taps(const Source<T>& s, int64_t row, T* out, int64_t stride) {
+  using S = typename Engine<T>::S;
+  constexpr int64_t kPiece = kPieceColumns<T>;
+  const Digit &tap = s.gather->inner.digits[1], &channel = s.gather->inner.digits[2];
+  const int64_t outer = s.gather->outer.stride(), first = tap.stride < 0 ? 1 - tap.size : 0;
+  const T* p = s.data + s.gather->origin.offset + row * outer + first;
+  for (int64_t c = 0; c < channel.size; c++, p += channel.stride)
+    for (int64_t t = 0; t < tap.size; t += kPiece) {
+      const int64_t at = min64(t, tap.size - kPiece);
+      typename S::V columns[kPiece];
+      transpose<T, 1>(reinterpret_cast<const char*>(p + at), outer * sizeof(T), columns);
+      for (int64_t k = 0; k < kPiece; k++) {
+        const int64_t step = tap.stride < 0 ? tap.size - 1 - at - k : at + k;
+        S::store(out + (step * channel.size + c) * stride, columns[k]);
+      }
+    }
+}
+
 // out[step][j] for `n` rows and zeros up to `width` (a multiple of the vector width), where the
 // source's inner dimension is the reduced one: the transposing form of pack_steps. `scratch` holds
 // transpose_scratch<T>(depth) elements. Writes whole groups of steps: up to three past the last
@@ -140,6 +169,13 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
   for (int64_t j = 0; j < width; j += kWidth) {
     int64_t rows = n - j < 0 ? 0 : (n - j < kWidth ? n - j : kWidth);
     int64_t done = 0;
+    if constexpr (std::is_same<Packed, T>::value && E::kGroup == 1) {
+      if (rows == kWidth && s.gather && !s.mask && s.gather->outer.single() &&
+          depth == s.gather->inner.size() && has_dense_taps<T>(s.gather->inner)) {
+        transpose_taps(s, row + j, out + j, stride);
+        continue;
+      }
+    }
     if constexpr (sizeof(Packed) == sizeof(T)) {
       if (rows == kWidth && s.plain()) {
         done = depth / kGroupOfSteps * kGroupOfSteps;

@@ -15,6 +15,9 @@ constexpr int64_t kMostShared = 32;    // such row blocks
 // would have to fetch either way.
 constexpr int64_t kPackedBytes = 1152 << 10;
 constexpr int64_t kColumnBlock = 256, kWidestColumnBlock = 1024;
+constexpr int64_t kSlabsBytes = 4 * kSlabBytes;  // of those that share packed columns
+template <class T>
+constexpr int64_t kDeepestBlock = 5 * Engine<T>::kBlock;
 
 // Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
 // blocks spare that, where all scratch together is no more than a masked copy would take.
@@ -23,7 +26,7 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
   if (g.a_slab && g.slab_reduces_taps) {
     // Packed once, used by every image.
     const int64_t columns = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
-    return min64(kColumnBlock, max64(columns / 32 * 32, 32));
+    return min64(g.b_cols_outer ? kColumnBlock : kWidestColumnBlock, max64(columns / 32 * 32, 32));
   }
   if (g.b_slab) return g.slab_reduces_taps ? g.b_slab->height * g.col_unit : g.cols;
   if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return kColumnBlock;
@@ -38,11 +41,17 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
 template <class T>
 int64_t depth_block(const Gemm<T>& g, int64_t images) {
   using E = Engine<T>;
-  constexpr int64_t kMost = 4 * E::kBlock, kRuns = kLongestRun * E::kRun * E::kGroup;
+  constexpr int64_t kRuns = kLongestRun * E::kRun * E::kGroup;
   static_assert(kLeastBlock<T> % kRuns == 0, "a block must consist of the longest runs");
-  // Windows are read from a slab that stays, so that sums need not wait for more.
-  if (g.a_slab && g.slab_reduces_taps)
-    return max64(round_up(ceil_div(g.depth, max64(ceil_div(g.depth, kMost), 1)), kRuns), kRuns);
+  if (g.a_slab && g.slab_reduces_taps) {
+    // Whole rows of the weight are one stretch of memory; parts of them would be one for each.
+    const int64_t row = min64(round_up(max64(g.cols, 1), 32), kWidestColumnBlock);
+    if (!g.b_cols_outer)
+      return max64(kPackedBytes / (row * sizeof(typename E::Packed)) / kRuns * kRuns, kRuns);
+    // Windows are read from a slab that stays, so that sums need not wait for more.
+    const int64_t most = g.a_slab->planar ? 4 * E::kBlock : kDeepestBlock<T>;
+    return max64(round_up(ceil_div(g.depth, max64(ceil_div(g.depth, most), 1)), kRuns), kRuns);
+  }
   if (g.slab_reduces_taps) return E::kBlock;
   if (g.a_slab || g.b_slab) return SlabReader<T>::block(g.a_slab ? *g.a_slab : *g.b_slab, images);
   // Each step of such rows is another stretch of memory: the longer, the fewer pages are met twice.
@@ -75,7 +84,7 @@ struct Scratch {
       // Slabs are kept for the blocks of the reduced dimension to come.
       if (g.depth > block) {
         shared = min64(kMostShared, ceil_div(min64(kSharedRows, all_rows), row_block));
-        shared = min64(shared, max64(2 * kSlabBytes / (g.a_slab->size() * kPacked), 1));
+        shared = min64(shared, max64(kSlabsBytes / (g.a_slab->size() * kPacked), 1));
         slots = shared;
       }
       slab_size = slots * g.a_slab->size();

@@ -29,6 +29,7 @@ struct Slab {
   bool planar;
   bool flat;  // windows are counted along the pitch: behind those of a row lie some of no use
   Windows rows, columns;
+  int64_t image_rows, image_columns;
   int64_t channels;
   bool channels_last, backwards;  // order of the taps
   Gather lines;  // the slab of a whole image; planar: one plane of the first column phase

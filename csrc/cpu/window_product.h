@@ -97,6 +97,11 @@ struct WindowProduct {
 // Where the taps of a channel follow each other, the weight is read forwards in either product.
 inline bool backwards(const WindowProduct& op) { return op.transposed && !op.channels_last; }
 
+// A slab of the image takes less than its windows.
+inline bool copies_less(const WindowProduct& op) {
+  return op.rows.taps * op.columns.taps >= 2 * op.rows.step * op.columns.step;
+}
+
 // Whether to sum over channels first although they do not lie side by side, so that neighbours make
 // pairs: copying windows and weight in that order pays where tiles are large, and images, too. (Not
 // batches: results must not depend on them.)
@@ -109,6 +114,30 @@ bool pairs_channels(const WindowProduct& op, int64_t in_channels, int64_t out_ch
          op.rows.count * op.columns.count >= kFewestPixels;
 }
 
+// Whether to do so because taps that meet nothing but the border of the image can then be left out
+// for all channels at once, and tiles are large enough to pay for the copies.
+template <class T>
+bool leaves_out_border(const WindowProduct& op, int64_t in_channels, int64_t out_channels) {
+  using E = Engine<T>;
+  constexpr int64_t kFewestTaps = 4, kFewestChannels = 16, kManyChannels = 64, kSmallImage = 32;
+  const int64_t taps = op.rows.taps * op.columns.taps;
+  const bool pays = in_channels % kManyChannels == 0 || op.columns.count < kSmallImage;
+  return std::is_same<typename E::Packed, T>::value && E::kGroup == 1 && !op.channels_last &&
+         taps >= kFewestTaps && abs64(op.rows.tap_step) == 1 && abs64(op.columns.tap_step) == 1 &&
+         in_channels >= kFewestChannels && pays && in_channels * taps <= kDeepestBlock<T> &&
+         out_channels >= E::S::kWidth && copies_less(op);
+}
+
+// So few pixels, and maybe so small a weight, that the weight is best read where it lies.
+template <class T>
+bool fits_few_tiles(const WindowProduct& op) {
+  constexpr int64_t kSmallWeight = (512 << 10) / sizeof(T);
+  const int64_t* w = op.weight.size;
+  const int64_t tiles = w[0] * w[1] * w[kRow] * w[kColumn] <= kSmallWeight ? 3 : 1;
+  return op.image.stride[kChannel] == 1 &&
+         op.image.size[kBatch] * op.rows.count * op.columns.count <= tiles * kMaxRows;
+}
+
 // Lets the product read its windows from a slab, if that is cheaper than writing them out.
 template <class T>
 bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels, bool pixel_rows,
@@ -116,8 +145,8 @@ bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels
   constexpr int kGroup = Engine<T>::kGroup;
   constexpr int64_t kFewestWindows = 4, kWindows = 384, kPlanarWindows = 768;
   const Windows &rows = op.rows, &columns = op.columns;
-  const bool copies_less = rows.taps * columns.taps >= 2 * rows.step * columns.step;
-  if (!copies_less || columns.count < kFewestWindows || in_channels == 0) return false;
+  if (!copies_less(op) || in_channels == 0) return false;
+  if (columns.count < kFewestWindows && (!op.channels_last || fits_few_tiles<T>(op))) return false;
   Slab& slab = problem->slab;
   slab = slab_of(op.image, op.mask, in_channels, rows, columns, op.channels_last, backwards(op),
                  !pixel_rows || (!op.channels_last && op.image.stride[kChannel] != 1), !pixel_rows);
@@ -162,7 +191,8 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   const int64_t k = w.size[0] / op.groups, c = w.size[1];
   const int64_t in_channels = op.transposed ? k : c, out_channels = op.transposed ? c : k;
   const bool pairs = pairs_channels<T>(op, in_channels, out_channels);
-  if (pairs) op.channels_last = true;
+  const bool leaves_out = leaves_out_border<T>(op, in_channels, out_channels);
+  if (pairs || leaves_out) op.channels_last = true;
   const int64_t pixels = op.rows.count * op.columns.count;
 
   const bool forwards = !backwards(op);
@@ -179,7 +209,7 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   const Axis w_channels{{{}, {}, {out_channels, w.stride[op.transposed ? 1 : 0]}}};
   // Along the side whose elements lie closer together, though taps may be read backwards.
   const bool w_channels_outer =
-      w_taps.stride() == 1 ||
+      w_taps.stride() == 1 || (leaves_out && has_dense_taps<T>(w_taps)) ||
       (w_channels.stride() != 1 && abs64(w_taps.stride()) <= abs64(w_channels.stride()));
   const bool w_plain = w_taps.single() && w_taps.stride() == 1;
 
@@ -189,8 +219,8 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   constexpr int64_t kFewChannels = 3 * Engine<T>::S::kWidth / 4;
   // Whether there are pairs must not depend on the layout of what is written.
   const bool reads_pairs = pairs || (Engine<T>::kGroup == 2 && op.channels_last);
-  bool pixel_rows =
-      dense_channels || reads_pairs || prefers_pixel_rows<T>(op, in_channels, out_channels);
+  bool pixel_rows = dense_channels || reads_pairs || leaves_out ||
+                    prefers_pixel_rows<T>(op, in_channels, out_channels);
   bool reads_slab = false;
   if (dense_channels && out_channels < kFewChannels)
     pixel_rows = !(reads_slab = set_slab<T>(op, in_channels, out_channels, false, problem));

@@ -120,6 +120,7 @@ inline Slab slab_of(const Images& image, const Images* mask, int64_t channels, c
   Slab slab{};
   slab.planar = planar, slab.flat = flat;
   slab.rows = rows, slab.columns = columns;
+  slab.image_rows = image.size[kRow], slab.image_columns = image.size[kColumn];
   slab.channels = channels;
   slab.channels_last = channels_last, slab.backwards = backwards;
   slab.image = s[kBatch], slab.image_mask = m[kBatch];

@@ -28,12 +28,13 @@
 //
 // On a CPU, bits depend on the instruction set, the dtype and the layout of `output` alone: not on
 // other strides, alignment or threads. The reduced dimension of output and grad_input runs over (r,
-// s, channel) where the channels of `output` lie next to each other, else over (channel, r, s);
-// that of the gradients of weight and bias over (n, p, q). (In the former, r and s run backwards
-// for grad_input. In bfloat16 it may be taken where channels do not lie so, too, if the shapes let
-// the dot instruction pay.) Sums run along it as linear_relu.h says; those over (n, p, q) are cut
-// at places that depend on the shapes alone. With one filter per channel (depthwise) the gradient
-// of the weight is summed along stretches of a row, then over rows, then over images.
+// s, channel) where the channels of `output` lie next to each other, or where they do not, but the
+// shapes let it pay (the dot instruction of bfloat16 wants pairs of channels; taps in the padding
+// can be left out); else over (channel, r, s). In the former, r and s run backwards for grad_input.
+// That of the gradients of weight and bias runs over (n, p, q). Sums run along it as linear_relu.h
+// says; those over (n, p, q) are cut at places that depend on the shapes alone. With one filter per
+// channel (depthwise) the gradient of the weight is summed along stretches of a row, then over
+// rows, then over images.
 #pragma once
 
 #include "twinfuse/core.h"
