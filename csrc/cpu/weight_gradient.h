@@ -46,9 +46,10 @@ WeightPlan plan_weight(const ConvReluBackward& op, const Slab& slab, bool in_ord
   // wait for each other.
   constexpr int64_t kToPack = 10, kFewSums = 8;
   const int64_t packing = taps * kToPack / kWidth;
-  // Each element that leaves its neighbours takes as long as two.
+  // So many elements that leave their neighbours take as long as one operation.
+  constexpr int64_t kScattered = 32;
   const int64_t pixels = images * slab.rows.count * slab.columns.count;
-  const int64_t scattering = in_order ? 0 : 2 * channels * taps / max64(pixels, 1);
+  const int64_t scattering = in_order ? 0 : channels * taps / (kScattered * max64(pixels, 1));
   const int64_t slab_columns = channels * (taps / run) * ceil_div(run, kWidth);
   const int64_t sums = min64(run, kMaxRows) * min64(channel_vectors, 2);
   const int64_t slab_rows = by_taps * max64(kFewSums, sums) / max64(sums, 1);
