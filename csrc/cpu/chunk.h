@@ -268,7 +268,7 @@ class Chunk {
       const bool as_is =
           sizeof(Packed) == sizeof(T) && a.plain() && depth_ % E::kGroup == 0 && !sum_a_;
       // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
-      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 1024 == 0;
+      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
       if (as_is && (!shares_sets || rows_ <= max_rows(4))) {
         a_ = reinterpret_cast<const char*>(a.data + i_ * a.outer + r_);
         in_.a_row = a.outer * static_cast<int64_t>(sizeof(T));
