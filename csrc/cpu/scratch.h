@@ -37,15 +37,15 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
 }
 
 // How much of the reduced dimension is multiplied at once: whole runs, and where an operand is
-// summed as well, a multiple of kLeastBlock.
+// summed as well, a multiple of kLeastBlock. `chunk_cols`: columns that one thread makes.
 template <class T>
-int64_t depth_block(const Gemm<T>& g, int64_t images) {
+int64_t depth_block(const Gemm<T>& g, int64_t chunk_cols, int64_t images) {
   using E = Engine<T>;
   constexpr int64_t kRuns = kLongestRun * E::kRun * E::kGroup;
   static_assert(kLeastBlock<T> % kRuns == 0, "a block must consist of the longest runs");
   if (g.a_slab && g.slab_reduces_taps) {
     // Whole rows of the weight are one stretch of memory; parts of them would be one for each.
-    const int64_t row = min64(round_up(max64(g.cols, 1), 32), kWidestColumnBlock);
+    const int64_t row = min64(round_up(max64(chunk_cols, 1), 32), kWidestColumnBlock);
     if (!g.b_cols_outer)
       return max64(kPackedBytes / (row * sizeof(typename E::Packed)) / kRuns * kRuns, kRuns);
     // Windows are read from a slab that stays, so that sums need not wait for more.
@@ -70,13 +70,14 @@ struct Scratch {
 
   Scratch(const Gemm<T>& g, const Grid& grid, int64_t images) {
     constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
-    block = depth_block(g, images);
+    const int64_t all_rows = ceil_div(ceil_div(g.rows, g.row_unit), grid.row_chunks) * g.row_unit;
+    const int64_t all_cols = ceil_div(ceil_div(g.cols, g.col_unit), grid.col_chunks) * g.col_unit;
+    block = depth_block(g, min64(g.cols, all_cols), images);
     const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), block);
     row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
     if (g.row_unit > 1) row_block = max64(row_block / g.row_unit, 1) * g.row_unit;
     shared = min64(kMostShared, ceil_div(kSharedRows, row_block));
     column_block = twinfuse::cpu::TWINFUSE_ISA::column_block(g, grid, depth, row_block);
-    const int64_t all_rows = ceil_div(ceil_div(g.rows, g.row_unit), grid.row_chunks) * g.row_unit;
     int64_t slab_size = 0;
     if (g.a_slab && g.slab_reduces_taps) {
       row_block = g.a_slab->height * g.row_unit;
@@ -96,7 +97,6 @@ struct Scratch {
     // Summing packed rows reads whole vectors of them.
     const bool sums_rows = g.a_sums && g.a_rows_outer;
     const int64_t height = round_up(min64(all_rows, row_block), sums_rows ? E::S::kWidth : 1);
-    const int64_t all_cols = ceil_div(ceil_div(g.cols, g.col_unit), grid.col_chunks) * g.col_unit;
     const int64_t width = min64(min64(g.cols, all_cols), column_block);
     const int64_t packed_rows = max64(height * row_stride(depth) * kPacked,
                                       steps_of<T>(depth) * step_stride(height) * kUnit);
