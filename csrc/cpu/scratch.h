@@ -19,14 +19,37 @@ constexpr int64_t kSlabsBytes = 4 * kSlabBytes;  // of those that share packed c
 template <class T>
 constexpr int64_t kDeepestBlock = 5 * Engine<T>::kBlock;
 
+// Weights whose rows lie side by side are packed in stretches of whole rows, which are one stretch
+// of memory, where packing is much of the work: few rows use them, or they do not stay in the
+// caches.
+template <class T>
+bool packs_whole_rows(const Gemm<T>& g) {
+  constexpr int64_t kFewRows = 128, kDeep = 4096;
+  if (g.b_cols_outer || g.b_slab) return false;
+  if (g.a_slab) return g.slab_reduces_taps;
+  const bool plain = !g.a.mask && !g.b.mask && !g.b.gather && !g.a_sums && !g.b_sums;
+  return plain && g.a_rows_outer && (g.rows <= kFewRows || g.depth >= kDeep);
+}
+
+// How many of them, where the columns of a thread are `chunk_cols`.
+template <class T>
+int64_t whole_rows_block(int64_t chunk_cols) {
+  using E = Engine<T>;
+  constexpr int64_t kRuns = kLongestRun * E::kRun * E::kGroup;
+  const int64_t row = min64(round_up(max64(chunk_cols, 1), 32), kWidestColumnBlock);
+  const int64_t bytes = row * static_cast<int64_t>(sizeof(typename E::Packed));
+  return max64(kPackedBytes / bytes / kRuns * kRuns, kRuns);
+}
+
 // Rows are packed anew for every column block, and masking while packing reads two tensors. Wide
 // blocks spare that, where all scratch together is no more than a masked copy would take.
 template <class T>
 int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
-  if (g.a_slab && g.slab_reduces_taps) {
+  const bool whole_rows = packs_whole_rows(g);
+  if (whole_rows || (g.a_slab && g.slab_reduces_taps)) {
     // Packed once, used by every image.
     const int64_t columns = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
-    return min64(g.b_cols_outer ? kColumnBlock : kWidestColumnBlock, max64(columns / 32 * 32, 32));
+    return min64(whole_rows ? kWidestColumnBlock : kColumnBlock, max64(columns / 32 * 32, 32));
   }
   if (g.b_slab) return g.slab_reduces_taps ? g.b_slab->height * g.col_unit : g.cols;
   if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return kColumnBlock;
@@ -43,11 +66,11 @@ int64_t depth_block(const Gemm<T>& g, int64_t chunk_cols, int64_t images) {
   using E = Engine<T>;
   constexpr int64_t kRuns = kLongestRun * E::kRun * E::kGroup;
   static_assert(kLeastBlock<T> % kRuns == 0, "a block must consist of the longest runs");
+  if (packs_whole_rows(g)) {
+    const int64_t most = g.a_slab ? INT64_MAX : E::kBlock;
+    return min64(whole_rows_block<T>(chunk_cols), most);
+  }
   if (g.a_slab && g.slab_reduces_taps) {
-    // Whole rows of the weight are one stretch of memory; parts of them would be one for each.
-    const int64_t row = min64(round_up(max64(chunk_cols, 1), 32), kWidestColumnBlock);
-    if (!g.b_cols_outer)
-      return max64(kPackedBytes / (row * sizeof(typename E::Packed)) / kRuns * kRuns, kRuns);
     // Windows are read from a slab that stays, so that sums need not wait for more.
     const int64_t most = g.a_slab->planar ? 4 * E::kBlock : kDeepestBlock<T>;
     return max64(round_up(ceil_div(g.depth, max64(ceil_div(g.depth, most), 1)), kRuns), kRuns);
