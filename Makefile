@@ -13,8 +13,8 @@ BUILD_INPUTS = setup.py pyext/twinfuse/_build.py pyext/twinfuse/_version.py $(CX
 export WORKERS ?= 2
 # Warnings stop a development build. A user's compiler may know warnings that ours does not.
 export CXXFLAGS ?= -Werror
-# Cases that are run of each test: together they are tens of thousands. 0: all. Those of GPU kernels,
-# which no other check holds where there is no GPU, are always run whole.
+# Cases that are run of each test: together they are tens of thousands. 0: all. Those of GPU kernels
+# are always all run: where there is no GPU, nothing else checks them.
 export SAMPLE ?= 16
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --durations 40 --durations-min 5
 

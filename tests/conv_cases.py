@@ -265,6 +265,7 @@ CASES = (
           **{**NHWC, "weight_layout": "hwio"}),
     _case("border_several_blocks", (1, 576, 2, 4), 17, 3, padding=1,
           **{**NHWC, "weight_layout": "hwio"}),
+    _case("three_columns_nhwc", (6, 17, 3, 3), 33, 3, padding=1, **NHWC),
     # On and beside the multiples of vector widths, register tiles and reduction blocks.
     _case("one_channel", (2, 1, 8, 9), 1, 3, padding=1),
     _case("one_channel_nhwc", (2, 1, 8, 9), 1, 3, padding=1, **NHWC),
@@ -327,6 +328,10 @@ CASES = (
     _case("1d_one_element", (1, 1, 1), 1, 1),
     _case("1d_groups", (2, 6, 19), 4, 5, padding=2, groups=2),
     _case("1d_depthwise", (2, 31, 19), 31, 3, padding=1, groups=31, **NHWC),
+    # Channels that lie side by side in the input alone.
+    _case("1d_nwc_alone", (1, 4, 40), 17, 3, stride=2, padding=1, input_layout="channels_last"),
+    _case("1d_nwc_alone_long", (2, 8, 300), 17, 3, stride=2, padding=1,
+          input_layout="channels_last"),
     _case("1d_several_blocks", (1, 400, 9), 17, 3, padding=1),
     # Views.
     _case("input_strided", (2, 5, 6, 7), 9, 3, padding=1, input_layout="strided"),
@@ -381,5 +386,6 @@ CASES = (
     _case("nonfinite", (2, 3, 8, 9), 7, 3, padding=1, values="nonfinite"),
     _case("nonfinite_nhwc", (2, 3, 8, 9), 7, 3, padding=1, values="nonfinite", **NHWC),
     _case("nonfinite_pointwise", (2, 3, 5, 6), 17, 1, values="nonfinite", **NHWC),
+    _case("nonfinite_border", (2, 64, 3, 5), 17, 3, padding=1, values="nonfinite"),
     _case("nonfinite_1d", (2, 3, 15), 17, 3, values="nonfinite"),
 )  # fmt: skip

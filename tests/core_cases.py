@@ -49,6 +49,8 @@ PATHS = [
             "stem",
             "three_by_three_stride_nhwc",
             "pairs_of_channels",
+            "border",
+            "border_nhwc",
             "depthwise_vectors_nhwc",
             "several_blocks",
             "several_blocks_of_filters",

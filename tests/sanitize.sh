@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs the tests of the core and of the bindings under AddressSanitizer and UBSan.
 #   tests/sanitize.sh [python] [pytest arguments]
-# SAMPLE is the number of cases of each test of what runs on a CPU; without it all are run.
+# Without arguments of pytest's it runs all cases of GPU kernels, and of the others SAMPLE of each
+# test, or all.
 # A second build of the package lies in build/sanitize and is put first on Python's path, so nothing
 # of the usual build or of the package knows about this.
 set -euo pipefail

@@ -46,9 +46,9 @@ class Chunk {
         transpose_(reinterpret_cast<Packed*>(scratch + layout.transpose)),
         partial_(reinterpret_cast<Acc*>(scratch + layout.partial)),
         writer_(g),
-        inside_(windows_are_rows_ ? g.a_slab : nullptr,
-                run_of<Arithmetic>(max64(g.depth, g.part.depth))) {
-    in_.run = run_of<Arithmetic>(max64(g.depth, g.part.depth));
+        run_(run_of<Arithmetic>(max64(g.depth, g.part.depth))),
+        inside_(windows_are_rows_ ? g.a_slab : nullptr, run_) {
+    in_.run = run_;
   }
 
   // With `all_sums`, sums over a part of the reduced dimension go there and no further.
@@ -195,7 +195,7 @@ class Chunk {
         if (in.continued) writer_.resume(tile_, vectors, sums);
         if (streaming)
           multiply_streaming(in, j, sums);
-        else if (inside_.splits(i, tile_.rows, vectors))
+        else if (inside_.splits(i, tile_.rows))
           multiply_inside(in, steps, i, vectors, sums);
         else
           kernels[t < taller](in, sums, nullptr);
@@ -208,7 +208,7 @@ class Chunk {
   void multiply_inside(const Operands& in, Range steps, int64_t first, int vectors,
                        Acc* sums) const {
     if (tile_.first) memset(sums, 0, tile_.rows * vectors * kWidth * sizeof(Acc));
-    inside_.each(first, tile_.rows, vectors, steps, [&](Range some, Range windows) {
+    inside_.each(first, tile_.rows, steps, [&](Range some, Range windows) {
       Operands part = in.part(some.begin - steps.begin, some.end - some.begin);
       part.a += windows.begin * part.a_row;
       part.continued = true;
@@ -352,7 +352,8 @@ class Chunk {
   Packed* transpose_;
   Acc* partial_;
   Writer<T, Epilogue> writer_;
-  InsideTaps<T> inside_;
+  const int64_t run_;
+  const InsideTaps<T> inside_;
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -5,10 +5,12 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
+// Products that underflow may add up to -0, which becomes 0: whether zeros were added to it, as
+// where they are not left out, must not show.
 struct Identity {
   template <class S>
   static typename S::V apply(typename S::V sum, typename S::V) {
-    return sum;
+    return S::add(sum, S::zero());
   }
 };
 

@@ -1,5 +1,6 @@
-// Taps of windows that leave the image meet nothing but zeros. Where the steps of a tap are whole
-// runs, these are left out: a run of zeros would change no bit of the sums.
+// Taps of windows that leave the image meet nothing but zeros. Where their steps are whole runs,
+// these are left out: a run of zeros would change no bit of the sums (but the sign of zero; see
+// Identity). Which are is a matter of shapes alone, as an infinite weight would show it.
 #pragma once
 
 #include "cpu/engine.h"
@@ -17,10 +18,12 @@ class InsideTaps {
   // Without a slab of such windows all steps count.
   InsideTaps(const Slab* slab, int64_t run) : slab_(slab), run_(run) {
     // Else the steps of a tap lie in as many places as there are channels.
-    skips_ = slab && slab->channels_last && !slab->backwards;
-    if (!skips_) return;
+    skips_ = slab && slab->channels_last;
+    if (!skips_ || slab->channels % (kGroup * run) != 0) return;
+    // Fewer steps are over before another call of the microkernel has begun.
+    constexpr int64_t kFewestSteps = 64;
     channel_steps_ = slab->channels / kGroup;
-    splits_ = slab->channels % (kGroup * run) == 0 && slab->columns.leaves(slab->image_columns);
+    splits_ = channel_steps_ >= kFewestSteps && slab->columns.leaves(slab->image_columns);
   }
 
   // Of all steps, those of the rows of taps that a row of windows meets, and up to a run more.
@@ -34,24 +37,25 @@ class InsideTaps {
     return {begin, max64(begin, min64(all.end, taps.end * row))};
   }
 
-  // Whether leaving out steps of some of `count` windows from `first` on pays.
-  bool splits(int64_t first, int64_t count, int64_t vectors) const {
+  // Whether steps of some of `count` windows from `first` on are left out.
+  bool splits(int64_t first, int64_t count) const {
     if (!splits_) return false;
-    for (int64_t tap = 0; tap < slab_->columns.taps; tap++)
-      if (meets(tap, first, count, vectors).end - meets(tap, first, count, vectors).begin < count)
-        return true;
+    for (int64_t tap = 0; tap < slab_->columns.taps; tap++) {
+      const Range met = meets(tap, first, count);
+      if (met.end - met.begin < count) return true;
+    }
     return false;
   }
 
   // Calls `body(steps, windows)` for each stretch of `steps` that the same windows meet; windows
   // count from `first` on.
   template <class Body>
-  void each(int64_t first, int64_t count, int64_t vectors, Range steps, const Body& body) const {
+  void each(int64_t first, int64_t count, Range steps, const Body& body) const {
     Range met{0, 0};
     int64_t begin = steps.begin;
     for (int64_t step = steps.begin; step < steps.end;) {
       const int64_t tap = step / channel_steps_;
-      const Range now = meets(tap % slab_->columns.taps, first, count, vectors);
+      const Range now = meets(tap % slab_->columns.taps, first, count);
       if (now.begin != met.begin || now.end != met.end) {
         if (step > begin && met.end > met.begin) body(Range{begin, step}, met);
         met = now, begin = step;
@@ -62,15 +66,11 @@ class InsideTaps {
   }
 
  private:
-  // The windows, counted from `first` on, that a column of taps meets; all of them where leaving
-  // out the others would save less than another call of the microkernel takes.
-  Range meets(int64_t tap, int64_t first, int64_t count, int64_t vectors) const {
-    constexpr int64_t kCall = 192;  // multiply-adds of vectors
+  // The windows, counted from `first` on, that a column of taps meets.
+  Range meets(int64_t tap, int64_t first, int64_t count) const {
     const Windows& columns = slab_->columns;
-    const Range met = clip(columns.origin + first * columns.step + tap * columns.dilation,
-                           columns.step, slab_->image_columns, {0, count});
-    const int64_t idle = count - (met.end - met.begin);
-    return idle * vectors * channel_steps_ < kCall ? Range{0, count} : met;
+    return clip(columns.origin + first * columns.step + tap * columns.dilation, columns.step,
+                slab_->image_columns, {0, count});
   }
 
   const Slab* slab_;

@@ -125,8 +125,8 @@ void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
     transpose_pieces<Lane, 1>(rows + k * sizeof(Lane), row_bytes, to + k * stride, stride);
 }
 
-// Weights whose rows hold the taps of a channel side by side, in either direction, but which are
-// read tap after tap.
+// An axis of channels along which the taps of each lie side by side, in either direction, but are
+// read tap after tap: that of a weight's rows.
 template <class T>
 bool has_dense_taps(const Axis& inner) {
   const Digit* digits = inner.digits;
@@ -170,8 +170,9 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
     int64_t rows = n - j < 0 ? 0 : (n - j < kWidth ? n - j : kWidth);
     int64_t done = 0;
     if constexpr (std::is_same<Packed, T>::value && E::kGroup == 1) {
-      if (rows == kWidth && s.gather && !s.mask && s.gather->outer.single() &&
-          depth == s.gather->inner.size() && has_dense_taps<T>(s.gather->inner)) {
+      const Gather* g = s.gather;
+      if (rows == kWidth && g && !g->bounded && !s.mask && g->outer.single() &&
+          depth == g->inner.size() && has_dense_taps<T>(g->inner)) {
         transpose_taps(s, row + j, out + j, stride);
         continue;
       }

@@ -27,11 +27,13 @@ bool packs_whole_rows(const Gemm<T>& g) {
   constexpr int64_t kFewRows = 128, kDeep = 4096;
   if (g.b_cols_outer || g.b_slab) return false;
   if (g.a_slab) return g.slab_reduces_taps;
+  // Blocks as small as these would make sums wait in scratch, if they could not in the output.
+  const bool waits_in_output = std::is_same<T, typename Engine<T>::Acc>::value && !g.scatter;
   const bool plain = !g.a.mask && !g.b.mask && !g.b.gather && !g.a_sums && !g.b_sums;
-  return plain && g.a_rows_outer && (g.rows <= kFewRows || g.depth >= kDeep);
+  return waits_in_output && plain && g.a_rows_outer && (g.rows <= kFewRows || g.depth >= kDeep);
 }
 
-// How many of them, where the columns of a thread are `chunk_cols`.
+// Steps of a block of such weights.
 template <class T>
 int64_t whole_rows_block(int64_t chunk_cols) {
   using E = Engine<T>;
@@ -47,7 +49,7 @@ template <class T>
 int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t row_block) {
   const bool whole_rows = packs_whole_rows(g);
   if (whole_rows || (g.a_slab && g.slab_reduces_taps)) {
-    // Packed once, used by every image.
+    // Packed once for all rows, or for as many images as have slabs at a time.
     const int64_t columns = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
     return min64(whole_rows ? kWidestColumnBlock : kColumnBlock, max64(columns / 32 * 32, 32));
   }

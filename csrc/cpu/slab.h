@@ -23,13 +23,18 @@ struct Windows {
   }
 };
 
+// A slab of the image takes less than its windows.
+inline bool copies_less(const Windows& rows, const Windows& columns) {
+  return rows.taps * columns.taps >= 2 * rows.step * columns.step;
+}
+
 struct Slab {
   // Interleaved: [row][column][channel]. Planar: [channel][row % step][column % step][row][column],
   // so that neighbouring windows lie next to each other whatever the step.
   bool planar;
   bool flat;  // windows are counted along the pitch: behind those of a row lie some of no use
   Windows rows, columns;
-  int64_t image_rows, image_columns;
+  int64_t image_rows, image_columns;  // what lies outside is zero
   int64_t channels;
   bool channels_last, backwards;  // order of the taps
   Gather lines;  // the slab of a whole image; planar: one plane of the first column phase

@@ -38,15 +38,14 @@ WeightPlan plan_weight(const ConvReluBackward& op, const Slab& slab, bool in_ord
   const int64_t channel_vectors = ceil_div(channels, kWidth);
   const int64_t by_channels = channels * ceil_div(taps, kWidth), by_taps = taps * channel_vectors;
   const bool channel_rows = by_channels <= by_taps;
-  const bool copies_less =
-      slab.rows.taps * slab.columns.taps >= 2 * slab.rows.step * slab.columns.step;
   const int64_t bytes = SlabReader<T>::block_bytes(slab, images);
-  if (E::kGroup != 1 || !copies_less || bytes > kSummedSlabBytes) return {channel_rows, false};
+  if (E::kGroup != 1 || !copies_less(slab.rows, slab.columns) || bytes > kSummedSlabBytes)
+    return {channel_rows, false};
   // Packing a vector of taps takes as long as so many operations; fewer sums than these at a time
   // wait for each other.
   constexpr int64_t kToPack = 10, kFewSums = 8;
   const int64_t packing = taps * kToPack / kWidth;
-  // So many elements that leave their neighbours take as long as one operation.
+  // Scattering this many elements takes as long as one operation.
   constexpr int64_t kScattered = 32;
   const int64_t pixels = images * slab.rows.count * slab.columns.count;
   const int64_t scattering = in_order ? 0 : channels * taps / (kScattered * max64(pixels, 1));

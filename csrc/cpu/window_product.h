@@ -97,11 +97,6 @@ struct WindowProduct {
 // Where the taps of a channel follow each other, the weight is read forwards in either product.
 inline bool backwards(const WindowProduct& op) { return op.transposed && !op.channels_last; }
 
-// A slab of the image takes less than its windows.
-inline bool copies_less(const WindowProduct& op) {
-  return op.rows.taps * op.columns.taps >= 2 * op.rows.step * op.columns.step;
-}
-
 // Whether to sum over channels first although they do not lie side by side, so that neighbours make
 // pairs: copying windows and weight in that order pays where tiles are large, and images, too. (Not
 // batches: results must not depend on them.)
@@ -114,21 +109,26 @@ bool pairs_channels(const WindowProduct& op, int64_t in_channels, int64_t out_ch
          op.rows.count * op.columns.count >= kFewestPixels;
 }
 
-// Whether to do so because taps that meet nothing but the border of the image can then be left out
-// for all channels at once, and tiles are large enough to pay for the copies.
+// Whether to do so for another reason: taps that meet nothing but the border of the image can then
+// be left out for all channels at once. It pays without a border, too, as a tap's channels are one
+// run, but for images of 32 columns and more with few channels: their planes may lie a power of two
+// apart.
 template <class T>
-bool leaves_out_border(const WindowProduct& op, int64_t in_channels, int64_t out_channels) {
+bool sums_channels_first(const WindowProduct& op, int64_t in_channels, int64_t out_channels) {
   using E = Engine<T>;
   constexpr int64_t kFewestTaps = 4, kFewestChannels = 16, kManyChannels = 64, kSmallImage = 32;
+  constexpr int64_t kMostSteps = 5 * E::kBlock;
+  static_assert(kMostSteps <= kDeepestBlock<T>, "the taps of a channel are packed in one block");
   const int64_t taps = op.rows.taps * op.columns.taps;
   const bool pays = in_channels % kManyChannels == 0 || op.columns.count < kSmallImage;
   return std::is_same<typename E::Packed, T>::value && E::kGroup == 1 && !op.channels_last &&
          taps >= kFewestTaps && abs64(op.rows.tap_step) == 1 && abs64(op.columns.tap_step) == 1 &&
-         in_channels >= kFewestChannels && pays && in_channels * taps <= kDeepestBlock<T> &&
-         out_channels >= E::S::kWidth && copies_less(op);
+         in_channels >= kFewestChannels && pays && in_channels * taps <= kMostSteps &&
+         out_channels >= E::S::kWidth && copies_less(op.rows, op.columns);
 }
 
-// So few pixels, and maybe so small a weight, that the weight is best read where it lies.
+// So few pixels (of all images: bits must not depend on this) that the weight is best read where it
+// lies: in one tile, or in three where the caches hold the weight.
 template <class T>
 bool fits_few_tiles(const WindowProduct& op) {
   constexpr int64_t kSmallWeight = (512 << 10) / sizeof(T);
@@ -145,8 +145,10 @@ bool set_slab(const WindowProduct& op, int64_t in_channels, int64_t out_channels
   constexpr int kGroup = Engine<T>::kGroup;
   constexpr int64_t kFewestWindows = 4, kWindows = 384, kPlanarWindows = 768;
   const Windows &rows = op.rows, &columns = op.columns;
-  if (!copies_less(op) || in_channels == 0) return false;
-  if (columns.count < kFewestWindows && (!op.channels_last || fits_few_tiles<T>(op))) return false;
+  if (!copies_less(rows, columns) || in_channels == 0) return false;
+  // The choice of pairs must not depend on the batch.
+  const bool packs_few = kGroup == 2 || !op.channels_last || fits_few_tiles<T>(op);
+  if (columns.count < kFewestWindows && packs_few) return false;
   Slab& slab = problem->slab;
   slab = slab_of(op.image, op.mask, in_channels, rows, columns, op.channels_last, backwards(op),
                  !pixel_rows || (!op.channels_last && op.image.stride[kChannel] != 1), !pixel_rows);
@@ -191,8 +193,8 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   const int64_t k = w.size[0] / op.groups, c = w.size[1];
   const int64_t in_channels = op.transposed ? k : c, out_channels = op.transposed ? c : k;
   const bool pairs = pairs_channels<T>(op, in_channels, out_channels);
-  const bool leaves_out = leaves_out_border<T>(op, in_channels, out_channels);
-  if (pairs || leaves_out) op.channels_last = true;
+  const bool channels_first = sums_channels_first<T>(op, in_channels, out_channels);
+  if (pairs || channels_first) op.channels_last = true;
   const int64_t pixels = op.rows.count * op.columns.count;
 
   const bool forwards = !backwards(op);
@@ -209,7 +211,7 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   const Axis w_channels{{{}, {}, {out_channels, w.stride[op.transposed ? 1 : 0]}}};
   // Along the side whose elements lie closer together, though taps may be read backwards.
   const bool w_channels_outer =
-      w_taps.stride() == 1 || (leaves_out && has_dense_taps<T>(w_taps)) ||
+      w_taps.stride() == 1 || (channels_first && has_dense_taps<T>(w_taps)) ||
       (w_channels.stride() != 1 && abs64(w_taps.stride()) <= abs64(w_channels.stride()));
   const bool w_plain = w_taps.single() && w_taps.stride() == 1;
 
@@ -219,7 +221,7 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   constexpr int64_t kFewChannels = 3 * Engine<T>::S::kWidth / 4;
   // Whether there are pairs must not depend on the layout of what is written.
   const bool reads_pairs = pairs || (Engine<T>::kGroup == 2 && op.channels_last);
-  bool pixel_rows = dense_channels || reads_pairs || leaves_out ||
+  bool pixel_rows = dense_channels || reads_pairs || channels_first ||
                     prefers_pixel_rows<T>(op, in_channels, out_channels);
   bool reads_slab = false;
   if (dense_channels && out_channels < kFewChannels)

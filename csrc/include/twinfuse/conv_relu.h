@@ -24,17 +24,18 @@
 //
 // Dtypes, aliasing and alignment are those of linear_relu.h. Zeros of the padding are not
 // multiplied but skipped or multiplied at the kernel's choice, so an infinite weight may or may not
-// turn them into NaN; the frameworks do not define it either. (The choice may follow strides.)
+// turn them into NaN; the frameworks do not define it either. (The choice may follow strides and
+// the size of the batch.)
 //
 // On a CPU, bits depend on the instruction set, the dtype and the layout of `output` alone: not on
 // other strides, alignment or threads. The reduced dimension of output and grad_input runs over (r,
 // s, channel) where the channels of `output` lie next to each other, or where they do not, but the
-// shapes let it pay (the dot instruction of bfloat16 wants pairs of channels; taps in the padding
-// can be left out); else over (channel, r, s). In the former, r and s run backwards for grad_input.
-// That of the gradients of weight and bias runs over (n, p, q). Sums run along it as linear_relu.h
-// says; those over (n, p, q) are cut at places that depend on the shapes alone. With one filter per
-// channel (depthwise) the gradient of the weight is summed along stretches of a row, then over
-// rows, then over images.
+// shapes let it pay (in bfloat16 for pairs of channels, in float32 and float64 for taps in the
+// padding that can be left out: cpu/window_product.h); else over (channel, r, s). In the former, r
+// and s run backwards for grad_input. That of the gradients of weight and bias runs over (n, p, q).
+// Sums run along it as linear_relu.h says; those over (n, p, q) are cut at places that depend on
+// the shapes alone. With one filter per channel (depthwise) the gradient of the weight is summed
+// along stretches of a row, then over rows, then over images.
 #pragma once
 
 #include "twinfuse/core.h"
