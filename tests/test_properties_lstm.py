@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests.arrays import DTYPES, ROUNDOFF, decode, flushed
+from tests.arrays import DTYPES, LARGEST, ROUNDOFF, decode, flushed
 from tests.core_api import Lender
 from tests.core_lstm_api import SAVED, both_ways, guarded_problem, in_order, without_saved
 from tests.lstm_cases import LstmCase, LstmProblem, build, reference, relaid
@@ -105,6 +105,9 @@ def test_any_lstm(
 def check_numbers(problem: LstmProblem, results: dict[str, np.ndarray]) -> None:
     case, dtype = problem.case, problem.dtype
     exact, usual = reference(problem), noise(problem.case, dtype)
+    # Gates without a bound grow from step to step, until they overflow in every library.
+    largest = max(np.abs(array).max(initial=0) for array in exact.values())
+    assume(largest < LARGEST[dtype] / 1024)
     for name, array in without_saved(results).items():
         expected = exact[name]
         error = np.abs(decode(array) - expected).max(initial=0)
