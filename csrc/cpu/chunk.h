@@ -298,17 +298,38 @@ class Chunk {
   // All panels of the block at once, row by row: panel by panel would touch every page of `b` again
   // for each of them.
   void pack_panels() {
-    alignas(64) Unit row[kWidestColumnBlock + kMaxVectors * kWidth];
-    const int64_t padded = round_up(cols_, kMaxVectors * kWidth);
+    alignas(64) Unit row[kWidestColumnBlock];
     Lines<T> lines(g_.b, r_);
     for (int64_t step = 0; step < in_.steps; step++) {
-      const int64_t left = depth_ - step * E::kGroup;
-      pack_steps(lines, min64(left, E::kGroup), j_, cols_, padded, row, 0);
+      const Unit* units = nullptr;
+      if constexpr (kUnitsAsStored<T>) {
+        lines.prefetch(j_, cols_);
+        units = lines.in_place(j_);
+      }
+      if (units) {
+        lines.next();
+      } else {
+        const int64_t left = depth_ - step * E::kGroup;
+        pack_steps(lines, min64(left, E::kGroup), j_, cols_, cols_, row, 0);
+        units = row;
+      }
       for (int64_t j = 0; j < cols_;) {
         const int64_t width = panel_vectors(cols_ - j) * kWidth;
-        memcpy(columns_ + j * in_.steps + step * width, row + j, width * sizeof(Unit));
+        pad_units(units + j, min64(width, cols_ - j), width,
+                  columns_ + j * in_.steps + step * width);
         j += width;
       }
+    }
+  }
+
+  // `n` units, and zeros up to `width`.
+  static void pad_units(const Unit* from, int64_t n, int64_t width, Unit* to) {
+    using S = typename E::S;
+    const Acc* p = reinterpret_cast<const Acc*>(from);
+    for (int64_t i = 0; i < width; i += kWidth) {
+      const int rest = static_cast<int>(max64(n - i, 0));
+      S::store(reinterpret_cast<Acc*>(to) + i,
+               rest >= kWidth ? S::load(p + i) : S::load(p + i, rest));
     }
   }
 

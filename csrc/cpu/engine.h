@@ -1,6 +1,8 @@
 // How products are summed: one fused multiply-add per element, or the bfloat16 dot instruction.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/convert.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
@@ -67,6 +69,10 @@ struct Engine<Bf16> : DotBf16 {
   using Packed = Bf16;
 };
 #endif
+
+// One element is a unit, in the type in which it is stored.
+template <class T>
+constexpr bool kUnitsAsStored = std::is_same<typename Engine<T>::Unit, T>::value;
 
 // Blocks of the reduced dimension are multiples of this, but for those of windows in a slab.
 template <class T>

@@ -130,8 +130,7 @@ void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
 template <class T>
 bool has_dense_taps(const Axis& inner) {
   const Digit* digits = inner.digits;
-  return std::is_same<typename Engine<T>::Packed, T>::value && Engine<T>::kGroup == 1 &&
-         digits[0].size == 1 && abs64(digits[1].stride) == 1 && digits[1].size >= kPieceColumns<T>;
+  return kUnitsAsStored<T> && digits[0].size == 1 && abs64(digits[1].stride) == 1 && digits[1].size >= kPieceColumns<T>;
 }
 
 // All steps of kWidth such rows; see pack_transposed. Each piece goes over some taps a second time.
@@ -169,7 +168,7 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
   for (int64_t j = 0; j < width; j += kWidth) {
     int64_t rows = n - j < 0 ? 0 : (n - j < kWidth ? n - j : kWidth);
     int64_t done = 0;
-    if constexpr (std::is_same<Packed, T>::value && E::kGroup == 1) {
+    if constexpr (kUnitsAsStored<T>) {
       const Gather* g = s.gather;
       if (rows == kWidth && g && !g->bounded && !s.mask && g->outer.single() &&
           depth == g->inner.size() && has_dense_taps<T>(g->inner)) {

@@ -123,6 +123,16 @@ class Lines {
     }
   }
 
+  // The line's elements from `inner` on where they lie, or nullptr if they do not lie side by side
+  // or are not all used as they are.
+  const T* in_place(int64_t inner) const {
+    if (s_.mask) return nullptr;
+    if (!s_.gather) return s_.inner == 1 ? s_.data + at_.offset + inner : nullptr;
+    const Axis& axis = s_.gather->inner;
+    if (!axis.single() || axis.stride() != 1 || !s_.gather->covers(cursor_.at)) return nullptr;
+    return s_.data + cursor_.at.offset + inner;
+  }
+
   // Writes elements [inner, inner + n) of the line.
   template <class P>
   void fetch(int64_t inner, int64_t n, P* out) const {

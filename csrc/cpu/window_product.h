@@ -121,7 +121,7 @@ bool sums_channels_first(const WindowProduct& op, int64_t in_channels, int64_t o
   static_assert(kMostSteps <= kDeepestBlock<T>, "the taps of a channel are packed in one block");
   const int64_t taps = op.rows.taps * op.columns.taps;
   const bool pays = in_channels % kManyChannels == 0 || op.columns.count < kSmallImage;
-  return std::is_same<typename E::Packed, T>::value && E::kGroup == 1 && !op.channels_last &&
+  return kUnitsAsStored<T> && !op.channels_last &&
          taps >= kFewestTaps && abs64(op.rows.tap_step) == 1 && abs64(op.columns.tap_step) == 1 &&
          in_channels >= kFewestChannels && pays && in_channels * taps <= kMostSteps &&
          out_channels >= E::S::kWidth && copies_less(op.rows, op.columns);
