@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/depthwise_gradient.h"
+#include "cpu/tile_product.h"
 #include "cpu/weight_gradient.h"
 
 #if defined(__AVX512BF16__)
@@ -25,21 +26,31 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
     return with_scratch(context, product.bytes(context),
                         [&](char* space) { product.run(context, space); });
   }
-  const WindowProduct product{
-      op.input,      nullptr, 0, w, out, 0, {1, 1}, rows, columns, false, out.stride[kChannel] == 1,
-      op.conv.groups};
-  ConvProblem<T> problem;
-  set_up(product, &problem);
+  const WindowProduct product{op.input,
+                              nullptr,
+                              0,
+                              w,
+                              out,
+                              0,
+                              {1, 1},
+                              rows,
+                              columns,
+                              false,
+                              out.stride[kChannel] == 1,
+                              op.conv.groups,
+                              op.bias,
+                              op.bias_stride};
 #if defined(__AVX512BF16__)
-  // Read from a slab as floats, windows take half as long as packed into pairs.
-  if (problem.lacks_pairs) return avx512::kernels.conv_relu_forward[TWINFUSE_BFLOAT16](op, context);
+  if constexpr (Engine<T>::kGroup == 2) {
+    // Read from a slab as floats, windows take half as long as packed into pairs.
+    ConvProblem<T> problem;
+    set_up(product, &problem);
+    if (problem.lacks_pairs)
+      return avx512::kernels.conv_relu_forward[TWINFUSE_BFLOAT16](op, context);
+  }
 #endif
-  Gemm<T>& g = problem.g;
-  g.bias = static_cast<const T*>(op.bias);
-  g.bias_stride = op.bias_stride;
-  g.batch[1].bias = w.size[0] / op.conv.groups * op.bias_stride;
   TwinfuseStatus status = TWINFUSE_OK;
-  plan_window_product<T, BiasRelu>(problem, context, [&](int64_t bytes, const auto& run) {
+  plan_window_product<T, BiasRelu>(product, context, [&](int64_t bytes, const auto& run) {
     status = with_scratch(context, bytes, run);
   });
   return status;
@@ -65,21 +76,19 @@ void each_phase(const ConvReluBackward& op, const Body& body) {
   }
 }
 
-template <class T>
-void set_up_phase(const ConvReluBackward& op, const InputPhase& phase, ConvProblem<T>* problem) {
-  const WindowProduct product{op.grad_output,
-                              &op.output,
-                              op.relu_grad,
-                              op.weight,
-                              op.grad_input,
-                              phase.offset,
-                              {op.conv.stride[0], op.conv.stride[1]},
-                              phase.rows,
-                              phase.columns,
-                              true,
-                              op.output.stride[kChannel] == 1,
-                              op.conv.groups};
-  set_up(product, problem);
+inline WindowProduct phase_product(const ConvReluBackward& op, const InputPhase& phase) {
+  return {op.grad_output,
+          &op.output,
+          op.relu_grad,
+          op.weight,
+          op.grad_input,
+          phase.offset,
+          {op.conv.stride[0], op.conv.stride[1]},
+          phase.rows,
+          phase.columns,
+          true,
+          op.output.stride[kChannel] == 1,
+          op.conv.groups};
 }
 
 // grad_input, phase by phase. Calls `body` with each: all that its run needs is bytes and space.
@@ -93,9 +102,7 @@ void each_grad_input(const ConvReluBackward& op, const TwinfuseContext& context,
           out.stride[kRow] * op.conv.stride[0], out.stride[kColumn] * op.conv.stride[1]);
       return body(product.bytes(context), [&](char* space) { product.run(context, space); });
     }
-    ConvProblem<T> problem;
-    set_up_phase(op, phase, &problem);
-    plan_window_product<T, Identity>(problem, context, body);
+    plan_window_product<T, Identity>(phase_product(op, phase), context, body);
   });
 }
 
@@ -174,7 +181,7 @@ inline ConvReluBackward without_pairs(ConvReluBackward* op) {
   if (!is_depthwise(op->weight, op->conv.groups))
     each_phase(*op, [&](const InputPhase& phase) {
       ConvProblem<Bf16> problem;
-      set_up_phase(*op, phase, &problem);
+      set_up(phase_product(*op, phase), &problem);
       input |= problem.lacks_pairs;
     });
   const Images& w = op->grad_weight;

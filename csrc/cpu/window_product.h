@@ -92,6 +92,8 @@ struct WindowProduct {
   bool transposed;
   bool channels_last;  // order of the sums
   int64_t groups;
+  const void* bias = nullptr;  // one element per channel
+  int64_t bias_stride = 0;
 };
 
 // Where the taps of a channel follow each other, the weight is read forwards in either product.
@@ -121,8 +123,8 @@ bool sums_channels_first(const WindowProduct& op, int64_t in_channels, int64_t o
   static_assert(kMostSteps <= kDeepestBlock<T>, "the taps of a channel are packed in one block");
   const int64_t taps = op.rows.taps * op.columns.taps;
   const bool pays = in_channels % kManyChannels == 0 || op.columns.count < kSmallImage;
-  return kUnitsAsStored<T> && !op.channels_last &&
-         taps >= kFewestTaps && abs64(op.rows.tap_step) == 1 && abs64(op.columns.tap_step) == 1 &&
+  return kUnitsAsStored<T> && !op.channels_last && taps >= kFewestTaps &&
+         abs64(op.rows.tap_step) == 1 && abs64(op.columns.tap_step) == 1 &&
          in_channels >= kFewestChannels && pays && in_channels * taps <= kMostSteps &&
          out_channels >= E::S::kWidth && copies_less(op.rows, op.columns);
 }
@@ -260,6 +262,8 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   g.a_rows_outer = pixel_rows ? along_taps : w_channels_outer;
   g.b_cols_outer = pixel_rows ? w_channels_outer : along_taps;
   g.bias_of_rows = !pixel_rows;
+  g.bias = static_cast<const T*>(op.bias);
+  g.bias_stride = op.bias_stride;
   problem->set_output(static_cast<T*>(out.data) + op.out_offset,
                       pixel_rows ? out_pixels : out_channel, pixel_rows ? out_channel : out_pixels,
                       pitched ? op.columns.count : INT64_MAX);
@@ -279,6 +283,7 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
   if (by_image)
     images = {out.size[kBatch],  image.stride[kBatch], op.mask ? op.mask->stride[kBatch] : 0, 0, 0,
               out.stride[kBatch]};
+  groups.bias = out_channels * op.bias_stride;
   if (pixel_rows) return;
   for (Batch& batch : g.batch) {
     const Batch b = batch;
@@ -291,8 +296,7 @@ void set_up(WindowProduct op, ConvProblem<T>* problem) {
 
 // Calls `body` with all that running the problem needs: bytes and a function of the space.
 template <class T, class Epilogue, class Body>
-void plan_window_product(const ConvProblem<T>& problem, const TwinfuseContext& context,
-                         const Body& body) {
+void plan_problem(const ConvProblem<T>& problem, const TwinfuseContext& context, const Body& body) {
   Plan<T> plan(problem.g, context);
   const int64_t weights = problem.weight_bytes();
   body(weights + plan.bytes(), [&](char* space) {

@@ -22,6 +22,29 @@ struct Waiting {
   int64_t row = 0, top = 0, left = 0;
 };
 
+// out[c * stride + r] = dense[r][c], for types that are summed as they are. Reads whole vectors of
+// rows.
+template <class T>
+void store_transposed(const T* dense, int64_t row, int rows, int cols, T* out, int64_t stride) {
+  if constexpr (sizeof(T) == sizeof(typename Convert<T>::Acc)) {
+    constexpr int kColumns = kPieceColumns<T>;
+    using S = Simd<T>;
+    for (int r = 0; r < rows; r += S::kWidth)
+      for (int c = 0; c < cols; c += kColumns) {
+        typename S::V columns[kColumns];
+        transpose<T, 1>(reinterpret_cast<const char*>(dense + r * row + c), row * sizeof(T),
+                        columns);
+        for (int k = 0; k < kColumns && c + k < cols; k++) {
+          T* to = out + (c + k) * stride + r;
+          if (rows - r >= S::kWidth)
+            S::store(to, columns[k]);
+          else
+            S::store(to, columns[k], rows - r);
+        }
+      }
+  }
+}
+
 template <class T, class Epilogue>
 class Writer {
   using Acc = typename Convert<T>::Acc;
@@ -156,28 +179,6 @@ class Writer {
     for (int c = 0; c < to.cols; c++)
       for (int r = 0; r < to.rows; r++)
         out[r * out_row + c * stride] = dense[r * vectors * kWidth + c];
-  }
-
-  // out[c * stride + r] = dense[r][c]
-  static void store_transposed(const T* dense, int64_t row, int rows, int cols, T* out,
-                               int64_t stride) {
-    if constexpr (sizeof(T) == sizeof(Acc)) {
-      constexpr int kColumns = kPieceColumns<T>;
-      using S = Simd<T>;
-      for (int r = 0; r < rows; r += kWidth)
-        for (int c = 0; c < cols; c += kColumns) {
-          typename S::V columns[kColumns];
-          transpose<T, 1>(reinterpret_cast<const char*>(dense + r * row + c), row * sizeof(T),
-                          columns);
-          for (int k = 0; k < kColumns && c + k < cols; k++) {
-            T* to = out + (c + k) * stride + r;
-            if (rows - r >= kWidth)
-              S::store(to, columns[k]);
-            else
-              S::store(to, columns[k], rows - r);
-          }
-        }
-    }
   }
 
   const Gemm<T>& g_;

@@ -1,0 +1,374 @@
+// Windows times weight in tiles of 2x2 windows: sixteen products of transformed tiles and
+// transformed weights, which take 4/9 of the multiplications (cpu/winograd_transforms.h).
+#pragma once
+
+#include "cpu/gemm.h"
+#include "cpu/window_product.h"
+#include "cpu/winograd_transforms.h"
+
+namespace twinfuse::cpu::TWINFUSE_ISA {
+
+// By shapes of one image alone, as bits depend on it.
+template <class T>
+bool takes_tiles(const WindowProduct& op) {
+  constexpr int64_t kFewestChannels = 16, kFewestPixels = 16;
+  const auto fits = [](const Windows& w) {
+    return w.taps == kTileTaps && w.step == 1 && w.dilation == 1 && abs64(w.tap_step) == 1;
+  };
+  if (Engine<T>::kGroup != 1 || sizeof(typename Engine<T>::Acc) != sizeof(float)) return false;
+  if (!fits(op.rows) || !fits(op.columns) || op.groups != 1) return false;
+  if (min64(op.weight.size[0], op.weight.size[1]) < kFewestChannels) return false;
+  const int64_t pixels = op.rows.count * op.columns.count;
+  const int64_t tiles =
+      ceil_div(op.rows.count, kTileOutputs) * ceil_div(op.columns.count, kTileOutputs);
+  // Transforms take about a fourth of the time of the products of few channels.
+  return pixels >= kFewestPixels && tiles * kProducts * 5 <= pixels * kTileTaps * kTileTaps * 4;
+}
+
+// Of blocks of tiles, which one thread takes through all steps in its second-level cache.
+template <class T>
+struct TilePlan {
+  using E = Engine<T>;
+  using Acc = typename E::Acc;
+  static constexpr int64_t kWidth = E::S::kWidth;
+  static constexpr int64_t kTiles = 64, kDepth = 128, kColumns = 8 * kWidth;
+
+  int64_t in_channels, out_channels, images;
+  int64_t tile_rows, tile_columns;  // of an image
+  // A strip is a row of tiles, or one of `pieces` of it.
+  int64_t pieces, strip_tiles, strips;
+  int64_t block_strips, blocks;    // of all images
+  int64_t depth, columns, chunks;  // channels of the input, and of the output, at a time
+  int64_t workers;
+
+  TilePlan(const WindowProduct& op, const TwinfuseContext& context) {
+    // Below this many multiply-adds, waking another thread costs more than it saves.
+    constexpr double kWorthAThread = 4e5;
+    in_channels = op.weight.size[op.transposed ? 0 : 1];
+    out_channels = op.weight.size[op.transposed ? 1 : 0];
+    images = op.image.size[kBatch];
+    tile_rows = ceil_div(op.rows.count, kTileOutputs);
+    tile_columns = ceil_div(op.columns.count, kTileOutputs);
+    pieces = ceil_div(tile_columns, kTiles);
+    strip_tiles = ceil_div(tile_columns, pieces);
+    strips = images * tile_rows * pieces;
+    const double work = static_cast<double>(strips * strip_tiles * kProducts) *
+                        static_cast<double>(in_channels * out_channels);
+    workers = worth_waking(context.num_threads, work, kWorthAThread);
+    depth = min64(in_channels, kDepth);
+    columns = min64(round_up(out_channels, kWidth), kColumns);
+    block_strips = pieces > 1 ? 1 : max64(kTiles / tile_columns, 1);
+    cut();
+    while (uneven() && columns > 2 * kWidth) columns /= 2, cut();
+    while (uneven() && block_strips > 1) block_strips = ceil_div(block_strips, 2), cut();
+    columns = round_up(ceil_div(out_channels, chunks), 2 * kWidth);
+    workers = max64(min64(workers, tasks()), 1);
+  }
+
+  int64_t tasks() const { return blocks * chunks; }
+  int64_t tiles() const { return block_strips * strip_tiles; }
+  // Odd numbers of cache lines, so that neighbours, such as the products of a tile, do not share
+  // cache sets.
+  int64_t tile_row() const { return Scratch<T>::row_stride(depth); }
+  int64_t tile_plane() const { return tiles() * tile_row() + kWidth; }
+  int64_t weight_plane() const { return depth * padded() + kWidth; }
+  int64_t sum_plane() const { return tiles() * padded() + kWidth; }
+  int64_t line() const { return (2 * strip_tiles + 2) * depth; }
+
+  // Per worker, in elements.
+  int64_t slab() const { return round_up((2 * block_strips + 2) * line() + 2 * kWidth, kWidth); }
+  int64_t outputs() const { return 2 * round_up(2 * strip_tiles, kWidth) * kWidth; }
+  int64_t scratch() const {
+    return slab() + outputs() + kProducts * (tile_plane() + weight_plane() + sum_plane());
+  }
+  int64_t flag_bytes() const { return round_up(images, 64); }
+  int64_t bytes() const { return workers * scratch() * static_cast<int64_t>(sizeof(Acc)); }
+
+ private:
+  int64_t padded() const { return round_up(columns, kMaxVectors * kWidth); }
+  void cut() {
+    blocks = ceil_div(strips, block_strips);
+    block_strips = max64(ceil_div(strips, max64(blocks, 1)), 1);
+    chunks = ceil_div(out_channels, columns);
+  }
+  // Some worker would have a tenth more to do than others.
+  bool uneven() const { return ceil_div(tasks(), workers) * workers * 10 > tasks() * 11; }
+};
+
+template <class T, class Epilogue>
+class TileWorker {
+  using E = Engine<T>;
+  using Acc = typename E::Acc;
+  using S = typename E::S;
+  using V = typename S::V;
+  static constexpr int64_t kWidth = S::kWidth;
+
+ public:
+  // `overflowed`: a flag for each image.
+  TileWorker(const WindowProduct& op, const TilePlan<T>& plan, Acc* scratch, uint8_t* overflowed)
+      : op_(op), plan_(plan), overflowed_(overflowed) {
+    slab_ = scratch;
+    outputs_ = reinterpret_cast<T*>(slab_ + plan.slab());
+    tiles_ = slab_ + plan.slab() + plan.outputs();
+    weights_ = tiles_ + kProducts * plan.tile_plane();
+    sums_ = weights_ + kProducts * plan.weight_plane();
+    const Images& w = op.weight;
+    const auto first = [&](const Windows& windows, int64_t stride) {
+      return windows.first_tap * stride;
+    };
+    taps_ = {static_cast<const T*>(w.data) + first(op.rows, w.stride[kRow]) +
+                 first(op.columns, w.stride[kColumn]),
+             w.stride[op.transposed ? 1 : 0], w.stride[op.transposed ? 0 : 1],
+             op.rows.tap_step * w.stride[kRow], op.columns.tap_step * w.stride[kColumn]};
+  }
+
+  // Tasks of the same columns should follow each other: they share transformed weights.
+  void run(int64_t task) {
+    const int64_t first = task % plan_.blocks * plan_.block_strips;
+    const int64_t strips = min64(plan_.block_strips, plan_.strips - first);
+    chunk_ = task / plan_.blocks;
+    cols_ = min64(plan_.columns, plan_.out_channels - chunk_ * plan_.columns);
+    block_tiles_ = strips * plan_.strip_tiles;
+    vectors_ = block_tiles_ <= max_rows(kMaxVectors) ? kMaxVectors : 2;
+    for (int64_t c = 0; c < plan_.in_channels; c += plan_.depth) {
+      const int64_t depth = min64(plan_.depth, plan_.in_channels - c);
+      transform_strips(first, strips, c, depth);
+      transform_weights(c, depth);
+      multiply(depth, c > 0);
+    }
+    for (int64_t strip = 0; strip < strips; strip++) finish(first + strip, strip);
+  }
+
+ private:
+  struct Strip {
+    int64_t image, row, piece;
+  };
+  Strip strip_at(int64_t index) const {
+    const int64_t row = index / plan_.pieces;
+    return {row / plan_.tile_rows, row % plan_.tile_rows, index % plan_.pieces};
+  }
+
+  void transform_strips(int64_t first, int64_t count, int64_t channel, int64_t depth) {
+    Source<T> source = image_source<T>(op_.image, op_.mask, op_.relu_grad);
+    source.data += channel * op_.image.stride[kChannel];
+    if (source.mask) source.mask += channel * op_.mask->stride[kChannel];
+    TransformedTiles<Acc> to{tiles_, plan_.tile_row(), plan_.tile_plane()};
+    for (int64_t done = 0; done < count;) {
+      const Strip strip = strip_at(first + done);
+      const int64_t rows = plan_.pieces > 1 ? 1 : min64(count - done, plan_.tile_rows - strip.row);
+      const int64_t left = op_.columns.origin + 2 * strip.piece * plan_.strip_tiles;
+      const Slab slab = slab_of(
+          op_.image, op_.mask, depth,
+          {plan_.tile_rows, kTileOutputs, op_.rows.origin, kTilePixels, 1, 0, 1},
+          {plan_.strip_tiles, kTileOutputs, left, kTilePixels, 1, 0, 1}, true, false, false, false);
+      fill_slab(slab, source, strip.image, strip.row, rows, slab_);
+      for (int64_t y = 0; y < rows; y++, to.data += plan_.strip_tiles * to.row)
+        transform_image(slab_ + 2 * y * slab.line(), slab.line(), depth, depth, plan_.strip_tiles,
+                        to);
+      done += rows;
+    }
+  }
+
+  // Calls `body(column, width)` for each panel.
+  template <class Body>
+  void each_panel(const Body& body) const {
+    for (int64_t j = 0; j < cols_;) {
+      const int needed = vectors_for(cols_ - j, kWidth);
+      const int vectors = needed < vectors_ ? needed : vectors_;
+      body(j, vectors);
+      j += vectors * kWidth;
+    }
+  }
+
+  void transform_weights(int64_t channel, int64_t depth) {
+    const bool kept =
+        depth == plan_.in_channels && weights_chunk_ == chunk_ && weights_vectors_ == vectors_;
+    if (kept) return;
+    weights_chunk_ = chunk_, weights_vectors_ = vectors_;
+    const WeightTransform<T> transform(taps_);
+    const int64_t step = transform.reads_vectors() ? 1 : depth;
+    for (int64_t c = 0; c < depth; c += step)
+      each_panel([&](int64_t j, int vectors) {
+        for (int v = 0; v < vectors; v++) {
+          const int64_t at = j + v * kWidth, left = max64(min64(cols_ - at, kWidth), 0);
+          const int64_t column = chunk_ * plan_.columns + (left ? at : 0), width = vectors * kWidth;
+          transform.run(column, static_cast<int>(left), channel + c, step,
+                        weights_ + j * depth + c * width + v * kWidth, width, plan_.weight_plane());
+        }
+      });
+  }
+
+  void multiply(int64_t depth, bool continued) {
+    Operands in{};
+    in.run = run_of<typename E::Arithmetic>(plan_.in_channels);
+    in.steps = depth, in.a_step = sizeof(Acc);
+    in.a_row = plan_.tile_row() * static_cast<int64_t>(sizeof(Acc));
+    in.continued = continued;
+    const int64_t parts = ceil_div(block_tiles_, max_rows(vectors_));
+    for (int64_t product = 0; product < kProducts; product++) {
+      const Acc* tiles = tiles_ + product * plan_.tile_plane();
+      each_panel([&](int64_t j, int vectors) {
+        in.b = reinterpret_cast<const char*>(weights_ + product * plan_.weight_plane() + j * depth);
+        in.b_step = vectors * kWidth * static_cast<int64_t>(sizeof(Acc));
+        Acc* sums = sums_ + product * plan_.sum_plane() + j * block_tiles_;
+        for (int64_t p = 0; p < parts; p++) {
+          const Range part = part_of(block_tiles_, 1, parts, p);
+          const int rows = static_cast<int>(part.end - part.begin);
+          in.a = reinterpret_cast<const char*>(tiles + part.begin * plan_.tile_row());
+          microkernel_for<typename E::Arithmetic>(InSlab::kNone, rows, vectors)(
+              in, sums + part.begin * vectors * kWidth, nullptr);
+        }
+      });
+    }
+  }
+
+  void finish(int64_t index, int64_t strip) {
+    const Strip at = strip_at(index);
+    const int64_t row = kTileOutputs * at.row;
+    const int64_t column = kTileOutputs * at.piece * plan_.strip_tiles;
+    const int64_t rows = min64(kTileOutputs, op_.rows.count - row);
+    const int64_t pixels = min64(kTileOutputs * plan_.strip_tiles, op_.columns.count - column);
+    const Images& out = op_.out;
+    const int64_t line = out.stride[kRow] * op_.out_step[0];
+    const int64_t pixel = out.stride[kColumn] * op_.out_step[1], channel = out.stride[kChannel];
+    T* const image = static_cast<T*>(out.data) + op_.out_offset + at.image * out.stride[kBatch] +
+                     row * line + column * pixel;
+    V seen = S::zero();
+    each_panel([&](int64_t j, int vectors) {
+      for (int v = 0; v < vectors && j + v * kWidth < cols_; v++) {
+        const int64_t k = chunk_ * plan_.columns + j + v * kWidth;
+        const int n = static_cast<int>(min64(kWidth, plan_.out_channels - k));
+        alignas(64) Acc bias[kWidth] = {};
+        if (op_.bias)
+          fetch_run(static_cast<const T*>(op_.bias) + k * op_.bias_stride, op_.bias_stride,
+                    static_cast<const T*>(nullptr), 0, 0, n, bias);
+        const Acc* sums =
+            sums_ + j * block_tiles_ + (strip * plan_.strip_tiles * vectors + v) * kWidth;
+        if (channel == 1 && n == kWidth) {
+          finish_vector(sums, vectors * kWidth, S::load(bias), image + k, line, pixel, rows, pixels,
+                        &seen);
+          continue;
+        }
+        const int64_t plane = plan_.outputs() / kTileOutputs;
+        finish_vector(sums, vectors * kWidth, S::load(bias), outputs_, plane, kWidth, rows, pixels,
+                      &seen);
+        for (int64_t y = 0; y < rows; y++)
+          store_pixels(outputs_ + y * plane, pixels, n, image + k * channel + y * line, pixel,
+                       channel);
+      }
+    });
+    alignas(64) Acc lanes[kWidth];
+    S::store(lanes, seen);
+    for (Acc x : lanes)
+      if (!(x == 0)) __atomic_store_n(overflowed_ + at.image, uint8_t{1}, __ATOMIC_RELAXED);
+  }
+
+  // A vector of channels of a strip. `seen` stays zero as long as all sums are finite.
+  void finish_vector(const Acc* sums, int64_t step, V bias, T* to, int64_t line, int64_t pixel,
+                     int64_t rows, int64_t pixels, V* seen) const {
+    for (int64_t x = 0; x < pixels; x += kTileOutputs, sums += step, to += kTileOutputs * pixel) {
+      V tile[kTileOutputs][kTileOutputs];
+      transform_products(sums, plan_.sum_plane(), tile);
+#pragma GCC unroll 2
+      for (int y = 0; y < kTileOutputs; y++)
+#pragma GCC unroll 2
+        for (int i = 0; i < kTileOutputs; i++) {
+          *seen = S::fma(tile[y][i], S::zero(), *seen);
+          if (y < rows && x + i < pixels)
+            Convert<T>::store(to + y * line + i * pixel,
+                              Epilogue::template apply<S>(tile[y][i], bias));
+        }
+    }
+  }
+
+  // `n` channels of pixels that lie side by side in `from`.
+  static void store_pixels(const T* from, int64_t pixels, int n, T* to, int64_t pixel,
+                           int64_t channel) {
+    if (sizeof(T) == sizeof(Acc) && pixel == 1)
+      return store_transposed(from, kWidth, static_cast<int>(pixels), n, to, channel);
+    for (int64_t x = 0; x < pixels; x++)
+      for (int k = 0; k < n; k++) to[x * pixel + k * channel] = from[x * kWidth + k];
+  }
+
+  const WindowProduct& op_;
+  const TilePlan<T>& plan_;
+  uint8_t* overflowed_;
+  WeightTaps<T> taps_;
+  T* outputs_;
+  Acc *slab_, *tiles_, *weights_, *sums_;
+  int64_t chunk_ = 0, cols_ = 0, block_tiles_ = 0, weights_chunk_ = -1;
+  int vectors_ = 2, weights_vectors_ = 0;
+};
+
+// Leaves in `overflowed` which images have sums that are not finite: infinities that taps meet
+// become NaN here, and so may what is large, so that these images are to be done in the other way.
+template <class T, class Epilogue>
+void run_tiles(const WindowProduct& op, const TilePlan<T>& plan, const TwinfuseContext& context,
+               char* space, uint8_t* overflowed) {
+  using Acc = typename Engine<T>::Acc;
+  memset(overflowed, 0, plan.images);
+  parallel_for(context, plan.workers, [&](int64_t worker) {
+    TileWorker<T, Epilogue> tiles(op, plan, reinterpret_cast<Acc*>(space) + worker * plan.scratch(),
+                                  overflowed);
+    const int64_t end = plan.tasks() * (worker + 1) / plan.workers;
+    for (int64_t task = plan.tasks() * worker / plan.workers; task < end; task++) tiles.run(task);
+  });
+}
+
+template <class T>
+Images image_at(Images images, int64_t index) {
+  images.data = static_cast<T*>(images.data) + index * images.stride[kBatch];
+  images.size[kBatch] = min64(images.size[kBatch], 1);
+  return images;
+}
+
+// The product without tiles, for one image.
+template <class T, class Epilogue, class Body>
+void plan_image(const WindowProduct& op, int64_t index, const TwinfuseContext& context,
+                const Body& body) {
+  const Images image = image_at<T>(op.image, index), out = image_at<T>(op.out, index);
+  const Images mask = op.mask ? image_at<T>(*op.mask, index) : Images();
+  const WindowProduct one{image,
+                          op.mask ? &mask : nullptr,
+                          op.relu_grad,
+                          op.weight,
+                          out,
+                          op.out_offset,
+                          {op.out_step[0], op.out_step[1]},
+                          op.rows,
+                          op.columns,
+                          op.transposed,
+                          op.channels_last,
+                          op.groups,
+                          op.bias,
+                          op.bias_stride};
+  ConvProblem<T> problem;
+  set_up(one, &problem);
+  plan_problem<T, Epilogue>(problem, context, body);
+}
+
+// Calls `body` with all that running the product needs: bytes and a function of the space.
+template <class T, class Epilogue, class Body>
+void plan_window_product(const WindowProduct& op, const TwinfuseContext& context,
+                         const Body& body) {
+  if (!takes_tiles<T>(op)) {
+    ConvProblem<T> problem;
+    set_up(op, &problem);
+    return plan_problem<T, Epilogue>(problem, context, body);
+  }
+  const TilePlan<T> plan(op, context);
+  int64_t without_tiles = 0;
+  plan_image<T, Epilogue>(op, 0, context,
+                          [&](int64_t bytes, const auto&) { without_tiles = bytes; });
+  const int64_t flags = plan.flag_bytes();
+  body(flags + max64(plan.bytes(), without_tiles), [&](char* space) {
+    uint8_t* overflowed = reinterpret_cast<uint8_t*>(space);
+    run_tiles<T, Epilogue>(op, plan, context, space + flags, overflowed);
+    for (int64_t i = 0; i < plan.images; i++)
+      if (overflowed[i])
+        plan_image<T, Epilogue>(op, i, context,
+                                [&](int64_t, const auto& run) { run(space + flags); });
+  });
+}
+
+}  // namespace twinfuse::cpu::TWINFUSE_ISA
