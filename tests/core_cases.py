@@ -55,6 +55,7 @@ PATHS = [
             "tiles_several_blocks",
             "tiles_uneven_nhwc",
             "tiles_in_long_rows",
+            "tiles_of_one_image_nhwc",
             "tiles_large",
             "depthwise_vectors_nhwc",
             "several_blocks",

@@ -2,98 +2,9 @@
 // transformed weights, which take 4/9 of the multiplications (cpu/winograd_transforms.h).
 #pragma once
 
-#include "cpu/gemm.h"
-#include "cpu/window_product.h"
-#include "cpu/winograd_transforms.h"
+#include "cpu/tile_plan.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
-
-// By shapes of one image alone, as bits depend on it.
-template <class T>
-bool takes_tiles(const WindowProduct& op) {
-  constexpr int64_t kFewestChannels = 16, kFewestPixels = 16;
-  const auto fits = [](const Windows& w) {
-    return w.taps == kTileTaps && w.step == 1 && w.dilation == 1 && abs64(w.tap_step) == 1;
-  };
-  if (Engine<T>::kGroup != 1 || sizeof(typename Engine<T>::Acc) != sizeof(float)) return false;
-  if (!fits(op.rows) || !fits(op.columns) || op.groups != 1) return false;
-  if (min64(op.weight.size[0], op.weight.size[1]) < kFewestChannels) return false;
-  const int64_t pixels = op.rows.count * op.columns.count;
-  const int64_t tiles =
-      ceil_div(op.rows.count, kTileOutputs) * ceil_div(op.columns.count, kTileOutputs);
-  // Transforms take about a fourth of the time of the products of few channels.
-  return pixels >= kFewestPixels && tiles * kProducts * 5 <= pixels * kTileTaps * kTileTaps * 4;
-}
-
-// Of blocks of tiles, which one thread takes through all steps in its second-level cache.
-template <class T>
-struct TilePlan {
-  using E = Engine<T>;
-  using Acc = typename E::Acc;
-  static constexpr int64_t kWidth = E::S::kWidth;
-  static constexpr int64_t kTiles = 64, kDepth = 128, kColumns = 8 * kWidth;
-
-  int64_t in_channels, out_channels, images;
-  int64_t tile_rows, tile_columns;  // of an image
-  // A strip is a row of tiles, or one of `pieces` of it.
-  int64_t pieces, strip_tiles, strips;
-  int64_t block_strips, blocks;    // of all images
-  int64_t depth, columns, chunks;  // channels of the input, and of the output, at a time
-  int64_t workers;
-
-  TilePlan(const WindowProduct& op, const TwinfuseContext& context) {
-    // Below this many multiply-adds, waking another thread costs more than it saves.
-    constexpr double kWorthAThread = 4e5;
-    in_channels = op.weight.size[op.transposed ? 0 : 1];
-    out_channels = op.weight.size[op.transposed ? 1 : 0];
-    images = op.image.size[kBatch];
-    tile_rows = ceil_div(op.rows.count, kTileOutputs);
-    tile_columns = ceil_div(op.columns.count, kTileOutputs);
-    pieces = ceil_div(tile_columns, kTiles);
-    strip_tiles = ceil_div(tile_columns, pieces);
-    strips = images * tile_rows * pieces;
-    const double work = static_cast<double>(strips * strip_tiles * kProducts) *
-                        static_cast<double>(in_channels * out_channels);
-    workers = worth_waking(context.num_threads, work, kWorthAThread);
-    depth = min64(in_channels, kDepth);
-    columns = min64(round_up(out_channels, kWidth), kColumns);
-    block_strips = pieces > 1 ? 1 : max64(kTiles / tile_columns, 1);
-    cut();
-    while (uneven() && columns > 2 * kWidth) columns /= 2, cut();
-    while (uneven() && block_strips > 1) block_strips = ceil_div(block_strips, 2), cut();
-    columns = round_up(ceil_div(out_channels, chunks), 2 * kWidth);
-    workers = max64(min64(workers, tasks()), 1);
-  }
-
-  int64_t tasks() const { return blocks * chunks; }
-  int64_t tiles() const { return block_strips * strip_tiles; }
-  // Odd numbers of cache lines, so that neighbours, such as the products of a tile, do not share
-  // cache sets.
-  int64_t tile_row() const { return Scratch<T>::row_stride(depth); }
-  int64_t tile_plane() const { return tiles() * tile_row() + kWidth; }
-  int64_t weight_plane() const { return depth * padded() + kWidth; }
-  int64_t sum_plane() const { return tiles() * padded() + kWidth; }
-  int64_t line() const { return (2 * strip_tiles + 2) * depth; }
-
-  // Per worker, in elements.
-  int64_t slab() const { return round_up((2 * block_strips + 2) * line() + 2 * kWidth, kWidth); }
-  int64_t outputs() const { return 2 * round_up(2 * strip_tiles, kWidth) * kWidth; }
-  int64_t scratch() const {
-    return slab() + outputs() + kProducts * (tile_plane() + weight_plane() + sum_plane());
-  }
-  int64_t flag_bytes() const { return round_up(images, 64); }
-  int64_t bytes() const { return workers * scratch() * static_cast<int64_t>(sizeof(Acc)); }
-
- private:
-  int64_t padded() const { return round_up(columns, kMaxVectors * kWidth); }
-  void cut() {
-    blocks = ceil_div(strips, block_strips);
-    block_strips = max64(ceil_div(strips, max64(blocks, 1)), 1);
-    chunks = ceil_div(out_channels, columns);
-  }
-  // Some worker would have a tenth more to do than others.
-  bool uneven() const { return ceil_div(tasks(), workers) * workers * 10 > tasks() * 11; }
-};
 
 template <class T, class Epilogue>
 class TileWorker {
@@ -112,6 +23,7 @@ class TileWorker {
     tiles_ = slab_ + plan.slab() + plan.outputs();
     weights_ = tiles_ + kProducts * plan.tile_plane();
     sums_ = weights_ + kProducts * plan.weight_plane();
+    turned_ = sums_ + kProducts * plan.sum_plane();
     const Images& w = op.weight;
     const auto first = [&](const Windows& windows, int64_t stride) {
       return windows.first_tap * stride;
@@ -130,12 +42,14 @@ class TileWorker {
     cols_ = min64(plan_.columns, plan_.out_channels - chunk_ * plan_.columns);
     block_tiles_ = strips * plan_.strip_tiles;
     vectors_ = block_tiles_ <= max_rows(kMaxVectors) ? kMaxVectors : 2;
+    if (plan_.turned) vectors_ = static_cast<int>(plan_.lanes() / kWidth);
     for (int64_t c = 0; c < plan_.in_channels; c += plan_.depth) {
       const int64_t depth = min64(plan_.depth, plan_.in_channels - c);
       transform_strips(first, strips, c, depth);
       transform_weights(c, depth);
-      multiply(depth, c > 0);
+      plan_.turned ? multiply_turned(depth, c > 0) : multiply(depth, c > 0);
     }
+    if (plan_.turned) turn_sums();
     for (int64_t strip = 0; strip < strips; strip++) finish(first + strip, strip);
   }
 
@@ -186,6 +100,9 @@ class TileWorker {
     if (kept) return;
     weights_chunk_ = chunk_, weights_vectors_ = vectors_;
     const WeightTransform<T> transform(taps_);
+    if (plan_.turned)
+      return transform.run_rows(chunk_ * plan_.columns, cols_, channel, depth, weights_,
+                                plan_.weight_row(), plan_.weight_plane());
     const int64_t step = transform.reads_vectors() ? 1 : depth;
     for (int64_t c = 0; c < depth; c += step)
       each_panel([&](int64_t j, int vectors) {
@@ -222,6 +139,57 @@ class TileWorker {
     }
   }
 
+  // Weights as rows, tiles as columns.
+  void multiply_turned(int64_t depth, bool continued) {
+    const int64_t lanes = plan_.lanes(), row = plan_.tile_row() * static_cast<int64_t>(sizeof(Acc));
+    Operands in{};
+    in.run = run_of<typename E::Arithmetic>(plan_.in_channels);
+    in.steps = depth, in.a_step = sizeof(Acc),
+    in.b_step = lanes * static_cast<int64_t>(sizeof(Acc));
+    in.a_row = plan_.weight_row() * static_cast<int64_t>(sizeof(Acc));
+    in.continued = continued;
+    const int64_t parts = ceil_div(cols_, max_rows(vectors_));
+    for (int64_t product = 0; product < kProducts; product++) {
+      Acc* tiles = turned_ + product * plan_.turned_plane();
+      for (int64_t i = 0; i < lanes; i += kWidth)
+        transpose_rows<T>(reinterpret_cast<const char*>(tiles_ + product * plan_.tile_plane() +
+                                                        i * plan_.tile_row()),
+                          row, round_up(depth, kPieceColumns<Acc>), tiles + i, lanes);
+      in.b = reinterpret_cast<const char*>(tiles);
+      for (int64_t p = 0; p < parts; p++) {
+        const Range part = part_of(cols_, 1, parts, p);
+        const int rows = static_cast<int>(part.end - part.begin);
+        in.a = reinterpret_cast<const char*>(weights_ + product * plan_.weight_plane() +
+                                             part.begin * plan_.weight_row());
+        microkernel_for<typename E::Arithmetic>(InSlab::kNone, rows, vectors_)(
+            in, sums_ + product * plan_.sum_plane() + part.begin * lanes, nullptr);
+      }
+    }
+  }
+
+  // Their sums as those of `multiply`.
+  void turn_sums() {
+    constexpr int kColumns = kPieces * kPieceColumns<Acc>;
+    const int64_t lanes = plan_.lanes();
+    for (int64_t product = 0; product < kProducts; product++) {
+      Acc* from = sums_ + product * plan_.sum_plane();
+      Acc* to = turned_ + product * plan_.sum_plane();
+      memset(static_cast<void*>(from + cols_ * lanes), 0,
+             (round_up(cols_, kWidth) - cols_) * lanes * sizeof(Acc));
+      each_panel([&](int64_t j, int vectors) {
+        for (int v = 0; v < vectors && j + v * kWidth < cols_; v++)
+          for (int64_t tile = 0; tile < block_tiles_; tile += kColumns) {
+            V columns[kColumns];
+            transpose<Acc, kPieces>(
+                reinterpret_cast<const char*>(from + (j + v * kWidth) * lanes + tile),
+                lanes * sizeof(Acc), columns);
+            for (int64_t i = 0; i < min64(kColumns, block_tiles_ - tile); i++)
+              S::store(to + j * block_tiles_ + ((tile + i) * vectors + v) * kWidth, columns[i]);
+          }
+      });
+    }
+  }
+
   void finish(int64_t index, int64_t strip) {
     const Strip at = strip_at(index);
     const int64_t row = kTileOutputs * at.row;
@@ -242,8 +210,8 @@ class TileWorker {
         if (op_.bias)
           fetch_run(static_cast<const T*>(op_.bias) + k * op_.bias_stride, op_.bias_stride,
                     static_cast<const T*>(nullptr), 0, 0, n, bias);
-        const Acc* sums =
-            sums_ + j * block_tiles_ + (strip * plan_.strip_tiles * vectors + v) * kWidth;
+        const Acc* sums = (plan_.turned ? turned_ : sums_) + j * block_tiles_ +
+                          (strip * plan_.strip_tiles * vectors + v) * kWidth;
         if (channel == 1 && n == kWidth) {
           finish_vector(sums, vectors * kWidth, S::load(bias), image + k, line, pixel, rows, pixels,
                         &seen);
@@ -295,7 +263,7 @@ class TileWorker {
   uint8_t* overflowed_;
   WeightTaps<T> taps_;
   T* outputs_;
-  Acc *slab_, *tiles_, *weights_, *sums_;
+  Acc *slab_, *tiles_, *weights_, *sums_, *turned_;
   int64_t chunk_ = 0, cols_ = 0, block_tiles_ = 0, weights_chunk_ = -1;
   int vectors_ = 2, weights_vectors_ = 0;
 };
@@ -349,13 +317,7 @@ void plan_image(const WindowProduct& op, int64_t index, const TwinfuseContext& c
 
 // Calls `body` with all that running the product needs: bytes and a function of the space.
 template <class T, class Epilogue, class Body>
-void plan_window_product(const WindowProduct& op, const TwinfuseContext& context,
-                         const Body& body) {
-  if (!takes_tiles<T>(op)) {
-    ConvProblem<T> problem;
-    set_up(op, &problem);
-    return plan_problem<T, Epilogue>(problem, context, body);
-  }
+void plan_tiles(const WindowProduct& op, const TwinfuseContext& context, const Body& body) {
   const TilePlan<T> plan(op, context);
   int64_t without_tiles = 0;
   plan_image<T, Epilogue>(op, 0, context,
@@ -369,6 +331,18 @@ void plan_window_product(const WindowProduct& op, const TwinfuseContext& context
         plan_image<T, Epilogue>(op, i, context,
                                 [&](int64_t, const auto& run) { run(space + flags); });
   });
+}
+
+// The same, in tiles or not.
+template <class T, class Epilogue, class Body>
+void plan_window_product(const WindowProduct& op, const TwinfuseContext& context,
+                         const Body& body) {
+  if constexpr (kHasTiles<T>) {
+    if (takes_tiles(op)) return plan_tiles<T, Epilogue>(op, context, body);
+  }
+  ConvProblem<T> problem;
+  set_up(op, &problem);
+  plan_problem<T, Epilogue>(problem, context, body);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -153,6 +153,24 @@ class WeightTransform {
     }
   }
 
+  // out[product * plane + i * row + channel], where channels in lie side by side, for `columns`
+  // channels out from `column` on.
+  void run_rows(int64_t column, int64_t columns, int64_t first, int64_t count, Acc* out,
+                int64_t row, int64_t plane) const {
+    const T* p = w_.data + column * w_.out + first;
+    for (int64_t i = 0; i < columns; i++, p += w_.out, out += row)
+      for (int64_t c = 0; c < count; c += S::kWidth) {
+        const int n = static_cast<int>(min64(count - c, S::kWidth));
+        V taps[kTaps];
+#pragma GCC unroll 9
+        for (int tap = 0; tap < kTaps; tap++) {
+          const T* from = p + offset(tap) + c;
+          taps[tap] = n == S::kWidth ? C::load(from) : C::load(from, n);
+        }
+        transform_taps<S>(taps, 1, half_, out + c, plane);
+      }
+  }
+
  private:
   // taps[channel][tap], those of a channel in the order of their addresses if they are flipped.
   void load(const T* p, int n, int channels, V* taps) const {
