@@ -130,7 +130,8 @@ void transpose_rows(const char* rows, int64_t row_bytes, int64_t steps,
 template <class T>
 bool has_dense_taps(const Axis& inner) {
   const Digit* digits = inner.digits;
-  return kUnitsAsStored<T> && digits[0].size == 1 && abs64(digits[1].stride) == 1 && digits[1].size >= kPieceColumns<T>;
+  return kUnitsAsStored<T> && digits[0].size == 1 && abs64(digits[1].stride) == 1 &&
+         digits[1].size >= kPieceColumns<T>;
 }
 
 // All steps of kWidth such rows; see pack_transposed. Each piece goes over some taps a second time.

@@ -54,7 +54,9 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
     return min64(whole_rows ? kWidestColumnBlock : kColumnBlock, max64(columns / 32 * 32, 32));
   }
   if (g.b_slab) return g.slab_reduces_taps ? g.b_slab->height * g.col_unit : g.cols;
-  if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return kColumnBlock;
+  const int64_t packed = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
+  const int64_t usual = min64(max64(packed / 64 * 64, kColumnBlock), kWidestColumnBlock);
+  if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return usual;
   const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
   constexpr int64_t kPadding = 32;
   const int64_t columns = masked / (grid.count() * depth) - row_block - kPadding;

@@ -31,7 +31,7 @@ struct TilePlan {
   using E = Engine<T>;
   using Acc = typename E::Acc;
   static constexpr int64_t kWidth = E::S::kWidth;
-  static constexpr int64_t kTiles = 64, kDepth = 128, kColumns = 8 * kWidth;
+  static constexpr int64_t kTiles = 64, kDepth = 64, kColumns = 8 * kWidth;
 
   int64_t in_channels, out_channels, images;
   int64_t tile_rows, tile_columns;  // of an image
@@ -52,22 +52,24 @@ struct TilePlan {
     images = op.image.size[kBatch];
     tile_rows = ceil_div(op.rows.count, kTileOutputs);
     tile_columns = ceil_div(op.columns.count, kTileOutputs);
-    pieces = ceil_div(tile_columns, kTiles);
+    depth = min64(in_channels, kDepth);
+    // Weights that are transformed once for all blocks need no tall ones.
+    const int64_t most = depth == in_channels ? kTiles / 2 : kTiles;
+    pieces = ceil_div(tile_columns, most);
     strip_tiles = ceil_div(tile_columns, pieces);
     strips = images * tile_rows * pieces;
     const double work = static_cast<double>(strips * strip_tiles * kProducts) *
                         static_cast<double>(in_channels * out_channels);
     workers = worth_waking(context.num_threads, work, kWorthAThread);
-    depth = min64(in_channels, kDepth);
     columns = min64(round_up(out_channels, kWidth), kColumns);
-    block_strips = pieces > 1 ? 1 : max64(kTiles / tile_columns, 1);
+    block_strips = pieces > 1 ? 1 : max64(most / tile_columns, 1);
     cut();
     while (uneven() && columns > 2 * kWidth) columns /= 2, cut();
     while (uneven() && block_strips > 1) block_strips = ceil_div(block_strips, 2), cut();
     columns = round_up(ceil_div(out_channels, chunks), 2 * kWidth);
     workers = max64(min64(workers, tasks()), 1);
     const int64_t* stride = op.weight.stride;
-    turned = std::is_same<T, Acc>::value && tiles() <= 2 * kWidth &&
+    turned = std::is_same<T, Acc>::value && strips * strip_tiles <= 2 * kWidth &&
              stride[op.transposed ? 0 : 1] == 1 && stride[op.transposed ? 1 : 0] != 1;
   }
 
