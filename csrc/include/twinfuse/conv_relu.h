@@ -36,6 +36,13 @@
 // Sums run along it as linear_relu.h says; those over (n, p, q) are cut at places that depend on
 // the shapes alone. With one filter per channel (depthwise) the gradient of the weight is summed
 // along stretches of a row, then over rows, then over images.
+//
+// Windows of 3x3 taps without stride, dilation or groups are made in tiles of 2x2 outputs, by
+// Winograd's minimal filtering F(2x2, 3x3), where sums run in float one by one and shapes let it
+// pay (cpu/tile_plan.h): sums of products of sums of pixels and of taps, over the channels. Errors
+// are about as large as those of one sum over all taps. Each output is made of the pixels of its
+// own window alone, and whatever overflows or is not finite in an image is computed again without
+// tiles: infinities stay infinities, and the bits of an image do not depend on others.
 #pragma once
 
 #include "twinfuse/core.h"
