@@ -60,7 +60,7 @@ class Chunk {
         plan_blocks(i, part);
         if (all_sums)
           writer_.waiting = *all_sums;
-        else if (!Scratch<T>::sums_in_output(g_))
+        else if (!sums_in_output(g_))
           writer_.waiting = {partial_, Scratch<T>::partial_stride(cols_), i, j_};
         for (r_ = part.r0; r_ == part.r0 || r_ < part.r1; r_ += layout_.block) {
           depth_ = min64(part.r1 - r_, layout_.block);
@@ -303,10 +303,10 @@ class Chunk {
     for (int64_t step = 0; step < in_.steps; step++) {
       const Unit* units = nullptr;
       if constexpr (kUnitsAsStored<T>) {
-        lines.prefetch(j_, cols_);
         units = lines.in_place(j_);
       }
       if (units) {
+        lines.prefetch(j_, cols_);
         lines.next();
       } else {
         const int64_t left = depth_ - step * E::kGroup;

@@ -19,6 +19,12 @@ constexpr int64_t kSlabsBytes = 4 * kSlabBytes;  // of those that share packed c
 template <class T>
 constexpr int64_t kDeepestBlock = 5 * Engine<T>::kBlock;
 
+// Sums of the blocks so far wait in the output if it is a matrix of their type.
+template <class T>
+bool sums_in_output(const Gemm<T>& g) {
+  return std::is_same<T, typename Engine<T>::Acc>::value && !g.scatter;
+}
+
 // Weights whose rows lie side by side are packed in stretches of whole rows, which are one stretch
 // of memory, where packing is much of the work: few rows use them, or they do not stay in the
 // caches.
@@ -27,10 +33,9 @@ bool packs_whole_rows(const Gemm<T>& g) {
   constexpr int64_t kFewRows = 128, kDeep = 4096;
   if (g.b_cols_outer || g.b_slab) return false;
   if (g.a_slab) return g.slab_reduces_taps;
-  // Blocks as small as these would make sums wait in scratch, if they could not in the output.
-  const bool waits_in_output = std::is_same<T, typename Engine<T>::Acc>::value && !g.scatter;
   const bool plain = !g.a.mask && !g.b.mask && !g.b.gather && !g.a_sums && !g.b_sums;
-  return waits_in_output && plain && g.a_rows_outer && (g.rows <= kFewRows || g.depth >= kDeep);
+  // Blocks as small as these would make sums wait in scratch, if they could not in the output.
+  return sums_in_output(g) && plain && g.a_rows_outer && (g.rows <= kFewRows || g.depth >= kDeep);
 }
 
 // Steps of a block of such weights.
@@ -54,8 +59,10 @@ int64_t column_block(const Gemm<T>& g, const Grid& grid, int64_t depth, int64_t 
     return min64(whole_rows ? kWidestColumnBlock : kColumnBlock, max64(columns / 32 * 32, 32));
   }
   if (g.b_slab) return g.slab_reduces_taps ? g.b_slab->height * g.col_unit : g.cols;
+  // Wide ones, too, unless sums would wait in scratch that grows with them.
   const int64_t packed = kPackedBytes / (depth * sizeof(typename Engine<T>::Packed));
-  const int64_t usual = min64(max64(packed / 64 * 64, kColumnBlock), kWidestColumnBlock);
+  const int64_t wide = min64(max64(packed / 64 * 64, kColumnBlock), kWidestColumnBlock);
+  const int64_t usual = g.depth > depth && !sums_in_output(g) ? kColumnBlock : wide;
   if ((!g.a.mask && !g.b.mask) || g.a.gather || g.b.gather || g.a_slab) return usual;
   const int64_t masked = (g.a.mask ? g.rows : g.cols) * g.depth;
   constexpr int64_t kPadding = 32;
@@ -139,9 +146,6 @@ struct Scratch {
     const int64_t partial_rows = spills ? min64(all_rows, shared * row_block + row_block) : 0;
     total = partial + aligned(partial_rows * partial_stride(width) * sizeof(Acc));
   }
-
-  // Sums of the blocks so far wait in the output if it is a matrix of their type.
-  static bool sums_in_output(const Gemm<T>& g) { return sizeof(T) == sizeof(Acc) && !g.scatter; }
 
   static int64_t aligned(int64_t n) { return round_up(n, 64); }
   // Of the panels of so many columns: the last may be narrower than the others.

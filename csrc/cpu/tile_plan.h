@@ -6,9 +6,8 @@
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
-// Of what is summed in floats, one by one.
 template <class T>
-constexpr bool kHasTiles = std::is_same<typename Engine<T>::Unit, float>::value;
+constexpr bool kHasTiles = std::is_same<T, float>::value;
 
 // By shapes of one image alone, as bits depend on it.
 inline bool takes_tiles(const WindowProduct& op) {
@@ -32,6 +31,7 @@ struct TilePlan {
   using Acc = typename E::Acc;
   static constexpr int64_t kWidth = E::S::kWidth;
   static constexpr int64_t kTiles = 64, kDepth = 64, kColumns = 8 * kWidth;
+  static constexpr int64_t kStretch = 2 * kWidth;  // chunks are made of these
 
   int64_t in_channels, out_channels, images;
   int64_t tile_rows, tile_columns;  // of an image
@@ -40,8 +40,9 @@ struct TilePlan {
   int64_t block_strips, blocks;    // of all images
   int64_t depth, columns, chunks;  // channels of the input, and of the output, at a time
   int64_t workers;
-  // So few tiles, and weights whose channels in lie side by side: it is cheaper to turn the tiles
-  // and their sums than the weights. Each sum is the same, whatever is the row of a product.
+  // Tiles fill one vector, and channels in of the weight lie side by side: it is cheaper to turn
+  // the tiles and their sums than the weights, which are then the rows of the products. That
+  // changes no sum.
   bool turned;
 
   TilePlan(const WindowProduct& op, const TwinfuseContext& context) {
@@ -53,7 +54,8 @@ struct TilePlan {
     tile_rows = ceil_div(op.rows.count, kTileOutputs);
     tile_columns = ceil_div(op.columns.count, kTileOutputs);
     depth = min64(in_channels, kDepth);
-    // Weights that are transformed once for all blocks need no tall ones.
+    // Where all channels fit, a worker keeps transformed weights from block to block, so that low
+    // blocks cost nothing.
     const int64_t most = depth == in_channels ? kTiles / 2 : kTiles;
     pieces = ceil_div(tile_columns, most);
     strip_tiles = ceil_div(tile_columns, pieces);
@@ -61,16 +63,18 @@ struct TilePlan {
     const double work = static_cast<double>(strips * strip_tiles * kProducts) *
                         static_cast<double>(in_channels * out_channels);
     workers = worth_waking(context.num_threads, work, kWorthAThread);
-    columns = min64(round_up(out_channels, kWidth), kColumns);
+    columns = min64(round_up(out_channels, kStretch), kColumns);
     block_strips = pieces > 1 ? 1 : max64(most / tile_columns, 1);
     cut();
-    while (uneven() && columns > 2 * kWidth) columns /= 2, cut();
+    while (uneven() && columns > kStretch) columns = round_up(columns / 2, kStretch), cut();
     while (uneven() && block_strips > 1) block_strips = ceil_div(block_strips, 2), cut();
-    columns = round_up(ceil_div(out_channels, chunks), 2 * kWidth);
+    columns = round_up(ceil_div(out_channels, chunks), kStretch);
+    chunks = ceil_div(out_channels, columns);
     workers = max64(min64(workers, tasks()), 1);
     const int64_t* stride = op.weight.stride;
-    turned = std::is_same<T, Acc>::value && strips * strip_tiles <= 2 * kWidth &&
-             stride[op.transposed ? 0 : 1] == 1 && stride[op.transposed ? 1 : 0] != 1;
+    const int64_t all = strips * strip_tiles;
+    turned = all <= kWidth && 4 * all > 3 * kWidth && stride[op.transposed ? 0 : 1] == 1 &&
+             stride[op.transposed ? 1 : 0] != 1;
   }
 
   int64_t tasks() const { return blocks * chunks; }
@@ -80,8 +84,8 @@ struct TilePlan {
   int64_t tile_row() const { return Scratch<T>::row_stride(depth); }
   int64_t tile_plane() const { return lanes() * tile_row() + kWidth; }
   int64_t weight_row() const { return round_up(depth, kWidth); }
-  int64_t weight_plane() const { return weight_row() * padded() + kWidth; }
-  int64_t sum_plane() const { return lanes() * padded() + kWidth; }
+  int64_t weight_plane() const { return weight_row() * columns + kWidth; }
+  int64_t sum_plane() const { return lanes() * columns + kWidth; }
   // Turned: tiles as vectors, step by step, and afterwards the sums turned back.
   int64_t lanes() const { return turned ? round_up(tiles(), kWidth) : tiles(); }
   int64_t turned_plane() const { return turned ? max64(weight_row() * lanes(), sum_plane()) : 0; }
@@ -98,7 +102,6 @@ struct TilePlan {
   int64_t bytes() const { return workers * scratch() * static_cast<int64_t>(sizeof(Acc)); }
 
  private:
-  int64_t padded() const { return round_up(columns, kMaxVectors * kWidth); }
   void cut() {
     blocks = ceil_div(strips, block_strips);
     block_strips = max64(ceil_div(strips, max64(blocks, 1)), 1);

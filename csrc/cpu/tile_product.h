@@ -77,13 +77,12 @@ class TileWorker {
           {plan_.strip_tiles, kTileOutputs, left, kTilePixels, 1, 0, 1}, true, false, false, false);
       fill_slab(slab, source, strip.image, strip.row, rows, slab_);
       for (int64_t y = 0; y < rows; y++, to.data += plan_.strip_tiles * to.row)
-        transform_image(slab_ + 2 * y * slab.line(), slab.line(), depth, depth, plan_.strip_tiles,
-                        to);
+        transform_image(slab_ + 2 * y * slab.line(), slab.line(), depth, plan_.strip_tiles, to);
       done += rows;
     }
   }
 
-  // Calls `body(column, width)` for each panel.
+  // Calls `body` with the first column and the vectors of each panel.
   template <class Body>
   void each_panel(const Body& body) const {
     for (int64_t j = 0; j < cols_;) {
@@ -115,9 +114,14 @@ class TileWorker {
       });
   }
 
+  // Blocks of channels are whole runs.
+  int64_t run() const {
+    return min64(run_of<typename E::Arithmetic>(plan_.in_channels), TilePlan<T>::kDepth);
+  }
+
   void multiply(int64_t depth, bool continued) {
     Operands in{};
-    in.run = run_of<typename E::Arithmetic>(plan_.in_channels);
+    in.run = run();
     in.steps = depth, in.a_step = sizeof(Acc);
     in.a_row = plan_.tile_row() * static_cast<int64_t>(sizeof(Acc));
     in.continued = continued;
@@ -143,7 +147,7 @@ class TileWorker {
   void multiply_turned(int64_t depth, bool continued) {
     const int64_t lanes = plan_.lanes(), row = plan_.tile_row() * static_cast<int64_t>(sizeof(Acc));
     Operands in{};
-    in.run = run_of<typename E::Arithmetic>(plan_.in_channels);
+    in.run = run();
     in.steps = depth, in.a_step = sizeof(Acc),
     in.b_step = lanes * static_cast<int64_t>(sizeof(Acc));
     in.a_row = plan_.weight_row() * static_cast<int64_t>(sizeof(Acc));
@@ -231,7 +235,8 @@ class TileWorker {
       if (!(x == 0)) __atomic_store_n(overflowed_ + at.image, uint8_t{1}, __ATOMIC_RELAXED);
   }
 
-  // A vector of channels of a strip. `seen` stays zero as long as all sums are finite.
+  // A vector of channels of a strip. `seen` stays zero as long as all sums are finite: those of
+  // outputs beyond the image, too, so that each product shows, wherever blocks begin.
   void finish_vector(const Acc* sums, int64_t step, V bias, T* to, int64_t line, int64_t pixel,
                      int64_t rows, int64_t pixels, V* seen) const {
     for (int64_t x = 0; x < pixels; x += kTileOutputs, sums += step, to += kTileOutputs * pixel) {
@@ -252,8 +257,7 @@ class TileWorker {
   // `n` channels of pixels that lie side by side in `from`.
   static void store_pixels(const T* from, int64_t pixels, int n, T* to, int64_t pixel,
                            int64_t channel) {
-    if (sizeof(T) == sizeof(Acc) && pixel == 1)
-      return store_transposed(from, kWidth, static_cast<int>(pixels), n, to, channel);
+    if (pixel == 1) return store_transposed(from, kWidth, static_cast<int>(pixels), n, to, channel);
     for (int64_t x = 0; x < pixels; x++)
       for (int k = 0; k < n; k++) to[x * pixel + k * channel] = from[x * kWidth + k];
   }
@@ -283,6 +287,14 @@ void run_tiles(const WindowProduct& op, const TilePlan<T>& plan, const TwinfuseC
   });
 }
 
+// Calls `body` with all that plain sums need: bytes and a function of the space.
+template <class T, class Epilogue, class Body>
+void plan_sums(const WindowProduct& op, const TwinfuseContext& context, const Body& body) {
+  ConvProblem<T> problem;
+  set_up(op, &problem);
+  plan_problem<T, Epilogue>(problem, context, body);
+}
+
 template <class T>
 Images image_at(Images images, int64_t index) {
   images.data = static_cast<T*>(images.data) + index * images.stride[kBatch];
@@ -290,32 +302,17 @@ Images image_at(Images images, int64_t index) {
   return images;
 }
 
-// The product without tiles, for one image.
+// Those of one image.
 template <class T, class Epilogue, class Body>
 void plan_image(const WindowProduct& op, int64_t index, const TwinfuseContext& context,
                 const Body& body) {
-  const Images image = image_at<T>(op.image, index), out = image_at<T>(op.out, index);
+  WindowProduct one = op;
+  one.image = image_at<T>(op.image, index), one.out = image_at<T>(op.out, index);
   const Images mask = op.mask ? image_at<T>(*op.mask, index) : Images();
-  const WindowProduct one{image,
-                          op.mask ? &mask : nullptr,
-                          op.relu_grad,
-                          op.weight,
-                          out,
-                          op.out_offset,
-                          {op.out_step[0], op.out_step[1]},
-                          op.rows,
-                          op.columns,
-                          op.transposed,
-                          op.channels_last,
-                          op.groups,
-                          op.bias,
-                          op.bias_stride};
-  ConvProblem<T> problem;
-  set_up(one, &problem);
-  plan_problem<T, Epilogue>(problem, context, body);
+  if (op.mask) one.mask = &mask;
+  plan_sums<T, Epilogue>(one, context, body);
 }
 
-// Calls `body` with all that running the product needs: bytes and a function of the space.
 template <class T, class Epilogue, class Body>
 void plan_tiles(const WindowProduct& op, const TwinfuseContext& context, const Body& body) {
   const TilePlan<T> plan(op, context);
@@ -333,16 +330,14 @@ void plan_tiles(const WindowProduct& op, const TwinfuseContext& context, const B
   });
 }
 
-// The same, in tiles or not.
+// The same for the product in tiles, or by plain sums.
 template <class T, class Epilogue, class Body>
 void plan_window_product(const WindowProduct& op, const TwinfuseContext& context,
                          const Body& body) {
   if constexpr (kHasTiles<T>) {
     if (takes_tiles(op)) return plan_tiles<T, Epilogue>(op, context, body);
   }
-  ConvProblem<T> problem;
-  set_up(op, &problem);
-  plan_problem<T, Epilogue>(problem, context, body);
+  plan_sums<T, Epilogue>(op, context, body);
 }
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

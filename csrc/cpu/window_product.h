@@ -83,10 +83,11 @@ inline bool reads_along_taps(const Windowed& seen) {
 // out[pixel, channel] = sum over taps of image(pixel, tap) * weight(channel, tap). For the output,
 // and `transposed`, with channels of the weight exchanged, for the input's gradient.
 struct WindowProduct {
-  const Images &image, *mask;
+  Images image;
+  const Images* mask;
   int32_t relu_grad;
   const Images& weight;
-  const Images& out;
+  Images out;
   int64_t out_offset, out_step[2];  // first pixel; rows and columns of `out` per window
   Windows rows, columns;
   bool transposed;

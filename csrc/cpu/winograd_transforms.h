@@ -3,7 +3,7 @@
 // where d are the 4x4 pixels that its windows meet and g the 3x3 taps: 16 products for 36.
 //
 // Each output adds up products of pixels of its own window alone: where those are zero it is zero,
-// and its error is as small as they are.
+// and its error is as small as they are. Taps are added up before: errors are those of the largest.
 #pragma once
 
 #include "cpu/source.h"
@@ -39,17 +39,17 @@ struct TransformedTiles {
   int64_t row, plane;
 };
 
-// A row of tiles of the image: `line` and `pixel` are strides of `from`, in which channels lie side
-// by side. Reads and writes whole vectors.
+// A row of tiles of the image: pixel by pixel, with the next row `line` further. Reads and writes
+// whole vectors.
 template <class Acc>
-void transform_image(const Acc* from, int64_t line, int64_t pixel, int64_t channels, int64_t tiles,
+void transform_image(const Acc* from, int64_t line, int64_t channels, int64_t tiles,
                      const TransformedTiles<Acc>& to) {
   using S = Simd<Acc>;
   using V = typename S::V;
   for (int64_t c = 0; c < channels; c += S::kWidth) {
     V columns[kTilePixels][kTilePixels];
     const auto load = [&](int64_t x, V* column) __attribute__((always_inline)) {
-      const Acc* p = from + x * pixel + c;
+      const Acc* p = from + x * channels + c;
       transform_pixels(S::load(p), S::load(p + line), S::load(p + 2 * line), S::load(p + 3 * line),
                        column);
     };
@@ -85,9 +85,9 @@ struct WeightTaps {
 // out[product * plane] = G g G^T, for one channel in and a vector of channels out; the taps are
 // `g` and what follows `step` further each.
 template <class S, class Acc>
-__attribute__((always_inline)) inline void transform_taps(const typename S::V* g, int step,
-                                                          typename S::V half, Acc* out,
-                                                          int64_t plane) {
+__attribute__((always_inline)) inline void transform_filter(const typename S::V* g, int step,
+                                                            typename S::V half, Acc* out,
+                                                            int64_t plane) {
   typename S::V columns[kTileTaps][kTilePixels];
 #pragma GCC unroll 3
   for (int x = 0; x < kTileTaps; x++)
@@ -109,7 +109,6 @@ class WeightTransform {
   using Acc = typename C::Acc;
   using S = typename C::S;
   using V = typename S::V;
-  static constexpr bool kKeepsType = sizeof(T) == sizeof(Acc);
   static constexpr int kTaps = kTileTaps * kTileTaps;
   // Channels in that are read at once: as many as give each line of a transposition whole.
   static constexpr int kChannels = kPieces * kPieceColumns<Acc>;
@@ -118,8 +117,8 @@ class WeightTransform {
   explicit WeightTransform(const WeightTaps<T>& weight) : w_(weight), half_(S::set(0.5f)) {
     const bool dense = abs64(w_.column) == 1 && w_.row == w_.column * kTileTaps;
     flipped_ = dense && w_.column < 0;
-    dense_taps_ = kKeepsType && dense;
-    dense_channels_ = kKeepsType && w_.in == 1;
+    dense_taps_ = dense;
+    dense_channels_ = w_.in == 1;
   }
 
   // Channels out lie side by side: channels in had better be the outer loop.
@@ -139,7 +138,7 @@ class WeightTransform {
           __builtin_prefetch(p + offset(tap) + kAhead * w_.in);
           taps[tap] = C::load(p + offset(tap));
         }
-        transform_taps<S>(taps, 1, half_, out, plane);
+        transform_filter<S>(taps, 1, half_, out, plane);
       }
       return;
     }
@@ -148,8 +147,8 @@ class WeightTransform {
       const int channels = static_cast<int>(min64(count - c, kChannels));
       load(p, n, channels, taps);
       for (int k = 0; k < channels; k++, out += width)
-        transform_taps<S>(taps + k * kTaps + (flipped_ ? kTaps - 1 : 0), flipped_ ? -1 : 1, half_,
-                          out, plane);
+        transform_filter<S>(taps + k * kTaps + (flipped_ ? kTaps - 1 : 0), flipped_ ? -1 : 1, half_,
+                            out, plane);
     }
   }
 
@@ -167,39 +166,37 @@ class WeightTransform {
           const T* from = p + offset(tap) + c;
           taps[tap] = n == S::kWidth ? C::load(from) : C::load(from, n);
         }
-        transform_taps<S>(taps, 1, half_, out + c, plane);
+        transform_filter<S>(taps, 1, half_, out + c, plane);
       }
   }
 
  private:
   // taps[channel][tap], those of a channel in the order of their addresses if they are flipped.
   void load(const T* p, int n, int channels, V* taps) const {
-    if constexpr (kKeepsType) {
-      const int64_t row = w_.out * static_cast<int64_t>(sizeof(T));
-      const bool whole = n == S::kWidth && w_.out != 1;
-      const T* dense = flipped_ ? p - (kTaps - 1) : p;
-      if (whole && dense_taps_ && w_.in == kTaps && channels == kChannels) {
-        for (int i = 0; i < kChannels * kTaps; i += kChannels)
-          transpose<T, kPieces>(reinterpret_cast<const char*>(dense + i), row, taps + i);
-        return;
-      }
-      if (whole && dense_taps_) {
-        constexpr int kPiece = kPieceColumns<T>;
-        for (int c = 0; c < channels; c++, dense += w_.in, taps += kTaps)
-          for (int t = 0; t < kTaps; t += kPiece) {
-            const int at = t + kPiece <= kTaps ? t : kTaps - kPiece;
-            transpose<T, 1>(reinterpret_cast<const char*>(dense + at), row, taps + at);
-          }
-        return;
-      }
-      if (whole && dense_channels_ && channels == kChannels) {
-        V columns[kChannels];
-        for (int tap = 0; tap < kTaps; tap++) {
-          transpose<T, kPieces>(reinterpret_cast<const char*>(p + offset(tap)), row, columns);
-          for (int k = 0; k < kChannels; k++) taps[k * kTaps + tap] = columns[k];
+    const int64_t row = w_.out * static_cast<int64_t>(sizeof(T));
+    const bool whole = n == S::kWidth && w_.out != 1;
+    const T* dense = flipped_ ? p - (kTaps - 1) : p;
+    if (whole && dense_taps_ && w_.in == kTaps && channels == kChannels) {
+      for (int i = 0; i < kChannels * kTaps; i += kChannels)
+        transpose<T, kPieces>(reinterpret_cast<const char*>(dense + i), row, taps + i);
+      return;
+    }
+    if (whole && dense_taps_) {
+      constexpr int kPiece = kPieceColumns<T>;
+      for (int c = 0; c < channels; c++, dense += w_.in, taps += kTaps)
+        for (int t = 0; t < kTaps; t += kPiece) {
+          const int at = t + kPiece <= kTaps ? t : kTaps - kPiece;
+          transpose<T, 1>(reinterpret_cast<const char*>(dense + at), row, taps + at);
         }
-        return;
+      return;
+    }
+    if (whole && dense_channels_ && channels == kChannels) {
+      V columns[kChannels];
+      for (int tap = 0; tap < kTaps; tap++) {
+        transpose<T, kPieces>(reinterpret_cast<const char*>(p + offset(tap)), row, columns);
+        for (int k = 0; k < kChannels; k++) taps[k * kTaps + tap] = columns[k];
       }
+      return;
     }
     for (int c = 0; c < channels; c++, p += w_.in, taps += kTaps)
 #pragma GCC unroll 9

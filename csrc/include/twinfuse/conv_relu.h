@@ -37,12 +37,14 @@
 // the shapes alone. With one filter per channel (depthwise) the gradient of the weight is summed
 // along stretches of a row, then over rows, then over images.
 //
-// Windows of 3x3 taps without stride, dilation or groups are made in tiles of 2x2 outputs, by
-// Winograd's minimal filtering F(2x2, 3x3), where sums run in float one by one and shapes let it
-// pay (cpu/tile_plan.h): sums of products of sums of pixels and of taps, over the channels. Errors
-// are about as large as those of one sum over all taps. Each output is made of the pixels of its
-// own window alone, and whatever overflows or is not finite in an image is computed again without
-// tiles: infinities stay infinities, and the bits of an image do not depend on others.
+// In float32, windows of 3x3 taps without stride, dilation or groups (for grad_input also those
+// with a dilation that is the stride) are made in tiles of 2x2 outputs, by Winograd's minimal
+// filtering F(2x2, 3x3), where the shapes let it pay (cpu/tile_plan.h): products of sums of pixels
+// and of sums of taps, summed over the channels. An error is about as large as that of one sum over
+// all taps, relative to the largest pixels of the window and to the largest taps, while plain sums
+// are accurate term by term. Each output is made of the pixels of its own window alone, and images
+// in which something overflows or is not finite are computed again without tiles: infinities stay
+// infinities, and the bits of an image do not depend on others.
 #pragma once
 
 #include "twinfuse/core.h"
