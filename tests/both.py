@@ -19,8 +19,8 @@ import numpy as np
 from tests import both_lstm
 from tests.arrays import DTYPES, Array, Operand
 from tests.cases import CASES as LINEAR
+from tests.conv_case import ConvCase
 from tests.conv_cases import CASES as CONV
-from tests.conv_cases import ConvCase
 from tests.problem import Case, Problem, build, relaid
 from tests.rule import bits
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from tests.arrays import STORAGE, Array, Operand, encode, lay_out
 from tests.conftest import skip
-from tests.conv_cases import ConvCase
+from tests.conv_case import ConvCase
 from tests.mxcsr import mxcsr
 from tests.problem import OPERANDS, Case, Problem
 from twinfuse import _core

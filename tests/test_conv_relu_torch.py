@@ -11,7 +11,8 @@ import pytest
 
 from tests.arrays import DTYPES
 from tests.conftest import Launched, require
-from tests.conv_cases import CASES, ConvCase
+from tests.conv_case import ConvCase
+from tests.conv_cases import CASES
 from tests.problem import build
 from tests.rule import assert_same_bits
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.arrays import Array, Operand, decode, encode, lay_out, part
 from tests.cases import LinearCase
-from tests.conv_cases import CASES, ConvCase
+from tests.conv_case import ConvCase
+from tests.conv_cases import CASES
 from tests.core_api import backward, forward, load
 from tests.core_cases import every_dtype, output_layouts
 from tests.problem import Problem, build, relaid

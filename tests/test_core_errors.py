@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.cases import LinearCase
-from tests.conv_cases import ConvCase
+from tests.conv_case import ConvCase
 from tests.core_api import (
     INVALID_ARGUMENT,
     OK,

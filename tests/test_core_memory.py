@@ -13,7 +13,7 @@ import pytest
 from tests.arrays import DTYPES, STORAGE, Operand, encode, lay_out
 from tests.cases import LinearCase
 from tests.conftest import skip
-from tests.conv_cases import ConvCase
+from tests.conv_case import ConvCase
 from tests.core_api import (
     GRADIENTS,
     OK,

@@ -27,8 +27,8 @@ from tests.both import (
 )
 from tests.cases import CASES
 from tests.conftest import Launched, require
+from tests.conv_case import ConvCase
 from tests.conv_cases import CASES as CONV
-from tests.conv_cases import ConvCase
 from tests.core_api import backward, forward, kernel, load
 from tests.problem import Case, build
 from tests.rule import assert_same_bits

@@ -12,8 +12,8 @@ import pytest
 from tests.cases import CASES as LINEAR
 from tests.cases import LinearCase
 from tests.conftest import Launched, require, skip
+from tests.conv_case import ConvCase
 from tests.conv_cases import CASES as CONV
-from tests.conv_cases import ConvCase
 from tests.problem import build, relaid
 
 torch = require("torch")

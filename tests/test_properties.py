@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.arrays import DTYPES, ROUNDOFF, SMALLEST, decode
 from tests.cases import LinearCase
-from tests.conv_cases import ConvCase
+from tests.conv_case import ConvCase
 from tests.core_api import GRADIENTS, Lender, backward, forward, guarded_problem
 from tests.problem import Case, Problem, build, reference64, relaid
 from tests.rule import assert_same_bits

@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.arrays import Array
 from tests.conftest import require
-from tests.conv_cases import ConvCase
+from tests.conv_case import ConvCase
 from tests.problem import Problem, Results, numpy_results, reference64
 from tests.rule import assert_within_twice
 

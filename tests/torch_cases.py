@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.arrays import Operand
-from tests.conv_cases import ConvCase
+from tests.conv_case import ConvCase
 from tests.problem import Case, Problem, Results, build, reference64
 from tests.rule import assert_within_twice
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.cases import LinearCase
-from tests.conv_cases import ConvCase
+from tests.conv_case import ConvCase
 from tests.problem import Case
 
 KERAS = {"weight_layout": "transposed"}
