@@ -132,7 +132,7 @@ CASES = (
     _case("tiles_weight_oihw_alone", (1, 64, 6, 7), 64, 3, padding=1,
           **{**NHWC, "weight_layout": "contiguous"}),
     _case("tiles_weight_strided", (1, 32, 6, 7), 32, 3, padding=1, weight_layout="strided"),
-    _case("tiles_views", (2, 32, 6, 7), 32, 3, padding=1, **_views("transposed")),
+    _case("tiles_views", (2, 32, 6, 7), 32, 3, padding=1, **_views("strided")),
     _case("tiles_views_nhwc", (2, 32, 6, 7), 32, 3, padding=1, **_views("channels_last strided")),
     _case("tiles_overlapping", (2, 32, 6, 7), 17, 3, padding=1, input_layout="overlapping"),
     # On and beside the multiples of vector widths, register tiles and reduction blocks.
