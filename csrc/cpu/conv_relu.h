@@ -40,6 +40,10 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
                               op.conv.groups,
                               op.bias,
                               op.bias_stride};
+  TwinfuseStatus status = TWINFUSE_OK;
+  const auto run_in_scratch = [&](int64_t bytes, const auto& run) {
+    status = with_scratch(context, bytes, run);
+  };
 #if defined(__AVX512BF16__)
   if constexpr (Engine<T>::kGroup == 2) {
     // Read from a slab as floats, windows take half as long as packed into pairs.
@@ -47,12 +51,11 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
     set_up(product, &problem);
     if (problem.lacks_pairs)
       return avx512::kernels.conv_relu_forward[TWINFUSE_BFLOAT16](op, context);
+    plan_problem<T, BiasRelu>(problem, context, run_in_scratch);
+    return status;
   }
 #endif
-  TwinfuseStatus status = TWINFUSE_OK;
-  plan_window_product<T, BiasRelu>(product, context, [&](int64_t bytes, const auto& run) {
-    status = with_scratch(context, bytes, run);
-  });
+  plan_window_product<T, BiasRelu>(product, context, run_in_scratch);
   return status;
 }
 

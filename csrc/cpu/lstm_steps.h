@@ -116,7 +116,7 @@ struct Crew {
   int64_t workers() const { return chunks * team; }
 
   Crew(const LstmCall& op, const TwinfuseContext& context) {
-    constexpr double kWorthAThread = 4e5, kWorthAMeeting = 1e6;
+    constexpr double kWorthAMeeting = 1e6;
     constexpr int64_t kFewRows = 8;
     const double step = 4.0 * static_cast<double>(op.batch) * static_cast<double>(op.units) *
                         static_cast<double>(op.state);

@@ -33,6 +33,14 @@ class DefaultFloatMode {
 #endif
 };
 
+// Below this many multiply-adds, waking another thread costs more than it saves.
+constexpr double kWorthAThread = 4e5;
+
+// Of so many tasks of one size, some worker has a tenth more to do than it would without rounding.
+inline bool uneven(int64_t tasks, int64_t workers) {
+  return (tasks + workers - 1) / workers * workers * 10 > tasks * 11;
+}
+
 // As many threads as are worth waking for so much work, each for `least` of it.
 inline int64_t worth_waking(int32_t threads, double work, double least) {
   if (threads < 1) threads = 1;

@@ -108,16 +108,13 @@ inline Range part_of(int64_t size, int64_t unit, int64_t count, int64_t index) {
 
 template <class T>
 Grid plan_grid(const Gemm<T>& g, int32_t threads) {
-  // Below this many multiply-adds, waking another thread costs more than it saves.
-  constexpr double kWorthAThread = 4e5;
   const int64_t problems = max64(g.problems(), 1) * g.splits;
   const double work = static_cast<double>(g.rows) * static_cast<double>(g.cols) *
                       static_cast<double>(max64(g.depth, 1)) * static_cast<double>(g.problems());
   const int64_t workers = worth_waking(threads, work, kWorthAThread);
   // As few pieces of each problem as give every worker nearly the same number of them.
   int64_t most = 1;
-  while (most < workers && ceil_div(problems * most, workers) * workers * 10 > problems * most * 11)
-    most++;
+  while (most < workers && uneven(problems * most, workers)) most++;
   double row_packing = 0.1, col_packing = 0.4;
   if (g.a_slab && g.slab_reduces_taps) row_packing *= g.a_slab->copies() / g.depth;
   if (g.b_slab && g.slab_reduces_taps) col_packing *= g.b_slab->copies() / g.depth;

@@ -46,8 +46,6 @@ struct TilePlan {
   bool turned;
 
   TilePlan(const WindowProduct& op, const TwinfuseContext& context) {
-    // Below this many multiply-adds, waking another thread costs more than it saves.
-    constexpr double kWorthAThread = 4e5;
     in_channels = op.weight.size[op.transposed ? 0 : 1];
     out_channels = op.weight.size[op.transposed ? 1 : 0];
     images = op.image.size[kBatch];
@@ -66,8 +64,10 @@ struct TilePlan {
     columns = min64(round_up(out_channels, kStretch), kColumns);
     block_strips = pieces > 1 ? 1 : max64(most / tile_columns, 1);
     cut();
-    while (uneven() && columns > kStretch) columns = round_up(columns / 2, kStretch), cut();
-    while (uneven() && block_strips > 1) block_strips = ceil_div(block_strips, 2), cut();
+    while (uneven(tasks(), workers) && columns > kStretch)
+      columns = round_up(columns / 2, kStretch), cut();
+    while (uneven(tasks(), workers) && block_strips > 1)
+      block_strips = ceil_div(block_strips, 2), cut();
     columns = round_up(ceil_div(out_channels, chunks), kStretch);
     chunks = ceil_div(out_channels, columns);
     workers = max64(min64(workers, tasks()), 1);
@@ -107,8 +107,6 @@ struct TilePlan {
     block_strips = max64(ceil_div(strips, max64(blocks, 1)), 1);
     chunks = ceil_div(out_channels, columns);
   }
-  // Some worker would have a tenth more to do than others.
-  bool uneven() const { return ceil_div(tasks(), workers) * workers * 10 > tasks() * 11; }
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -25,11 +25,8 @@ class TileWorker {
     sums_ = weights_ + kProducts * plan.weight_plane();
     turned_ = sums_ + kProducts * plan.sum_plane();
     const Images& w = op.weight;
-    const auto first = [&](const Windows& windows, int64_t stride) {
-      return windows.first_tap * stride;
-    };
-    taps_ = {static_cast<const T*>(w.data) + first(op.rows, w.stride[kRow]) +
-                 first(op.columns, w.stride[kColumn]),
+    taps_ = {static_cast<const T*>(w.data) + op.rows.first_tap * w.stride[kRow] +
+                 op.columns.first_tap * w.stride[kColumn],
              w.stride[op.transposed ? 1 : 0], w.stride[op.transposed ? 0 : 1],
              op.rows.tap_step * w.stride[kRow], op.columns.tap_step * w.stride[kColumn]};
   }
