@@ -23,7 +23,7 @@ finite = [case for case in CASES if case.values != "nonfinite" and 0 not in case
 
 
 def in_tiles(case: ConvCase) -> bool:
-    """Whether gradients of inputs may be made in tiles of two by two."""
+    """Whether gradients of inputs may be made in tiles of two by two, in float32."""
     whole = case.stride == case.dilation and case.groups == 1
     return case.kernel == (3, 3) and whole and min(case.channels, case.filters) >= 16
 
@@ -53,7 +53,7 @@ def test_padding_is_zeros_in_the_input(case: ConvCase, layout: str, dtype: str) 
         slice(low, low + size) for (low, _), size in zip(around, case.input_sizes, strict=True)
     )
     theirs["grad_input"] = theirs["grad_input"][inside]
-    if in_tiles(case):
+    if dtype == "float32" and in_tiles(case):
         ours.pop("grad_input")
     for name, got in ours.items():
         assert_same_bits(got, theirs[name], name)
