@@ -35,7 +35,7 @@ void* fake_primary_context(int device) {
 
 void* fake_create_context(int device) {
   const Lock lock(state.mutex);
-  state.contexts.push_back({device});
+  state.contexts.push_back({device, state.occupancy});
   return &state.contexts.back();
 }
 

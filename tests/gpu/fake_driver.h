@@ -39,6 +39,7 @@ struct DeviceSpec {
 };
 struct Context {
   int device;
+  int occupancy = 1;  // blocks of any kernel on a multiprocessor; the core asks once
 };
 struct Device {
   DeviceSpec spec;
@@ -113,7 +114,7 @@ struct State {
   std::mutex mutex;
   bool initialized = false;
   int version = 13000;
-  int occupancy = 1;           // blocks of any kernel on a multiprocessor
+  int occupancy = 1;  // of contexts to come
   std::deque<Device> devices;  // neither these nor contexts ever move
   std::deque<Context> contexts;
   std::map<void*, std::unique_ptr<Stream>> streams;

@@ -290,7 +290,8 @@ class Driver:
             assert self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(value)) == 0
 
     def set_occupancy(self, blocks: int) -> None:
-        """Of any kernel on one multiprocessor; the fixture sets 1 again."""
+        """Of any kernel on one multiprocessor, in contexts made from now on; the fixture sets 1
+        again."""
         self.library.fake_set_occupancy(blocks)
 
     def set_load_delay(self, microseconds: int) -> None:

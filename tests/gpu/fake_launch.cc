@@ -12,7 +12,7 @@ constexpr uint32_t kCooperative = 2, kCluster = 4;  // attributes of a launch
 constexpr int kElementSizes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
 
 int at_once(const Context* context) {
-  return state.occupancy * state.devices[context->device].spec.multiprocessors;
+  return context->occupancy * state.devices[context->device].spec.multiprocessors;
 }
 bool has_no_clusters(const Context* context) {
   return state.devices[context->device].spec.arch < 90;
@@ -29,7 +29,7 @@ int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* handle, int t
   REFUSE_IF(!function, kInvalidHandle, "no such function");
   REFUSE_IF(function->module->context != thread.current(), kInvalidContext, "of another context");
   REFUSE_IF(threads < 1 || threads > 1024, kInvalidValue, "threads " + std::to_string(threads));
-  *blocks = shared > function->shared ? 0 : state.occupancy;
+  *blocks = shared > function->shared ? 0 : thread.current()->occupancy;
   return kSuccess;
 }
 

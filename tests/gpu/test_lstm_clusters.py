@@ -57,7 +57,8 @@ def test_no_clusters_on_other_architectures(driver: Driver, arch: int) -> None:
     driver.set_occupancy(6)
     index = [device.arch for device in fake_driver.DEVICES].index(arch)
     case = LstmCase("units", 2, 3, 6, 200)
-    lender = check(case, "float16", index=index, compute=False)
+    with driver.stream(driver.new_context(index)) as stream:
+        lender = check(case, "float16", index=index, stream=stream, compute=False)
     assert by_direction(lender)["forward"] == ["256"]
 
 

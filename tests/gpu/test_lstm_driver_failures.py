@@ -116,7 +116,8 @@ def test_every_allocation_may_fail(driver: Driver, case: LstmCase) -> None:
     call = Call(case)
     for index in range(MOST_CALLS):
         held = driver.held
-        lender, status = call(fail_allocation=index)
+        with driver.stream() as stream:
+            lender, status = call(fail_allocation=index, stream=stream)
         assert driver.held == held
         if not status:
             break
