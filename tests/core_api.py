@@ -54,6 +54,7 @@ class CContext(ctypes.Structure):
         ("stream", ctypes.c_void_p),
         ("precision", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
+        ("thread_work", ctypes.c_int64),
         ("parallel_for", PARALLEL_FOR),
         ("allocate", ALLOCATE),
         ("opaque", ctypes.c_void_p),
@@ -154,6 +155,7 @@ class Lender:
 
     order: str = "serial"
     num_threads: int = 1
+    thread_work: int = 0
     device: int = 0
     fail_allocation: int = -1  # index of the allocation that returns NULL
     mxcsr: int | None = None  # set in every worker thread before its tasks
@@ -164,7 +166,13 @@ class Lender:
     def context(self) -> CContext:
         run = PARALLEL_FOR() if self.order == "serial" else PARALLEL_FOR(self._parallel_for)
         return CContext(
-            self.device, 0, None, 0, self.num_threads, run, ALLOCATE(self._allocate), OPAQUE
+            self.device,
+            *(0, None, 0),  # all of a GPU
+            self.num_threads,
+            self.thread_work,
+            run,
+            ALLOCATE(self._allocate),
+            OPAQUE,
         )
 
     def _allocate(self, opaque: int, size: int) -> int | None:

@@ -120,11 +120,11 @@ def grown(case: Case) -> Case:
 @every_dtype
 @every_path
 def test_bits_do_not_depend_on_order_or_threads(case: Case, layout: str, dtype: str) -> None:
-    problem = build(grown(case), dtype)
+    problem = build(case, dtype)
     output = forward(problem, output_layout=layout)
     grads = backward(problem, output, output_layout=layout)
-    lenders = [Lender(order, 4) for order in ("forward", "reversed", "random")]
-    lenders += [Lender("threads", count) for count in (1, 2, 3, 7, 16)]
+    lenders = [Lender(order, 4, thread_work=1) for order in ("forward", "reversed", "random")]
+    lenders += [Lender("threads", count, thread_work=1) for count in (1, 2, 3, 7, 16)]
     for lender in lenders:
         what = f"{lender.order}, {lender.num_threads} threads"
         assert_same_bits(forward(problem, lender, layout), output, f"output, {what}")
@@ -143,6 +143,10 @@ def test_large_problems_are_split(case: Case, layout: str, dtype: str) -> None:
     lender.tasks = 0
     backward(problem, output, lender=lender, output_layout=layout)
     assert lender.tasks >= 2, "the backward pass ran in one task"
+    lender = Lender("forward", 2, thread_work=1 << 40)
+    forward(problem, lender, layout)
+    backward(problem, output, lender=lender, output_layout=layout)
+    assert not lender.tasks, "a thread was woken for less work than the framework asks for"
 
 
 @every_rule

@@ -69,8 +69,8 @@ def test_bits_do_not_depend_on_layout(case: LstmCase, dtype: str) -> None:
 def test_bits_do_not_depend_on_order_or_threads(case: LstmCase, dtype: str) -> None:
     problem = build(case, dtype)
     expected = both_ways(problem)
-    lenders = [Lender(order, 4) for order in ("forward", "reversed", "random")]
-    lenders += [Lender("threads", count) for count in (1, 2, 3, 7, 16)]
+    lenders = [Lender(order, 4, thread_work=1) for order in ("forward", "reversed", "random")]
+    lenders += [Lender("threads", count, thread_work=1) for count in (1, 2, 3, 7, 16)]
     for lender in lenders:
         got = forward(problem, lender)
         got |= backward(problem, expected, lender)
@@ -88,6 +88,9 @@ def test_large_problems_are_split(case: LstmCase, dtype: str) -> None:
     lender.tasks = 0
     backward(problem, saved, lender)
     assert lender.tasks >= 2, "the backward pass ran in one task"
+    lender = Lender("forward", 2, thread_work=1 << 40)
+    both_ways(problem, lender=lender)
+    assert not lender.tasks, "a thread was woken for less work than the framework asks for"
 
 
 def of_sequence(problem: LstmProblem, b: int) -> LstmProblem:

@@ -70,7 +70,11 @@ class DepthwiseProduct {
   }
 
   int64_t workers(const TwinfuseContext& context) const {
-    return max64(1, min64(context.num_threads, tasks()));
+    const Slab& slab = image_.slab;
+    const double elements = static_cast<double>(out_.size[kBatch] * channels()) *
+                            static_cast<double>(slab.rows.count * slab.columns.count);
+    const double work = elements * (kElementWork + static_cast<double>(taps()));
+    return max64(1, min64(worth_waking(context, work), tasks()));
   }
   int64_t bytes(const TwinfuseContext& context) const {
     return shared_bytes() + (in_place_ ? 0 : image_.bytes() * workers(context));

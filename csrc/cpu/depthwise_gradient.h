@@ -43,7 +43,11 @@ class DepthwiseGradWeight {
   }
 
   int64_t workers(const TwinfuseContext& context) const {
-    return max64(1, min64(context.num_threads, splits()));
+    const Slab& slab = grad_.slab;
+    const double elements = static_cast<double>(images_ * channels()) *
+                            static_cast<double>(slab.rows.count * slab.columns.count);
+    const double work = elements * (kElementWork + static_cast<double>(taps()));
+    return max64(1, min64(worth_waking(context, work), splits()));
   }
   int64_t bytes(const TwinfuseContext& context) const {
     return offset_bytes() + sum_bytes() * splits() + slab_bytes() * workers(context);

@@ -21,7 +21,7 @@ struct Plan {
 
   // `images` of a problem with slabs.
   Plan(const Gemm<T>& problem, const TwinfuseContext& context, int64_t images = 1)
-      : g(problem), grid(plan_grid(g, context.num_threads)), layout(g, grid, images) {
+      : g(problem), grid(plan_grid(g, context)), layout(g, grid, images) {
     depth = g.splits > 1 ? split_length<T>(g.depth, g.splits) : g.depth;
     split_row = Scratch<T>::partial_stride(g.cols);
     const int64_t sums = g.a_sums ? g.rows : g.b_sums ? g.cols : 0;

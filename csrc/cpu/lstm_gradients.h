@@ -193,9 +193,8 @@ class LstmGradients {
   // Calls body(i) for all of `count`, each of so many elements.
   template <class Body>
   void each(int64_t count, int64_t elements, const Body& body) const {
-    constexpr double kElementsWorthAThread = 1e5;
-    const double work = static_cast<double>(count) * static_cast<double>(elements);
-    const int64_t all = worth_waking(context_.num_threads, work, kElementsWorthAThread);
+    const double work = kElementWork * static_cast<double>(count) * static_cast<double>(elements);
+    const int64_t all = worth_waking(context_, work);
     parallel_for(context_, all, [&](int64_t worker) {
       const Range part = part_of(count, 1, all, worker);
       for (int64_t i = part.begin; i < part.end; i++) body(i);

@@ -122,7 +122,7 @@ struct Crew {
                         static_cast<double>(op.state);
     const double all = 4.0 * static_cast<double>(op.rows) * static_cast<double>(op.units) *
                        static_cast<double>(op.state + op.inputs);
-    const int64_t worth = worth_waking(context.num_threads, all, kWorthAThread);
+    const int64_t worth = worth_waking(context, all);
     if (op.steps == 1 || (op.batch < kFewRows * worth && step > kWorthAMeeting))
       team = worth;
     else

@@ -33,19 +33,22 @@ class DefaultFloatMode {
 #endif
 };
 
-// Below this many multiply-adds, waking another thread costs more than it saves.
-constexpr double kWorthAThread = 4e5;
+// Reading or writing an element takes about as long as so many multiply-adds.
+constexpr double kElementWork = 4;
 
 // Of so many tasks of one size, some worker has a tenth more to do than it would without rounding.
 inline bool uneven(int64_t tasks, int64_t workers) {
   return (tasks + workers - 1) / workers * workers * 10 > tasks * 11;
 }
 
-// As many threads as are worth waking for so much work, each for `least` of it.
-inline int64_t worth_waking(int32_t threads, double work, double least) {
-  if (threads < 1) threads = 1;
+// As many threads as are worth waking for so many multiply-adds.
+inline int64_t worth_waking(const TwinfuseContext& context, double work) {
+  constexpr double kThreadWork = 4e5;
+  const int64_t threads = context.num_threads < 1 ? 1 : context.num_threads;
+  const double least =
+      context.thread_work > 0 ? static_cast<double>(context.thread_work) : kThreadWork;
   const double worth = work / least;
-  return worth >= threads ? threads : 1 + static_cast<int64_t>(worth);
+  return worth >= static_cast<double>(threads) ? threads : 1 + static_cast<int64_t>(worth);
 }
 
 // Calls `body(i)` for every i in [0, count), at once where the framework can.

@@ -107,11 +107,11 @@ inline Range part_of(int64_t size, int64_t unit, int64_t count, int64_t index) {
 }
 
 template <class T>
-Grid plan_grid(const Gemm<T>& g, int32_t threads) {
+Grid plan_grid(const Gemm<T>& g, const TwinfuseContext& context) {
   const int64_t problems = max64(g.problems(), 1) * g.splits;
   const double work = static_cast<double>(g.rows) * static_cast<double>(g.cols) *
                       static_cast<double>(max64(g.depth, 1)) * static_cast<double>(g.problems());
-  const int64_t workers = worth_waking(threads, work, kWorthAThread);
+  const int64_t workers = worth_waking(context, work);
   // As few pieces of each problem as give every worker nearly the same number of them.
   int64_t most = 1;
   while (most < workers && uneven(problems * most, workers)) most++;

@@ -60,7 +60,7 @@ struct TilePlan {
     strips = images * tile_rows * pieces;
     const double work = static_cast<double>(strips * strip_tiles * kProducts) *
                         static_cast<double>(in_channels * out_channels);
-    workers = worth_waking(context.num_threads, work, kWorthAThread);
+    workers = worth_waking(context, work);
     columns = min64(round_up(out_channels, kStretch), kColumns);
     block_strips = pieces > 1 ? 1 : max64(most / tile_columns, 1);
     cut();

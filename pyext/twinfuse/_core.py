@@ -8,7 +8,7 @@ from pathlib import Path
 
 from twinfuse import _jit, _tuning
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY = Path(__file__).resolve().parent / "_lib" / "libtwinfuse.so"
 
 # The core's numbers for dtypes and devices, by the names both frameworks use.

@@ -24,7 +24,7 @@ extern "C" {
 
 // Bindings compare this with `twinfuse_abi_version()` before the first call. Raised whenever a
 // struct or a signature in include/twinfuse/ changes.
-#define TWINFUSE_ABI_VERSION 7
+#define TWINFUSE_ABI_VERSION 8
 
 typedef enum TwinfuseStatus {
   TWINFUSE_OK = 0,
@@ -83,6 +83,9 @@ typedef struct TwinfuseContext {
   // when all are done. NULL means serial. `num_threads` is how many can run at once; results never
   // depend on it.
   int32_t num_threads;
+  // CPU: multiply-adds for which waking one more thread is worth its while; 0: what suits a pool
+  // whose threads wait awake, as OpenMP's do for a time.
+  int64_t thread_work;
   void (*parallel_for)(void* opaque, int64_t count, TwinfuseTask task, void* argument);
 
   // Scratch of at least `bytes` on the call's device, uninitialised, valid until the framework has
