@@ -26,7 +26,6 @@ class Chunk {
   using Unit = typename E::Unit;
   using Packed = typename E::Packed;
   static constexpr int kWidth = E::S::kWidth;
-  static constexpr int64_t kCachedBytes = 512 << 10;
   static constexpr bool kFinishes =
       std::is_same<T, float>::value && std::is_same<Epilogue, BiasRelu>::value;
 
@@ -107,13 +106,8 @@ class Chunk {
     segment_ = g_.a_slab ? g_.row_unit : rows_;
     vectors_ = streaming ? 1 : segment_ <= max_rows(4) && cols_ > 2 * kWidth ? 4 : 2;
     tiles_ = ceil_div(segment_, max_rows(vectors_));
-    // Read in place where panels are whole and a column is used once, or so few times that the
-    // caches still hold it.
-    const bool cached =
-        g_.b.outer <= kCachedBytes / static_cast<int64_t>(sizeof(T)) / max64(depth_, 1);
-    const int64_t most_tiles = cached ? 3 : 1;
-    const bool direct = E::kGroup == 1 && plain_b && !g_.b_cols_outer && tiles_ <= most_tiles &&
-                        segment_ == rows_ && !keep_columns && !g_.b_sums;
+    const bool direct =
+        !keep_columns && segment_ == rows_ && reads_columns_in_place(g_, rows_, depth_);
     own_panels_ = keep_columns || (!g_.b_cols_outer && !direct);
     prepare_rows();
     if (!g_.b_slab && !g_.b_cols_outer && !direct && block_ == 0) pack_panels();
@@ -265,11 +259,7 @@ class Chunk {
       a_ = slab_.slot(slot);
       in_.a_row = windows_are_rows_ ? slab_.window_bytes() : static_cast<int64_t>(sizeof(Packed));
     } else if (g_.a_rows_outer) {
-      const bool as_is =
-          sizeof(Packed) == sizeof(T) && a.plain() && depth_ % E::kGroup == 0 && !sum_a_;
-      // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
-      const bool shares_sets = a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
-      if (as_is && (!shares_sets || rows_ <= max_rows(4))) {
+      if (reads_rows_in_place(g_, rows_, depth_, sum_a_)) {
         a_ = reinterpret_cast<const char*>(a.data + i_ * a.outer + r_);
         in_.a_row = a.outer * static_cast<int64_t>(sizeof(T));
       } else {

@@ -22,6 +22,13 @@ struct Plan {
   // `images` of a problem with slabs.
   Plan(const Gemm<T>& problem, const TwinfuseContext& context, int64_t images = 1)
       : g(problem), grid(plan_grid(g, context)), layout(g, grid, images) {
+    // Sums that wait for the next block take less memory where more pieces follow each other.
+    constexpr int64_t kWaitingBytes = 640 << 10;
+    while (layout.total - layout.partial > kWaitingBytes &&
+           2 * grid.col_chunks * max64(g.col_unit, kMaxVectors * Engine<T>::S::kWidth) <= g.cols) {
+      grid.col_chunks *= 2;
+      layout = Scratch<T>(g, grid, images);
+    }
     depth = g.splits > 1 ? split_length<T>(g.depth, g.splits) : g.depth;
     split_row = Scratch<T>::partial_stride(g.cols);
     const int64_t sums = g.a_sums ? g.rows : g.b_sums ? g.cols : 0;

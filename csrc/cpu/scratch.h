@@ -87,9 +87,36 @@ int64_t depth_block(const Gemm<T>& g, int64_t chunk_cols, int64_t images) {
     return max64(round_up(ceil_div(g.depth, max64(ceil_div(g.depth, most), 1)), kRuns), kRuns);
   }
   if (g.slab_reduces_taps) return E::kBlock;
+  // For few rows, deep blocks would be much scratch for little.
+  constexpr int64_t kFew = 16;
+  if (g.b_slab && g.rows <= kFew) return kLeastBlock<T>;
   if (g.a_slab || g.b_slab) return SlabReader<T>::block(g.a_slab ? *g.a_slab : *g.b_slab, images);
   // Each step of such rows is another stretch of memory: the longer, the fewer pages are met twice.
   return g.a_rows_outer ? E::kBlock : kLeastBlock<T>;
+}
+
+// Whether a block of rows is multiplied where it lies.
+template <class T>
+bool reads_rows_in_place(const Gemm<T>& g, int64_t rows, int64_t depth, bool summed) {
+  using E = Engine<T>;
+  if (g.a_slab || !g.a_rows_outer || !g.a.plain() || summed) return false;
+  // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
+  const bool shares_sets = g.a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
+  return sizeof(typename E::Packed) == sizeof(T) && depth % E::kGroup == 0 &&
+         (!shares_sets || rows <= max_rows(4));
+}
+
+// Whether the only block of rows reads whole panels of columns where they lie: those that it uses
+// once, or so few times that the caches still hold them. What holds for a block holds for smaller
+// ones.
+template <class T>
+bool reads_columns_in_place(const Gemm<T>& g, int64_t rows, int64_t depth) {
+  using E = Engine<T>;
+  constexpr int64_t kCached = (512 << 10) / static_cast<int64_t>(sizeof(T));
+  if (g.b_slab || g.b_cols_outer || g.b_sums || !g.b.plain()) return false;
+  const int64_t most_tiles = g.b.outer <= kCached / max64(depth, 1) ? 3 : 1;
+  return E::kGroup == 1 && sizeof(typename E::Packed) == sizeof(T) &&
+         ceil_div(rows, max_rows(2)) <= most_tiles;
 }
 
 // In bytes; every part starts on a cache line.
@@ -108,7 +135,8 @@ struct Scratch {
     const int64_t all_cols = ceil_div(ceil_div(g.cols, g.col_unit), grid.col_chunks) * g.col_unit;
     block = depth_block(g, min64(g.cols, all_cols), images);
     const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), block);
-    row_block = min64(kTallestRowBlock, kRowBlockBytes / (depth * kPacked));
+    const int64_t row_bytes = g.b_slab ? kRowBlockBytes / 2 : kRowBlockBytes;
+    row_block = min64(kTallestRowBlock, row_bytes / (depth * kPacked));
     if (g.row_unit > 1) row_block = max64(row_block / g.row_unit, 1) * g.row_unit;
     shared = min64(kMostShared, ceil_div(kSharedRows, row_block));
     column_block = twinfuse::cpu::TWINFUSE_ISA::column_block(g, grid, depth, row_block);
@@ -134,9 +162,15 @@ struct Scratch {
     const int64_t width = min64(min64(g.cols, all_cols), column_block);
     const int64_t packed_rows = max64(height * row_stride(depth) * kPacked,
                                       steps_of<T>(depth) * step_stride(height) * kUnit);
-    columns = rows + aligned(g.a_slab ? 0 : packed_rows);
+    const bool packs_rows = !g.a_slab && !reads_rows_in_place(g, height, g.depth, g.a_sums);
+    columns = rows + aligned(packs_rows ? packed_rows : 0);
+    // Of columns that no second block of rows uses, there is a panel at a time, or part of one.
+    const bool once = all_rows <= row_block && !g.a_slab &&
+                      (g.b_cols_outer || reads_columns_in_place(g, all_rows, depth));
+    const int64_t kept_width =
+        panels_width(once ? min64(width, kMaxVectors * E::S::kWidth) : width);
     // Transposing writes up to three steps past the last.
-    slab = columns + aligned(g.b_slab ? 0 : (steps_of<T>(depth) + 3) * panels_width(width) * kUnit);
+    slab = columns + aligned(g.b_slab ? 0 : (steps_of<T>(depth) + 3) * kept_width * kUnit);
     // Vectors are read past the last window.
     offsets = slab + (slab_size ? aligned((slab_size + kMaxVectors * E::S::kWidth) * kPacked) : 0);
     transpose = offsets + aligned(slab_size && !g.slab_reduces_taps ? depth * sizeof(int32_t) : 0);

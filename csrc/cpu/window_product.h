@@ -39,8 +39,8 @@ struct ConvProblem {
     if constexpr (std::is_same<typename Engine<T>::Packed, T>::value) {
       constexpr int64_t kRows = 32;
       const int64_t parts = ceil_div(g.rows, kRows), tasks = parts * g.batch[1].count;
-      const double elements = static_cast<double>(g.rows * g.batch[1].count) *
-                              static_cast<double>(g.depth);
+      const double elements =
+          static_cast<double>(g.rows * g.batch[1].count) * static_cast<double>(g.depth);
       const int64_t workers =
           max64(1, min64(worth_waking(context, kElementWork * elements), tasks));
       parallel_for(context, workers, [&](int64_t worker) {

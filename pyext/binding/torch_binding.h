@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "twinfuse/core.h"
+#include "twinfuse/kept_scratch.h"
 
 namespace twinfuse {
 
@@ -213,6 +214,7 @@ class Context : public TwinfuseContext {
 
   const View& like_;
   DeviceGuardHandle guard_ = nullptr;
+  KeptScratch kept_;
   std::vector<Handle> scratch_;
   bool parallel_failed_ = false;
 };

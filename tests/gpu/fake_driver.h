@@ -114,7 +114,7 @@ struct State {
   std::mutex mutex;
   bool initialized = false;
   int version = 13000;
-  int occupancy = 1;  // of contexts to come
+  int occupancy = 1;           // of contexts to come
   std::deque<Device> devices;  // neither these nor contexts ever move
   std::deque<Context> contexts;
   std::map<void*, std::unique_ptr<Stream>> streams;

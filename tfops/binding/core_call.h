@@ -19,6 +19,7 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tsl/platform/tensor_float_32_utils.h"
 #include "twinfuse/core.h"
+#include "twinfuse/kept_scratch.h"
 #include "xla/stream_executor/stream.h"
 #include "xla/tsl/platform/threadpool.h"
 
@@ -194,6 +195,8 @@ class CoreCall {
 
   static void* Allocate(void* opaque, size_t bytes) {
     auto* call = static_cast<CoreCall*>(opaque);
+    if (call->context_.device == TWINFUSE_CPU)
+      if (void* kept = call->kept_.Take(bytes)) return kept;
     tensorflow::Tensor scratch;
     const tensorflow::TensorShape shape({static_cast<int64_t>(bytes)});
     if (!call->op_->allocate_temp(tensorflow::DT_UINT8, shape, &scratch).ok()) return nullptr;
@@ -204,6 +207,7 @@ class CoreCall {
   tensorflow::OpKernelContext* op_;
   tsl::thread::ThreadPool* pool_ = nullptr;
   TwinfuseContext context_{};
+  KeptScratch kept_;
   absl::InlinedVector<tensorflow::Tensor, 2> scratch_;
 };
 
