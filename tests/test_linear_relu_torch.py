@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import memory
+from tests import core_api
 from tests.arrays import DTYPES
 from tests.cases import CASES, LinearCase
 from tests.conftest import Launched, require
+from tests.core_api import Lender
 from tests.problem import build
 from tests.rule import assert_same_bits
 
@@ -49,6 +52,23 @@ def test_poison_is_seen() -> None:
         fresh = {n: [torch.empty(3, n, dtype=torch.float32) for _ in range(4)] for n in sizes}
     seen = {n: [bool((t.abs() > 1e38).any()) for t in each] for n, each in fresh.items()}
     assert all(map(any, seen.values())), f"unwritten memory would look written: {seen}"
+
+
+@pytest.mark.parametrize(("rows", "units", "kept"), [(64, 256, True), (512, 1024, False)])
+@pytest.mark.usefixtures("threads")
+def test_a_thread_keeps_a_little_scratch(rows: int, units: int, kept: bool) -> None:
+    """Torch's allocator is asked for the output alone, if not for much more."""
+    problem = build(LinearCase("scratch", (rows,), units, units), "float32")
+    lender = Lender()
+    core_api.forward(problem, lender)
+    needed = sum(size for *_, size in lender.scratch)
+    assert needed > 0 and kept == (needed <= 256 << 10)
+
+    torch.set_num_threads(1)
+    input, weight = torch.randn(rows, units), torch.randn(units, units)
+    tft.linear_relu(input, weight)
+    peak = memory.torch_peak(lambda: tft.linear_relu(input, weight))
+    assert peak == 4 * rows * units + (0 if kept else needed)
 
 
 @every_dtype
