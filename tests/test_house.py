@@ -89,7 +89,8 @@ def test_every_package_is_installed() -> None:
 
 
 def test_an_op_has_one_name_everywhere() -> None:
-    headers = {path.stem for path in (ROOT / "csrc/include/twinfuse").glob("*.h")} - {"core"}
+    headers = {path.stem for path in (ROOT / "csrc/include/twinfuse").glob("*.h")}
+    headers -= {"core", "kept_scratch"}  # what all ops share
     assert "linear_relu" in headers
     for op in headers:
         for place in (
