@@ -36,6 +36,12 @@ struct DepthwiseSlab {
     const int64_t elements = max64(slab.size(), 0) + Simd<Acc>::kWidth;
     return round_up(elements * static_cast<int64_t>(sizeof(Acc)), 64);
   }
+  // In multiply-adds, of all windows of so many images.
+  double work(int64_t images) const {
+    const double elements = static_cast<double>(images * slab.channels) *
+                            static_cast<double>(slab.rows.count * slab.columns.count);
+    return elements * (kElementWork + static_cast<double>(slab.rows.taps * slab.columns.taps));
+  }
 };
 
 // out[n, p, q, c] = epilogue(sum over taps of image(n, p, q, tap, c) * weight(c, tap)).
@@ -70,11 +76,7 @@ class DepthwiseProduct {
   }
 
   int64_t workers(const TwinfuseContext& context) const {
-    const Slab& slab = image_.slab;
-    const double elements = static_cast<double>(out_.size[kBatch] * channels()) *
-                            static_cast<double>(slab.rows.count * slab.columns.count);
-    const double work = elements * (kElementWork + static_cast<double>(taps()));
-    return max64(1, min64(worth_waking(context, work), tasks()));
+    return worth_waking(context, image_.work(out_.size[kBatch]), tasks());
   }
   int64_t bytes(const TwinfuseContext& context) const {
     return shared_bytes() + (in_place_ ? 0 : image_.bytes() * workers(context));

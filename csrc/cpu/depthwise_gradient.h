@@ -43,11 +43,7 @@ class DepthwiseGradWeight {
   }
 
   int64_t workers(const TwinfuseContext& context) const {
-    const Slab& slab = grad_.slab;
-    const double elements = static_cast<double>(images_ * channels()) *
-                            static_cast<double>(slab.rows.count * slab.columns.count);
-    const double work = elements * (kElementWork + static_cast<double>(taps()));
-    return max64(1, min64(worth_waking(context, work), splits()));
+    return worth_waking(context, input_.work(images_), splits());
   }
   int64_t bytes(const TwinfuseContext& context) const {
     return offset_bytes() + sum_bytes() * splits() + slab_bytes() * workers(context);

@@ -24,10 +24,10 @@ class GradBias {
         cols_(cols),
         cols_outer_(cols_outer),
         split_length_(splits > 1 ? split_length<T>(rows, splits) : max64(rows, 1)),
-        workers_(min64(worth_waking(context, kElementWork * static_cast<double>(rows) *
-                                                 static_cast<double>(cols)),
-                       max64(ceil_div(cols, kWidth), 1))),
-        at_once_(min64(kColumns, round_up(ceil_div(cols, max64(workers_, 1)), kWidth))) {}
+        workers_(worth_waking(context,
+                              kElementWork * static_cast<double>(rows) * static_cast<double>(cols),
+                              ceil_div(cols, kWidth))),
+        at_once_(min64(kColumns, round_up(ceil_div(cols, workers_), kWidth))) {}
 
   int64_t bytes() const { return workers_ * worker_bytes(); }
 

@@ -41,10 +41,12 @@ inline bool uneven(int64_t tasks, int64_t workers) {
   return (tasks + workers - 1) / workers * workers * 10 > tasks * 11;
 }
 
-// As many threads as are worth waking for so many multiply-adds.
-inline int64_t worth_waking(const TwinfuseContext& context, double work) {
+// As many threads as are worth waking for so many multiply-adds, and no more than have a task.
+inline int64_t worth_waking(const TwinfuseContext& context, double work,
+                            int64_t tasks = INT64_MAX) {
   constexpr double kThreadWork = 4e5;
-  const int64_t threads = context.num_threads < 1 ? 1 : context.num_threads;
+  int64_t threads = context.num_threads < tasks ? context.num_threads : tasks;
+  if (threads < 1) threads = 1;
   const double least =
       context.thread_work > 0 ? static_cast<double>(context.thread_work) : kThreadWork;
   const double worth = work / least;

@@ -135,6 +135,7 @@ struct Scratch {
     const int64_t all_cols = ceil_div(ceil_div(g.cols, g.col_unit), grid.col_chunks) * g.col_unit;
     block = depth_block(g, min64(g.cols, all_cols), images);
     const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), block);
+    // Slabs are in the caches, too.
     const int64_t row_bytes = g.b_slab ? kRowBlockBytes / 2 : kRowBlockBytes;
     row_block = min64(kTallestRowBlock, row_bytes / (depth * kPacked));
     if (g.row_unit > 1) row_block = max64(row_block / g.row_unit, 1) * g.row_unit;

@@ -41,8 +41,7 @@ struct ConvProblem {
       const int64_t parts = ceil_div(g.rows, kRows), tasks = parts * g.batch[1].count;
       const double elements =
           static_cast<double>(g.rows * g.batch[1].count) * static_cast<double>(g.depth);
-      const int64_t workers =
-          max64(1, min64(worth_waking(context, kElementWork * elements), tasks));
+      const int64_t workers = worth_waking(context, kElementWork * elements, tasks);
       parallel_for(context, workers, [&](int64_t worker) {
         for (int64_t task = tasks * worker / workers; task < tasks * (worker + 1) / workers;
              task++) {

@@ -193,8 +193,7 @@ void Context::ParallelFor(void* opaque, int64_t count, TwinfuseTask task, void* 
 
 void* Context::Allocate(void* opaque, size_t bytes) {
   auto* context = static_cast<Context*>(opaque);
-  if (context->device == TWINFUSE_CPU)
-    if (void* kept = context->kept_.Take(bytes)) return kept;
+  if (void* kept = context->kept_.Take(*context, bytes)) return kept;
   static const int32_t uint8 = aoti_torch_dtype_uint8();
   const auto size = static_cast<int64_t>(bytes);
   const int64_t stride = 1;

@@ -195,8 +195,7 @@ class CoreCall {
 
   static void* Allocate(void* opaque, size_t bytes) {
     auto* call = static_cast<CoreCall*>(opaque);
-    if (call->context_.device == TWINFUSE_CPU)
-      if (void* kept = call->kept_.Take(bytes)) return kept;
+    if (void* kept = call->kept_.Take(call->context_, bytes)) return kept;
     tensorflow::Tensor scratch;
     const tensorflow::TensorShape shape({static_cast<int64_t>(bytes)});
     if (!call->op_->allocate_temp(tensorflow::DT_UINT8, shape, &scratch).ok()) return nullptr;

@@ -7,6 +7,8 @@
 #include <memory>
 #include <new>
 
+#include "twinfuse/core.h"
+
 namespace twinfuse {
 
 // What one call has of it; made and destroyed by the thread that calls.
@@ -21,9 +23,10 @@ class KeptScratch {
     if (taken_) of_thread().taken = false;
   }
 
-  // NULL where the framework has to lend: for more bytes, and for all but the first block of a
-  // call.
-  void* Take(std::size_t bytes) noexcept {
+  // NULL where the framework has to lend: on a GPU, for more bytes, and for all but the first block
+  // of a call.
+  void* Take(const TwinfuseContext& context, std::size_t bytes) noexcept {
+    if (context.device != TWINFUSE_CPU) return nullptr;
     Kept& kept = of_thread();
     if (bytes > kBytes || kept.taken) return nullptr;
     if (!kept.bytes) kept.bytes.reset(new (std::nothrow) char[kBytes]);
