@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
+import twinfuse
 import twinfuse.torch as tft
 
 Call = Callable[[], Any]
@@ -140,6 +141,19 @@ def training_calls(
     return {n: [bind(f, tensors) for tensors in inputs] for n, f in functions.items()}
 
 
+def forced(calls: list[Call]) -> list[Call]:
+    """By kernels even where torch's own operators would be chosen as the faster ones."""
+
+    def bind(call: Call) -> Call:
+        def forced_call() -> Any:
+            with twinfuse.use_backend("cuda"):
+                return call()
+
+        return forced_call
+
+    return [bind(call) for call in calls]
+
+
 def compiled(function: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
     torch.compiler.reset()  # or one function had too many shapes
     modes = {"compile": "default", "compile max-autotune": "max-autotune-no-cudagraphs"}
@@ -182,7 +196,7 @@ LINEAR += [(4096, 4096, 4096), (2048, 1024, 512), (1024, 1024, 1024), (512, 4096
 LINEAR += [(16, 1024, 1024), (16, 4096, 4096), (1, 4096, 4096)]
 TRAINING = [(8192, 8192, k) for k in (512, 2048, 4096)] + [(4096, 1024, 1024), (65536, 256, 256)]
 TINY = [(1, 16, 16), (16, 64, 64), (64, 128, 128)]
-# N, C, size, K, kernel, stride: ResNet-50's, at batch 64.
+# N, C, size, K, kernel, stride: ResNet-50's, at batch 64; then those of smaller networks.
 CONV = [
     (64, 64, 56, 64, 3, 1),
     (64, 128, 28, 128, 3, 1),
@@ -194,6 +208,16 @@ CONV = [
     (64, 1024, 14, 256, 1, 1),
     (64, 128, 56, 128, 3, 2),
     (64, 3, 224, 64, 7, 2),
+    (64, 3, 64, 64, 3, 1),
+    (64, 64, 64, 64, 3, 1),
+    (64, 128, 32, 128, 3, 1),
+    (64, 256, 16, 256, 3, 1),
+    (64, 512, 8, 512, 3, 1),
+    (64, 512, 4, 512, 3, 1),
+    (64, 1, 28, 32, 3, 1),
+    (64, 32, 26, 64, 3, 1),
+    (64, 3, 32, 6, 5, 1),
+    (64, 6, 14, 16, 5, 1),
 ]
 
 
@@ -247,11 +271,13 @@ def sections(
             )
         )
         if "training" not in section:
-            graph_seconds(forward_calls(functions, inputs), row)
+            calls = forward_calls(functions, inputs)
         else:
             row.flops *= 3
             functions = {n: functions[n] for n in ("twinfuse", "eager")}
-            graph_seconds(training_calls(functions, inputs[:3]), row)
+            calls = training_calls(functions, inputs[:3])
+        calls["kernels"] = forced(calls["twinfuse"])
+        graph_seconds(calls, row)
         return row
 
     tables: dict[str, tuple[Any, list[Any]]] = {
@@ -259,9 +285,9 @@ def sections(
         "linear training": (linear, TRAINING),
         "tiny": (linear, TINY),
         "conv": (conv, CONV),
-        "conv training": (conv, CONV[:4] + CONV[7:9]),
-        "conv NCHW": (conv, CONV[:4] + CONV[7:]),
-        "conv NCHW training": (conv, CONV[:4] + CONV[7:9]),
+        "conv training": (conv, CONV),
+        "conv NCHW": (conv, CONV),
+        "conv NCHW training": (conv, CONV),
     }
     for section, (function, shapes) in tables.items():
         for shape in shapes if section in chosen else ():

@@ -50,5 +50,6 @@ fi
 if [ "$failed" = 0 ] || [ "${KEEP_GOING:-}" = 1 ]; then
   "$python" -m benchmarks.gpu ${BENCHMARKS:---compile} --json "$out/bfloat16.json" || failed=1
   "$python" -m benchmarks.gpu_lstm ${LSTM_BENCHMARKS:-} --json "$out/lstm.json" || failed=1
+  "$python" -m benchmarks.gpu_networks ${NETWORKS:-} --json "$out/networks.json" || failed=1
 fi
 exit "$failed"

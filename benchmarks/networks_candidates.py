@@ -35,15 +35,22 @@ SEED = 0
 LEARNING_RATE = 0.0
 
 
-def in_torch(shape: NetworkShape, kind: Kind, dtype: str) -> Side:
-    """A step of training returns the loss and the gradients of all weights."""
+def in_torch(
+    shape: NetworkShape, kind: Kind, dtype: str, device: str = "cpu", last: bool = False
+) -> Side:
+    """A step of training returns the loss and the gradients of all weights.
+
+    `last`: images have their channels last in memory.
+    """
     import torch
     from torch.nn import functional as F
 
     recipe = RECIPES[shape.name]
 
     def place(array: NDArray[Any]) -> Any:
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(array).to(device)
+        if last and tensor.dim() == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
 
     inputs, targets = map(place, random_batch(shape))
@@ -58,7 +65,9 @@ def in_torch(shape: NetworkShape, kind: Kind, dtype: str) -> Side:
 
     def model(fused: bool, compiled: bool = False) -> Run:
         torch.manual_seed(SEED)
-        network = torch_model(shape.name).to(getattr(torch, dtype))
+        network = torch_model(shape.name).to(device, getattr(torch, dtype))
+        if last:
+            network.to(memory_format=torch.channels_last)
         if fused:
             import twinfuse.torch as tft
 
@@ -93,7 +102,7 @@ def in_torch(shape: NetworkShape, kind: Kind, dtype: str) -> Side:
 
     def arrays(result: Any) -> list[Array]:
         results = result if isinstance(result, tuple) else (result,)
-        return [tensor.detach().double().numpy() for tensor in results]
+        return [tensor.detach().double().numpy(force=True) for tensor in results]
 
     makers: dict[str, Maker] = {TORCH: partial(model, True), NATIVE: partial(model, False)}
     if shape.compiled:

@@ -45,7 +45,8 @@ def _clean() -> Iterator[None]:
 def check(op: Any, rival: Any, problem: Any, launched: Launched, stem: str) -> None:
     short = SHORT[problem.dtype]
     names = [f"{stem}_{role}_{short}_cuda" for role in ("forward", "backward")]
-    with launched(names[0], times=1), launched(names[1], times=1):
+    # Also where torch's own operators are faster.
+    with twinfuse.use_backend("cuda"), launched(names[0], times=1), launched(names[1], times=1):
         ours = run(op, problem, "cuda")
     compare(problem, ours, rival, "cuda")
 
@@ -128,7 +129,8 @@ def test_large_convolutions(sizes: tuple[int, ...], layout: str, dtype: str) -> 
 
     inputs = [near(n, c, size, size), near(k, c, taps, taps, scale=(c * taps * taps) ** -0.5)]
     inputs.append(near(k))
-    ours = tft.conv2d_relu(*inputs, stride, padding)
+    with twinfuse.use_backend("cuda"):
+        ours = tft.conv2d_relu(*inputs, stride, padding)
     grad = torch.randn(ours.shape, **form).to(ours.dtype)
     wide = [t.detach().double().requires_grad_() for t in inputs]
     exact = native_conv(*wide, stride, padding)
@@ -138,11 +140,62 @@ def test_large_convolutions(sizes: tuple[int, ...], layout: str, dtype: str) -> 
     wanted = [exact, *torch.autograd.grad(exact_pre, wide, grad.double() * mask)]
     pre = torch.nn.functional.conv2d(*inputs, stride, padding)
     theirs = [pre.relu(), *torch.autograd.grad(pre, inputs, grad * mask.to(grad.dtype))]
-    ours = [ours, *torch.autograd.grad(ours, inputs, grad)]
+    with twinfuse.use_backend("cuda"):
+        ours = [ours, *torch.autograd.grad(ours, inputs, grad)]
     for name, a, b, c_ in zip(("output", "input", "weight", "bias"), ours, theirs, wanted):
         error, rival = ((t.double() - c_).abs().max().item() for t in (a, b))
         tiny = torch.finfo(TYPES[dtype]).eps * c_.abs().max().item()
         assert error <= 2 * rival + tiny, f"{name}: {error} against {rival}"
+
+
+@pytest.mark.parametrize("size", [8, 128])
+@pytest.mark.parametrize("trained", [False, True])
+def test_faster_ones(size: int, trained: bool, launched: Launched) -> None:
+    """Where torch's operators are faster they are called, and `explain` says so."""
+    torch.backends.cudnn.allow_tf32 = True
+    shapes = (2, 64, size, size), (128, 64, 3, 3), (128,)
+    # TF32 is exact for small integers, so that no ReLU depends on rounding.
+    inputs = [torch.randint(-2, 3, shape, device="cuda").float() for shape in shapes]
+    inputs = [t.requires_grad_(trained) for t in inputs]
+    natively = trained and size == 128
+    rows = twinfuse.explain(tft.conv2d_relu, *inputs)
+    assert len(rows) == 1 + trained
+    assert all((row.backend == "reference") is natively for row in rows), rows
+    assert all(("faster on a GPU" in row.reason) is natively for row in rows), rows
+    times = int(not natively)
+    with launched("conv_relu_forward_f32_cuda", times=times):
+        got = tft.conv2d_relu(*inputs)
+    torch.testing.assert_close(got, native_conv(*inputs), rtol=0, atol=0)
+    if trained:
+        with launched("conv_relu_backward_f32_cuda", times=times):
+            gradients = torch.autograd.grad(got.sum(), inputs)
+        wanted = torch.autograd.grad(native_conv(*inputs).sum(), inputs)
+        for ours, theirs in zip(gradients, wanted, strict=True):
+            # cuDNN may sum gradients of weights in tiles.
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-3)
+
+
+def test_faster_gradients(launched: Launched) -> None:
+    """The backward pass alone; it has gradients itself."""
+    shapes = (16, 64, 128, 128), (64, 64, 3, 3), (64,)
+    inputs = [torch.randint(-2, 3, shape, device="cuda").bfloat16() for shape in shapes]
+    inputs = [t.requires_grad_() for t in inputs]
+    forward, backward = twinfuse.explain(tft.conv2d_relu, *inputs, stride=2)
+    assert (forward.backend, backward.backend) == ("cuda", "reference")
+    with (
+        launched("conv_relu_forward_bf16_cuda", times=1),
+        launched("conv_relu_backward_bf16_cuda", times=0),
+    ):
+        got = tft.conv2d_relu(*inputs, stride=2)
+        grad = torch.ones_like(got)
+        gradients = torch.autograd.grad(got, inputs, grad, create_graph=True)
+    wanted = torch.autograd.grad(native_conv(*inputs, 2), inputs, grad, create_graph=True)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
+    second, second_wanted = (
+        torch.autograd.grad(first.sum(), inputs[1]) for first in (gradients[0], wanted[0])
+    )
+    torch.testing.assert_close(second, second_wanted, rtol=1e-2, atol=0)
 
 
 def test_streams() -> None:

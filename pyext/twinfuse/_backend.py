@@ -149,9 +149,10 @@ class _Setting:
 def use_backend(name: str | None) -> _Setting:
     """Take backend `name` for every op from now on, or inside a `with` block.
 
-    Only `"reference"` (the framework's own layers) and `None` (choose by device and dtype) change
-    anything today; naming a fused backend makes a call that cannot take it fall back with that
-    reason. A `tf.function` keeps the backend it was traced with.
+    `"reference"` is the framework's own layers, `None` chooses by device and dtype. Naming a fused
+    backend makes a call that cannot take it fall back with that reason, and others take it even
+    where the framework's operators are chosen as the faster ones. A `tf.function` keeps the backend
+    it was traced with.
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")

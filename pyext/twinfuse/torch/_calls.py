@@ -105,6 +105,8 @@ class Op:
         named: the tensors by name, of which the first is the input.
         renamed: whether the kernels' errors call arguments by other names than the function's.
         on_gpu: what takes a call on a GPU, of several: `on_gpu(backward, dtype, *args)`.
+        why_native: why torch's operators are chosen on a GPU, though a kernel serves the call:
+            `why_native(trained, backward, *args)`; "" where they are not.
     """
 
     function: Callable[..., Any]
@@ -119,13 +121,14 @@ class Op:
         named: Callable[..., Named] = _named,
         renamed: bool = False,
         on_gpu: Callable[..., str] = lambda *_: "",
+        why_native: Callable[..., str] = lambda *_: "",
     ) -> None:
         self.name = name
         self._named, self._renamed = named, renamed
         self._forward = _kernels(f"{stem}_forward")
         self._backward = _kernels(f"{stem}_backward")
         self._public, self._reference, self._misfit = public, reference, misfit
-        self._on_gpu = on_gpu
+        self._on_gpu, self._why_native = on_gpu, why_native
 
     def has_kernels(self, device: str) -> bool:
         return any(name for name, _ in self._forward[device].values())
@@ -156,7 +159,11 @@ class Op:
             return torch.overrides.handle_torch_function(self.function, proxies, *args)
         reason = self._why_reference(*args)
         if not reason:
-            return self._public(*args)
+            try:
+                return self._public(*args)
+            except RuntimeError as error:
+                self._raise_if_strict(error)
+                raise
         # First the result: what native refuses is no fall-back.
         output = self._reference(*args)
         if _backend.requested != "reference":
@@ -165,8 +172,7 @@ class Op:
 
     def refused(self, error: Exception, *args: Any) -> Any:
         """The native layer decides whether a call that the fused path refused is an error."""
-        if str(error).startswith(f"{self.name} runs on "):
-            raise _backend.FallbackError(str(error)) from None  # from the binding
+        self._raise_if_strict(error)
         text = str(error).removeprefix(f"{self.name}: ")
         ours = text != str(error)
         reason = self._why_reference(*args) or (text if ours else "")
@@ -180,6 +186,11 @@ class Op:
             raise type(native)(f"{self.name}: {text}") from native
         _fall_back(self.name, reason)
         return output
+
+    def _raise_if_strict(self, error: Exception) -> None:
+        """The binding has only RuntimeError."""
+        if str(error).startswith(f"{self.name} runs on "):
+            raise _backend.FallbackError(str(error)) from None
 
     def serves(self, *args: Any) -> bool:
         """Whether a kernel serves this call."""
@@ -236,8 +247,12 @@ class Op:
         dtype = _dtype_of_call(input, device)
         report = _backend.Report()
         for op, names in kernels.items():
+            backward = op != self.name
+            if device == "cuda" and (reason := self._why_native(trained, backward, *args)):
+                report.append(_backend.Choice(op, "reference", reason=reason))
+                continue
             backend, kernel, reason = _core.reported(*names[device][dtype], device, _index(input))
-            if backend == "cuda" and (own := self._on_gpu(op != self.name, _DTYPES[dtype], *args)):
+            if backend == "cuda" and (own := self._on_gpu(backward, _DTYPES[dtype], *args)):
                 kernel = f"{kernel} ({own})"
             report.append(_backend.Choice(op, backend, kernel, reason))
         return report

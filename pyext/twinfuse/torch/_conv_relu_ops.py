@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinfuse.torch import _operators
+from twinfuse.torch._conv_choice import why_native_gradients
 from twinfuse.torch._conv_shapes import (
     Numbers,
     check,
@@ -90,7 +91,7 @@ def _reference_backward(
     needs_bias: bool,
 ) -> Gradients:
     """The op's gradients by torch's own operators, which autograd and vmap can go through."""
-    grad = grad_output.masked_fill(output <= 0, 0)
+    grad = torch.ops.aten.threshold_backward(grad_output, output.detach(), 0)
     return _gradients(grad, input, weight, conv, (needs_input, needs_weight, needs_bias))
 
 
@@ -154,7 +155,8 @@ class ConvReLU(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, input, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if _operators.transforms_active():  # torch.autograd.grad(..., is_grads_batched=True)
+        batched = _operators.transforms_active()  # torch.autograd.grad(..., is_grads_batched=True)
+        if batched or (input.is_cuda and why_native_gradients(input, weight, ctx.conv)):
             gradients = _reference_backward(grad_output, output, input, weight, ctx.conv, *needs)
         elif torch.is_grad_enabled():
             # The mask is constant: without `detach` the engine would come back here with zeros.

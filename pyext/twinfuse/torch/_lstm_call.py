@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from twinfuse import _core
-from twinfuse.torch import _calls
+from twinfuse.torch import _calls, _operators
 from twinfuse.torch._lstm_reference import missing_on_gpu, noise_needs_gradient
 from twinfuse.torch.lstm_cell import (
     State,
     activation_numbers,
-    allows_tf32,
     broadcast,
     check_epsilon,
     expected,
@@ -247,5 +246,5 @@ def on_gpu(backward: bool, dtype: str, call: Call) -> str:
     packed = call.batch_sizes
     steps = call.input.shape[1 if call.batch_first else 0] if packed is None else len(packed)
     sizes = {"steps": steps, "batch": call.batch, "units": call.params[0].shape[0] // 4}
-    tf32 = allows_tf32(torch.backends.cudnn)
+    tf32 = _operators.allows_tf32(torch.backends.cudnn)
     return _core.lstm_gpu_kernel(backward, dtype, tf32, call.input.device.index, **sizes)

@@ -180,6 +180,13 @@ def check_gates(op: str, name: str, weight: Tensor) -> None:
     )
 
 
+def allows_tf32(backend: Any) -> bool:
+    try:
+        return bool(backend.allow_tf32)
+    except RuntimeError:  # settings that contradict each other
+        return False
+
+
 def empty_like(parameter: Tensor) -> Tensor:
     """A gradient in its parameter's own layout; one with gaps or overlaps becomes contiguous."""
     sizes, strides = parameter.shape, parameter.stride()

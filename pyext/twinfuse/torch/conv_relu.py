@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twinfuse.torch import _calls
+from twinfuse.torch import _calls, _conv_choice
 from twinfuse.torch import _conv_relu_ops as _ops
-from twinfuse.torch._conv_shapes import FILTERS, Numbers
+from twinfuse.torch._conv_shapes import FILTERS, Numbers, spread
 
 __all__ = ["conv1d_relu", "conv2d_relu"]
 
@@ -26,6 +26,7 @@ _IMAGES = {1: "[N, C, W] or [C, W]", 2: "[N, C, H, W] or [C, H, W]"}
 _forward = _ops.forward
 _apply = _ops.apply
 _is_unusual = _calls.is_unusual
+_why_all_native = _conv_choice.why_native
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -123,11 +124,37 @@ def _reference(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reference
 
 
+def _why_native(rank: int) -> Callable[..., str]:
+    def why_native(
+        trained: bool,
+        backward: bool,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *options: Any,
+    ) -> str:
+        steps, pads, gaps, groups = normalized(rank, weight, *options)
+        conv = spread(rank, steps, pads, gaps, groups)
+        batched = input.unsqueeze(0) if input.dim() == rank + 1 else input
+        reason = _conv_choice.why_native(trained, batched, weight, conv)
+        if backward and not reason:
+            reason = _conv_choice.why_native_gradients(batched, weight, conv)
+        return reason
+
+    return why_native
+
+
+_NATIVE = {1: F.conv1d, 2: F.conv2d}
 _OPS = {
     rank: _calls.Op(
-        f"conv{rank}d_relu", "conv_relu", _public(rank), _reference(native), _misfit(rank)
+        f"conv{rank}d_relu",
+        "conv_relu",
+        _public(rank),
+        _reference(native),
+        _misfit(rank),
+        why_native=_why_native(rank),
     )
-    for rank, native in ((1, F.conv1d), (2, F.conv2d))
+    for rank, native in _NATIVE.items()
 }
 
 
@@ -147,9 +174,13 @@ def _call(
         steps, pads, gaps, count = normalized(rank, weight, stride, padding, dilation, groups)
         conv = (*steps, *gaps, *pads[:rank], *pads[-rank:], count)
         batched = input.unsqueeze(0) if input.dim() == rank + 1 else input
-        if _grad_enabled() and (
+        trained = _grad_enabled() and (
             input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        )
+        if input.is_cuda and _why_all_native(trained, batched, weight, conv):
+            # In place: our caller still holds the input, which native layers would have let go.
+            return _NATIVE[rank](input, weight, bias, stride, padding, dilation, groups).relu_()
+        if trained:
             output = _apply(batched, weight, bias, conv)
         else:
             output = _forward(batched, weight, bias, conv)

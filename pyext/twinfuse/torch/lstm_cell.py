@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function
 
 from twinfuse import _core
-from twinfuse.torch import _binding, _calls
+from twinfuse.torch import _binding, _calls, _operators
 from twinfuse.torch import _lstm_cell_ops as _ops
 from twinfuse.torch._lstm_reference import ACTIVATIONS, missing_on_gpu, noise_needs_gradient
 
@@ -113,15 +113,8 @@ def _reference(*args: Any) -> State:
 
 def _on_gpu(backward: bool, dtype: str, input: Tensor, h: Tensor, *_: Any) -> str:
     sizes = {"steps": 1, "batch": h.shape[0], "units": h.shape[1]}
-    tf32 = allows_tf32(torch.backends.cuda.matmul)
+    tf32 = _operators.allows_tf32(torch.backends.cuda.matmul)
     return _core.lstm_gpu_kernel(backward, dtype, tf32, input.device.index, **sizes)
-
-
-def allows_tf32(backend: Any) -> bool:
-    try:
-        return bool(backend.allow_tf32)
-    except RuntimeError:  # settings that contradict each other
-        return False
 
 
 _OP = _calls.Op(
