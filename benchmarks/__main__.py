@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from benchmarks import report
 from benchmarks.goals import judge
-from benchmarks.harness import Settings
+from benchmarks.harness import Settings, keep_memory
 from benchmarks.operands import ITEM_SIZE, Section, installed, set_threads
 from benchmarks.runner import Op, Runner
 
@@ -32,6 +32,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", choices=sorted(ITEM_SIZE), help="instead of each section's own")
     add("--framework", default="torch,tensorflow", help="comma-separated; default: both")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    keep = "page faults of large results are not timed, which glibc's defaults cause at random"
+    add("--keep-memory", action="store_true", help=keep)
     add("--quick", action="store_true", help="few shapes and rounds: does it run?")
     add("--json", type=Path, metavar="PATH", help="write the raw data; all ops: PATH-<op>")
     add("--html", type=Path, metavar="PATH", help="write a page with charts; all ops: PATH-<op>")
@@ -83,7 +85,7 @@ def run(op: Op, chosen: argparse.Namespace, frameworks: Sequence[str], console: 
     with Progress(
         *columns, TimeElapsedColumn(), console=console, auto_refresh=False, transient=True
     ) as progress:
-        settings = QUICK if chosen.quick else Settings()
+        settings = replace(QUICK if chosen.quick else Settings(), keep_memory=chosen.keep_memory)
         result = Runner(op, frameworks, chosen.threads, settings, progress).run(sections)
     # A changed dtype or other shapes are not what the goals speak of.
     comparable = chosen.dtype is None and chosen.shapes is None
@@ -120,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not frameworks:
         sys.exit("nothing to measure: neither torch nor tensorflow is installed")
     set_threads(chosen.threads, frameworks)
+    if chosen.keep_memory and not keep_memory():
+        sys.exit("--keep-memory: this C library has no mallopt")
     sound = [run(op, chosen, frameworks, console) for op in chosen.ops]
     return 0 if all(sound) else 1
 

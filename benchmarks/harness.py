@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 import time
@@ -35,8 +36,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long to measure. `settle` is slept before a candidate's turn: the thread pools of the
-    other framework spin for some milliseconds after their last task and would steal its cores.
+    """How long to measure, and whether memory is kept (`keep_memory`).
+
+    `settle` is slept before a candidate's turn: the thread pools of the other framework spin for
+    some milliseconds after their last task and would steal its cores.
     """
 
     rounds: int = 11
@@ -45,6 +48,7 @@ class Settings:
     warm: float = 0.002
     settle: float = 0.01
     limit: float = 8.0
+    keep_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,20 @@ class Timing:
 def ratio(peer: Timing, own: Timing) -> Spread:
     """How many times as fast as `peer` `own` is: spread of the ratios within each round."""
     return Spread.of([p / o for p, o in zip(peer.rounds, own.rounds, strict=True)])
+
+
+def keep_memory() -> bool:
+    """Let the C library keep all memory that is freed; False if it is not glibc.
+
+    By default it returns a large block to the system or not by what else is allocated just then. A
+    result as large as that, made anew in every call, costs page faults in one process and none in
+    another, which take longer than many a layer.
+    """
+    trim_threshold, mmap_max = -1, -4  # names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
 
 
 def geometric_mean(values: Sequence[float]) -> float:

@@ -56,6 +56,27 @@ class Machine:
         return taken
 
 
+def test_memory_is_kept() -> None:
+    """Large blocks that come and go cost page faults once."""
+    program = """if True:
+        import resource
+        import numpy as np
+        from benchmarks.harness import keep_memory
+        kept = keep_memory()
+        faults = []
+        for megabytes in (48, 48, 24, 48):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            np.empty(megabytes << 20, np.uint8).fill(1)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(int(kept), *faults)
+    """
+    printed = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, text=True)
+    kept, first, *later = map(int, printed.split())
+    if not kept:
+        pytest.skip("no glibc")
+    assert first > 20 and max(later) < first / 10, (first, later)
+
+
 def test_ratio_survives_a_machine_that_slows_down() -> None:
     # Three times as slow after 0.5 s, and 30 % of drift: means over the run would be off.
     machine = Machine(
