@@ -30,6 +30,8 @@ from torch.utils.benchmark import Timer
 
 import twinfuse
 import twinfuse.torch as tft
+from benchmarks.runner import commit
+from twinfuse._core import device_backend
 
 Call = Callable[[], Any]
 ROTATION = 256 << 20  # bytes: several times any L2 cache
@@ -143,10 +145,11 @@ def training_calls(
 
 def forced(calls: list[Call]) -> list[Call]:
     """By kernels even where torch's own operators would be chosen as the faster ones."""
+    backend, _ = device_backend(torch.cuda.current_device())
 
     def bind(call: Call) -> Call:
         def forced_call() -> Any:
-            with twinfuse.use_backend("cuda"):
+            with twinfuse.use_backend(backend):
                 return call()
 
         return forced_call
@@ -303,6 +306,7 @@ def environment() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError) as error:
         device = f"unknown: {error}"
     return {
+        "commit": str(commit()),
         asked: device,
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),

@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 import twinfuse  # noqa: E402
 import twinfuse.torch as tft  # noqa: E402
 from tests.torch_cases import compare, conv_calls, native, native_conv, run  # noqa: E402
+from twinfuse._core import device_backend  # noqa: E402
 
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,11 +43,15 @@ def _clean() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, cudnn
 
 
+def kernels() -> Any:
+    """Also where torch's own operators are faster."""
+    return twinfuse.use_backend(device_backend(torch.cuda.current_device())[0])
+
+
 def check(op: Any, rival: Any, problem: Any, launched: Launched, stem: str) -> None:
     short = SHORT[problem.dtype]
     names = [f"{stem}_{role}_{short}_cuda" for role in ("forward", "backward")]
-    # Also where torch's own operators are faster.
-    with twinfuse.use_backend("cuda"), launched(names[0], times=1), launched(names[1], times=1):
+    with kernels(), launched(names[0], times=1), launched(names[1], times=1):
         ours = run(op, problem, "cuda")
     compare(problem, ours, rival, "cuda")
 
@@ -129,7 +134,7 @@ def test_large_convolutions(sizes: tuple[int, ...], layout: str, dtype: str) -> 
 
     inputs = [near(n, c, size, size), near(k, c, taps, taps, scale=(c * taps * taps) ** -0.5)]
     inputs.append(near(k))
-    with twinfuse.use_backend("cuda"):
+    with kernels():
         ours = tft.conv2d_relu(*inputs, stride, padding)
     grad = torch.randn(ours.shape, **form).to(ours.dtype)
     wide = [t.detach().double().requires_grad_() for t in inputs]
@@ -140,7 +145,7 @@ def test_large_convolutions(sizes: tuple[int, ...], layout: str, dtype: str) -> 
     wanted = [exact, *torch.autograd.grad(exact_pre, wide, grad.double() * mask)]
     pre = torch.nn.functional.conv2d(*inputs, stride, padding)
     theirs = [pre.relu(), *torch.autograd.grad(pre, inputs, grad * mask.to(grad.dtype))]
-    with twinfuse.use_backend("cuda"):
+    with kernels():
         ours = [ours, *torch.autograd.grad(ours, inputs, grad)]
     for name, a, b, c_ in zip(("output", "input", "weight", "bias"), ours, theirs, wanted):
         error, rival = ((t.double() - c_).abs().max().item() for t in (a, b))

@@ -3,8 +3,8 @@
 A call goes, in this order: to torch's own operators under `torch.func` transforms, in forward mode
 and for tensor subclasses; to the public operator where something traces or changes operators
 (compilers, autocast, modes); through an `autograd.Function` where a gradient is needed; else to the
-private operator. What an op's kernels refuse goes to torch's operators too, which decide whether it
-is an error.
+private operator. On a GPU an op may leave calls to torch's operators after all, as the faster ones.
+What an op's kernels refuse goes to torch's operators too, which decide whether it is an error.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class Op:
         named: the tensors by name, of which the first is the input.
         renamed: whether the kernels' errors call arguments by other names than the function's.
         on_gpu: what takes a call on a GPU, of several: `on_gpu(backward, dtype, *args)`.
-        why_native: why torch's operators are chosen on a GPU, though a kernel serves the call:
-            `why_native(trained, backward, *args)`; "" where they are not.
+        left_to_torch: why torch's operators are chosen on a GPU, though a kernel serves the call:
+            `left_to_torch(trained, backward, dtype, *args)`; "" where they are not.
     """
 
     function: Callable[..., Any]
@@ -121,14 +121,14 @@ class Op:
         named: Callable[..., Named] = _named,
         renamed: bool = False,
         on_gpu: Callable[..., str] = lambda *_: "",
-        why_native: Callable[..., str] = lambda *_: "",
+        left_to_torch: Callable[..., str] = lambda *_: "",
     ) -> None:
         self.name = name
         self._named, self._renamed = named, renamed
         self._forward = _kernels(f"{stem}_forward")
         self._backward = _kernels(f"{stem}_backward")
         self._public, self._reference, self._misfit = public, reference, misfit
-        self._on_gpu, self._why_native = on_gpu, why_native
+        self._on_gpu, self._left_to_torch = on_gpu, left_to_torch
 
     def has_kernels(self, device: str) -> bool:
         return any(name for name, _ in self._forward[device].values())
@@ -248,10 +248,11 @@ class Op:
         report = _backend.Report()
         for op, names in kernels.items():
             backward = op != self.name
-            if device == "cuda" and (reason := self._why_native(trained, backward, *args)):
-                report.append(_backend.Choice(op, "reference", reason=reason))
-                continue
             backend, kernel, reason = _core.reported(*names[device][dtype], device, _index(input))
+            if kernel and device == "cuda":
+                left = self._left_to_torch(trained, backward, dtype, *args)
+                if left:
+                    backend, kernel, reason = "reference", "", left
             if backend == "cuda" and (own := self._on_gpu(backward, _DTYPES[dtype], *args)):
                 kernel = f"{kernel} ({own})"
             report.append(_backend.Choice(op, backend, kernel, reason))

@@ -18,7 +18,7 @@ from torch._inductor.custom_graph_pass import (
 
 import twinfuse
 from twinfuse import _backend, _core
-from twinfuse.torch import _operators, conv_relu
+from twinfuse.torch import _conv_choice, _operators, conv_relu
 from twinfuse.torch.compile import MIN_SIZE
 from twinfuse.torch.linear_relu import linear_relu
 
@@ -51,8 +51,10 @@ class FusePass(CustomGraphPass):
 
     def uuid(self) -> Any:
         # All that decides what is fused, besides the graph.
-        state = (_backend.requested, _operators.missing, tuple(_core.launches()))
-        return twinfuse.__version__, get_hash_for_files((__file__,)), self.min_size, state
+        in_tf32 = _operators.allows_tf32(torch.backends.cudnn)
+        state = (_backend.requested, _operators.missing, tuple(_core.launches()), in_tf32)
+        files = get_hash_for_files((__file__, _conv_choice.__file__))
+        return twinfuse.__version__, files, self.min_size, state
 
     def _fused(self, layer: fx.Node) -> tuple[Any, tuple[Any, ...]] | None:
         """The fused op with its arguments; None if no kernel serves it, or it is too small."""

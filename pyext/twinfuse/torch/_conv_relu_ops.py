@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinfuse.torch import _operators
-from twinfuse.torch._conv_choice import why_native_gradients
+from twinfuse.torch._conv_choice import gradients_left_to_torch, left_to_torch
 from twinfuse.torch._conv_shapes import (
     Numbers,
     check,
@@ -147,6 +147,7 @@ class ConvReLU(torch.autograd.Function):
     ) -> Tensor:
         output = forward(input, weight, bias, conv)
         ctx.conv = conv
+        ctx.natively = input.is_cuda and bool(gradients_left_to_torch(input, weight, conv))
         # All of them, as native: a gradient takes its sizes and layout from its tensor.
         ctx.save_for_backward(output, input, weight)
         return output
@@ -155,8 +156,8 @@ class ConvReLU(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, input, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        batched = _operators.transforms_active()  # torch.autograd.grad(..., is_grads_batched=True)
-        if batched or (input.is_cuda and why_native_gradients(input, weight, ctx.conv)):
+        # Under transforms: torch.autograd.grad(..., is_grads_batched=True)
+        if ctx.natively or _operators.transforms_active():
             gradients = _reference_backward(grad_output, output, input, weight, ctx.conv, *needs)
         elif torch.is_grad_enabled():
             # The mask is constant: without `detach` the engine would come back here with zeros.
@@ -285,6 +286,20 @@ def _vmap(
     return output.unflatten(1, (count, weights.shape[1])), 1
 
 
+def _left_to_torch(
+    rank: int,
+    trained: bool,
+    input: Tensor,
+    weight: Tensor,
+    stride: Numbers = 1,
+    padding: Numbers = 0,
+    dilation: Numbers = 1,
+    groups: int = 1,
+) -> str:
+    conv = spread(rank, stride, padding, dilation, groups)
+    return left_to_torch(trained, input, weight, conv)
+
+
 def _flops(
     input: Sequence[int], weight: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any
 ) -> int:
@@ -316,6 +331,7 @@ for _rank in (1, 2):
         vmap=functools.partial(_vmap, _rank),
         reference=_on_lists(_rank, _reference),
         apply=_on_lists(_rank, apply),
+        left_to_torch=functools.partial(_left_to_torch, _rank),
     )
 _operators.register_private("_conv_relu", fake=_fake)
 _operators.register_private("_conv_relu_backward", fake=_fake_backward)

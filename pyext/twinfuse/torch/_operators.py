@@ -42,16 +42,24 @@ def define(schemas: Mapping[str, Rule], always: bool = False) -> None:
 
 
 def register(
-    name: str, *, fake: Rule, vmap: Rule, reference: Rule, apply: Callable[..., Tensor]
+    name: str,
+    *,
+    fake: Rule,
+    vmap: Rule,
+    reference: Rule,
+    apply: Callable[..., Tensor],
+    left_to_torch: Callable[..., str] = lambda *_: "",
 ) -> None:
     """Give a public operator `name(input, weight, bias=None, *options)` its rules.
 
     `reference` and `apply` (of the `autograd.Function`) take what the operator takes.
+    `left_to_torch(trained, input, weight, *options)`: whether a call on a GPU goes to `reference`,
+    as the faster one.
     """
     if missing:
         return
     public = getattr(torch.ops.twinfuse, name).default
-    autograd = _autograd(public, reference, apply)
+    autograd = _autograd(public, reference, apply, left_to_torch)
     register_rules(
         name,
         fake=fake,
@@ -81,13 +89,21 @@ def register_private(name: str, *, fake: Rule) -> None:
     _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 
 
-def _autograd(public: Any, reference: Rule, apply: Callable[..., Tensor]) -> Rule:
+def _autograd(
+    public: Any,
+    reference: Rule,
+    apply: Callable[..., Tensor],
+    left_to_torch: Callable[..., str],
+) -> Rule:
     def kernel(input: Tensor, weight: Tensor, bias: Tensor | None = None, *options: Any) -> Tensor:
         if transforms_active() or forward_ad._current_level >= 0:
             return reference(input, weight, bias, *options)
-        if torch.is_grad_enabled() and (
+        trained = torch.is_grad_enabled() and (
             input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        ):
+        )
+        if input.is_cuda and left_to_torch(trained, input, weight, *options):
+            return reference(input, weight, bias, *options)
+        if trained:
             return apply(input, weight, bias, *options)
         with torch._C._AutoDispatchBelowAutograd():
             return public(input, weight, bias, *options)

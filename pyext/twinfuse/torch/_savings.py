@@ -13,13 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 from twinfuse._backend import Saving
 from twinfuse.torch import _norm
+from twinfuse.torch._conv_choice import layer_left_to_torch
 
 
 class Call(NamedTuple):
     """One call of a layer."""
 
     elements: int  # of its output
-    folded: bool  # as one with the BatchNorm behind it, if there is one
+    folded: bool  # as one with the ReLU, and with the BatchNorm behind it, if there is one
 
 
 Calls = dict[int, list[Call]]  # by the id of a layer
@@ -31,7 +32,11 @@ def recorded(layers: Iterable[nn.Module], run: Callable[[], object]) -> Calls:
 
     def note(layer: Any, args: Any, kwargs: Any, output: Tensor) -> None:
         (input,) = (x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
-        folded = not hasattr(layer, _norm.NORM) or layer.pays(input, layer.weight)
+        if hasattr(layer, _norm.NORM):
+            folded = layer.pays(input, layer.weight)
+        else:
+            is_conv = input.is_cuda and not isinstance(layer, nn.Linear)
+            folded = not (is_conv and layer_left_to_torch(layer, layer.weight, input))
         calls[id(layer)].append(Call(output.numel(), folded))
 
     with ExitStack() as stack:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twinfuse.torch import _calls, _conv_choice
 from twinfuse.torch import _conv_relu_ops as _ops
-from twinfuse.torch._conv_shapes import FILTERS, Numbers, spread
+from twinfuse.torch._conv_shapes import FILTERS, Numbers, check
 
 __all__ = ["conv1d_relu", "conv2d_relu"]
 
@@ -26,7 +26,7 @@ _IMAGES = {1: "[N, C, W] or [C, W]", 2: "[N, C, H, W] or [C, H, W]"}
 _forward = _ops.forward
 _apply = _ops.apply
 _is_unusual = _calls.is_unusual
-_why_all_native = _conv_choice.why_native
+_is_left_to_torch = _conv_choice.left_to_torch
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -124,24 +124,32 @@ def _reference(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return reference
 
 
-def _why_native(rank: int) -> Callable[..., str]:
-    def why_native(
+def _as_numbers(
+    rank: int, input: Tensor, weight: Tensor, options: Sequence[Any]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The images with a batch, and the options as the private operators take them."""
+    steps, pads, gaps, groups = normalized(rank, weight, *options)
+    batched = input.unsqueeze(0) if input.dim() == rank + 1 else input
+    return batched, (*steps, *gaps, *pads[:rank], *pads[-rank:], groups)
+
+
+def _left_to_torch(rank: int) -> Callable[..., str]:
+    def left_to_torch(
         trained: bool,
         backward: bool,
+        dtype: torch.dtype,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         *options: Any,
     ) -> str:
-        steps, pads, gaps, groups = normalized(rank, weight, *options)
-        conv = spread(rank, steps, pads, gaps, groups)
-        batched = input.unsqueeze(0) if input.dim() == rank + 1 else input
-        reason = _conv_choice.why_native(trained, batched, weight, conv)
+        batched, conv = _as_numbers(rank, input, weight, options)
+        reason = _conv_choice.left_to_torch(trained, batched, weight, conv, dtype)
         if backward and not reason:
-            reason = _conv_choice.why_native_gradients(batched, weight, conv)
+            reason = _conv_choice.gradients_left_to_torch(batched, weight, conv, dtype)
         return reason
 
-    return why_native
+    return left_to_torch
 
 
 _NATIVE = {1: F.conv1d, 2: F.conv2d}
@@ -152,7 +160,7 @@ _OPS = {
         _public(rank),
         _reference(native),
         _misfit(rank),
-        why_native=_why_native(rank),
+        left_to_torch=_left_to_torch(rank),
     )
     for rank, native in _NATIVE.items()
 }
@@ -168,25 +176,22 @@ def _call(
     dilation: Numbers,
     groups: int,
 ) -> Tensor:
+    options: tuple[Any, ...] = stride, padding, dilation, groups
     if _is_unusual(input, weight, bias):
-        return _OPS[rank].unusual(input, weight, bias, stride, padding, dilation, groups)
+        return _OPS[rank].unusual(input, weight, bias, *options)
     try:
-        steps, pads, gaps, count = normalized(rank, weight, stride, padding, dilation, groups)
-        conv = (*steps, *gaps, *pads[:rank], *pads[-rank:], count)
-        batched = input.unsqueeze(0) if input.dim() == rank + 1 else input
+        batched, conv = _as_numbers(rank, input, weight, options)
         trained = _grad_enabled() and (
             input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )
-        if input.is_cuda and _why_all_native(trained, batched, weight, conv):
+        if input.is_cuda and _is_left_to_torch(trained, batched, weight, conv):
+            check(batched, weight, bias, conv)
             # In place: our caller still holds the input, which native layers would have let go.
-            return _NATIVE[rank](input, weight, bias, stride, padding, dilation, groups).relu_()
-        if trained:
-            output = _apply(batched, weight, bias, conv)
-        else:
-            output = _forward(batched, weight, bias, conv)
+            return _NATIVE[rank](input, weight, bias, *options).relu_()
+        output = (_apply if trained else _forward)(batched, weight, bias, conv)
         return output if batched is input else output.squeeze(0)
     except Exception as error:
-        return _OPS[rank].refused(error, input, weight, bias, stride, padding, dilation, groups)
+        return _OPS[rank].refused(error, input, weight, bias, *options)
 
 
 def conv1d_relu(

@@ -14,8 +14,7 @@ from twinfuse import explain as explain_call
 from twinfuse._backend import Choice, Report
 from twinfuse.torch import _deferred, _norm, _rewrite, _spread
 from twinfuse.torch._clamp import CLAMPED
-from twinfuse.torch._conv_choice import of_large_calls
-from twinfuse.torch._conv_shapes import spread
+from twinfuse.torch._conv_choice import large_calls_left_to_torch
 from twinfuse.torch._held import held
 from twinfuse.torch._run import eval_mode, outputs
 from twinfuse.torch._savings import Call, Calls, recorded, saving
@@ -256,9 +255,6 @@ def _explain_fused(layer: Any, calls: list[Call] | None, around: str) -> Choice:
             example = weight.new_empty((1, layer.in_channels, *window))
             options = (layer.stride, "valid", layer.dilation, layer.groups)
             (choice,) = explain_call(op, example, weight, bias, *options)
-            if choice.backend == "cuda" and not choice.reason:
-                conv = spread(weight.dim() - 2, layer.stride, 0, layer.dilation, layer.groups)
-                choice = replace(choice, reason=of_large_calls(weight, conv))
             if folds and calls is None and not choice.reason:
                 choice = replace(choice, reason=layer.why_small(weight))
     if isinstance(layer, _deferred.DeferredLinear) and choice.backend != "reference":
@@ -268,6 +264,10 @@ def _explain_fused(layer: Any, calls: list[Call] | None, around: str) -> Choice:
         choice = replace(choice, reason=reason)
     if choice.backend == "reference":
         return choice
+    if weight.is_cuda and isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        trained = not isinstance(layer, (*CLAMPED.values(), *_norm.CONVS.values()))
+        large = large_calls_left_to_torch(layer, weight, trained)
+        choice = replace(choice, reason="; ".join(filter(None, (choice.reason, large))))
     return replace(choice, saving=saving(layer, weight, calls))
 
 
