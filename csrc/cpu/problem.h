@@ -115,7 +115,8 @@ Grid plan_grid(const Gemm<T>& g, const TwinfuseContext& context) {
   // As few pieces of each problem as give every worker nearly the same number of them.
   int64_t most = 1;
   while (most < workers && uneven(problems * most, workers)) most++;
-  // Not a quarter: four gates times their units would be cut either way, and rows take more scratch.
+  // Not a quarter, by which gradients of gates, four times as many as units, would be cut either
+  // way: packed rows are more scratch than packed columns.
   double row_packing = 0.12, col_packing = 0.4;
   if (g.a_slab && g.slab_reduces_taps) row_packing *= g.a_slab->copies() / g.depth;
   if (g.b_slab && g.slab_reduces_taps) col_packing *= g.b_slab->copies() / g.depth;
