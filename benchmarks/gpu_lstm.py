@@ -13,7 +13,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -232,22 +232,30 @@ def table(title: str, rows: list[Row]) -> Table:
     return shown
 
 
+def parse(
+    parser: argparse.ArgumentParser, default: Sequence[str], known: Collection[str] = DTYPES
+) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, with --json and --dtype; and the dtypes, each of `known`."""
+    parser.add_argument("--dtype", default=",".join(default), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw data")
+    chosen = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device")
+    dtypes = chosen.dtype.split(",")
+    if unknown := set(dtypes) - set(known):
+        parser.error(f"--dtype: expected some of {','.join(known)}, got {','.join(unknown)}")
+    return chosen, dtypes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_lstm", description=__doc__)
-    parser.add_argument("--dtype", default=",".join(DTYPES), help="default: %(default)s")
     parser.add_argument(
         "--shape",
         default="",
         metavar="REGEX",
         help="of the names in the tables; cells: cell 16x512",
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw data")
-    chosen = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device")
-    dtypes = chosen.dtype.split(",")
-    if unknown := set(dtypes) - set(DTYPES):
-        parser.error(f"--dtype: expected some of {','.join(DTYPES)}, got {','.join(unknown)}")
+    chosen, dtypes = parse(parser, DTYPES)
     torch.manual_seed(0)
     console, work = Console(width=150), jobs(dtypes, chosen.shape)
     with twinfuse.strict():  # a row that is not ours says so

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.candidates import NATIVE, TORCH
 from benchmarks.gpu import Row, environment
-from benchmarks.gpu_lstm import event_seconds, mean, ratios
+from benchmarks.gpu_lstm import event_seconds, mean, parse, ratios
 from benchmarks.networks_candidates import in_torch
 from benchmarks.networks_shapes import INPUTS, VGG16, NetworkShape, elements_moved, flops
 from benchmarks.operands import ITEM_SIZE, Kind
@@ -98,16 +97,9 @@ def table(title: str, rows: list[Any]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_networks", description=__doc__)
-    parser.add_argument("--dtype", default=",".join(DTYPES), help="default: %(default)s")
     parser.add_argument("--shape", default="", metavar="REGEX", help="of names of networks")
     parser.add_argument("--batch", type=int, default=BATCH, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw data")
-    chosen = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device")
-    dtypes = chosen.dtype.split(",")
-    if unknown := set(dtypes) - set(ITEM_SIZE):
-        parser.error(f"--dtype: expected some of {','.join(ITEM_SIZE)}, got {','.join(unknown)}")
+    chosen, dtypes = parse(parser, DTYPES, ITEM_SIZE)
     console, work = Console(width=150), jobs(dtypes, chosen.shape, chosen.batch)
     rows = [job() for job in track(work, "benchmarks", console=Console(stderr=True))]
     for dtype in dtypes:

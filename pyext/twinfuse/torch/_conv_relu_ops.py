@@ -286,18 +286,11 @@ def _vmap(
     return output.unflatten(1, (count, weights.shape[1])), 1
 
 
-def _left_to_torch(
-    rank: int,
-    trained: bool,
-    input: Tensor,
-    weight: Tensor,
-    stride: Numbers = 1,
-    padding: Numbers = 0,
-    dilation: Numbers = 1,
-    groups: int = 1,
-) -> str:
-    conv = spread(rank, stride, padding, dilation, groups)
-    return left_to_torch(trained, input, weight, conv)
+def _left_to_torch(rank: int, trained: bool, *args: Any) -> Any:
+    def on_numbers(input: Tensor, weight: Tensor, _: Any, conv: Sequence[int]) -> str:
+        return left_to_torch(trained, input, weight, conv)
+
+    return _on_lists(rank, on_numbers)(*args)
 
 
 def _flops(

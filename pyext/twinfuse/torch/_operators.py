@@ -53,8 +53,8 @@ def register(
     """Give a public operator `name(input, weight, bias=None, *options)` its rules.
 
     `reference` and `apply` (of the `autograd.Function`) take what the operator takes.
-    `left_to_torch(trained, input, weight, *options)`: whether a call on a GPU goes to `reference`,
-    as the faster one.
+    `left_to_torch(trained, input, weight, bias, *options)`: whether a call on a GPU goes to
+    `reference`, as the faster one.
     """
     if missing:
         return
@@ -101,7 +101,7 @@ def _autograd(
         trained = torch.is_grad_enabled() and (
             input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         )
-        if input.is_cuda and left_to_torch(trained, input, weight, *options):
+        if input.is_cuda and left_to_torch(trained, input, weight, bias, *options):
             return reference(input, weight, bias, *options)
         if trained:
             return apply(input, weight, bias, *options)
