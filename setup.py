@@ -36,6 +36,7 @@ if X86:
         "avx2": "-mavx2 -mfma -mf16c",
         "avx512": _AVX512,
         "avx512_bf16": f"{_AVX512} -mavx512bf16",
+        "amx_bf16": f"{_AVX512} -mavx512bf16 -DTWINFUSE_AMX",
     }
 KERNELS = "csrc/cpu/kernels.cc"
 # Sources of others, in C that is C++, too. Their warnings are not ours to mend.

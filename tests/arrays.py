@@ -30,7 +30,7 @@ LARGEST = {"float32": 3.4e38, "float64": 1.7e308, "bfloat16": 3.38e38, "float16"
 
 def flushed(dtype: str) -> float:
     """Below this, the bfloat16 dot instruction takes numbers for zero."""
-    return 2.0**-126 if dtype == "bfloat16" and _core.isa() == "avx512_bf16" else 0.0
+    return 2.0**-126 if dtype == "bfloat16" and _core.isa() in ("avx512_bf16", "amx_bf16") else 0.0
 
 
 def encode(values: npt.ArrayLike, dtype: str) -> Array:

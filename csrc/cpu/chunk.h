@@ -153,19 +153,20 @@ class Chunk {
     tile_.j = j_ + j;
     tile_.cols = static_cast<int>(cols);
     writer_.start_panel(tile_.j);
-    // Heights differ by one at most: a short last tile would leave the pipelines idle.
-    const int low = static_cast<int>(segment_ / tiles_);
-    const int taller = static_cast<int>(segment_ % tiles_);
+    // Heights differ by one unit at most: a short last tile would leave the pipelines idle.
+    const int64_t units = ceil_div(segment_, E::kRowUnit);
+    const int low = static_cast<int>(units / tiles_) * E::kRowUnit, tall = low + E::kRowUnit;
+    const int taller = static_cast<int>(units % tiles_);
     const Microkernel<Arithmetic> kernels[2] = {
         microkernel_for<Arithmetic>(slab_kind_, low, vectors),
-        taller ? microkernel_for<Arithmetic>(slab_kind_, low + 1, vectors) : nullptr};
+        taller ? microkernel_for<Arithmetic>(slab_kind_, tall, vectors) : nullptr};
     // Tiles with few steps are finished in registers.
     constexpr int64_t kFewSteps = 128;
     Microkernel<Arithmetic> direct[2] = {};
     if constexpr (kFinishes) {
       if (tile_.first && tile_.last && in_.steps <= kFewSteps && !streaming) {
         direct[0] = microkernel_for<Arithmetic, Epilogue>(slab_kind_, low, vectors);
-        if (taller) direct[1] = microkernel_for<Arithmetic, Epilogue>(slab_kind_, low + 1, vectors);
+        if (taller) direct[1] = microkernel_for<Arithmetic, Epilogue>(slab_kind_, tall, vectors);
       }
     }
     for (int64_t start = 0; start < rows_; start += segment_) {
@@ -176,9 +177,10 @@ class Chunk {
       if (windows_are_rows_) in = in.part(steps.begin - first, steps.end - steps.begin);
       for (int64_t t = 0, i = 0; t < tiles_; t++, i += tile_.rows) {
         tile_.i = i_ + start + i;
-        tile_.rows = low + (t < taller);
+        tile_.rows = static_cast<int>(min64(t < taller ? tall : low, segment_ - i));
         writer_.prefetch(tile_);
         in.a = a + i * in.a_row;
+        in.rows = tile_.rows;
         in.continued = !tile_.first;
         if (tile_.last && g_.bias && g_.bias_of_rows) fetch_bias(tile_.i, tile_.rows, bias);
         Direct<Acc> to;
@@ -206,8 +208,8 @@ class Chunk {
       Operands part = in.part(some.begin - steps.begin, some.end - some.begin);
       part.a += windows.begin * part.a_row;
       part.continued = true;
-      const int count = static_cast<int>(windows.end - windows.begin);
-      microkernel_for<Arithmetic>(slab_kind_, count, vectors)(
+      part.rows = static_cast<int>(windows.end - windows.begin);
+      microkernel_for<Arithmetic>(slab_kind_, part.rows, vectors)(
           part, sums + windows.begin * vectors * kWidth, nullptr);
     });
   }
@@ -253,6 +255,7 @@ class Chunk {
   void prepare_rows() {
     const Source<T>& a = g_.a;
     in_.offsets = slab_.offsets() + (g_.slab_reduces_taps ? r_ / E::kGroup : 0);
+    in_.a_step = sizeof(Unit);
     if (g_.a_slab) {
       const int64_t slot = windows_are_rows_ ? block_ % layout_.slots : 0;
       if (windows_are_rows_ && tile_.first) slab_.fill_rows(i_, rows_, slot);
@@ -263,16 +266,14 @@ class Chunk {
         a_ = reinterpret_cast<const char*>(a.data + i_ * a.outer + r_);
         in_.a_row = a.outer * static_cast<int64_t>(sizeof(T));
       } else {
-        const int64_t stride = Scratch<T>::row_stride(round_up(depth_, E::kGroup));
-        Packed* packed = reinterpret_cast<Packed*>(row_space_);
-        pack_rows(a, r_, depth_, i_, rows_, packed, stride);
-        if (sum_a_)
-          add_row_sums<T>(packed, stride, in_.steps, rows_, tile_.first, transpose_,
-                          g_.a_sums + i_);
-        a_ = row_space_;
-        in_.a_row = stride * sizeof(Packed);
+        pack_row_space([&](Packed* packed, int64_t stride) {
+          pack_rows(a, r_, depth_, i_, rows_, packed, stride);
+        });
       }
-      in_.a_step = sizeof(Unit);
+    } else if constexpr (E::kRowUnit > 1) {
+      pack_row_space([&](Packed* packed, int64_t stride) {
+        pack_turned(a, r_, depth_, i_, rows_, packed, stride);
+      });
     } else {
       const int64_t stride = Scratch<T>::step_stride(rows_);
       Unit* packed = reinterpret_cast<Unit*>(row_space_);
@@ -283,6 +284,18 @@ class Chunk {
       in_.a_row = sizeof(Unit);
       in_.a_step = stride * sizeof(Unit);
     }
+  }
+
+  // Packs whole rows; `pack` is called with where, and how far apart.
+  template <class Pack>
+  void pack_row_space(const Pack& pack) {
+    const int64_t stride = Scratch<T>::row_stride(round_up(depth_, E::kGroup));
+    Packed* packed = reinterpret_cast<Packed*>(row_space_);
+    pack(packed, stride);
+    if (sum_a_)
+      add_row_sums<T>(packed, stride, in_.steps, rows_, tile_.first, transpose_, g_.a_sums + i_);
+    a_ = row_space_;
+    in_.a_row = stride * sizeof(Packed);
   }
 
   // All panels of the block at once, row by row: panel by panel would touch every page of `b` again

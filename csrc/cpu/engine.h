@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/convert.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
@@ -22,6 +23,7 @@ struct MultiplyAdd {
   static constexpr int kGroup = 1;
   static constexpr int64_t kBlock = 4096 / sizeof(A);
   static constexpr int64_t kRun = 32;  // at least: see run_of
+  static constexpr int kRowUnit = 1;   // rows of a tile come in whole units
   static V broadcast(const char* p) { return S::set(*reinterpret_cast<const Unit*>(p)); }
   static V load(const char* p) { return S::load(reinterpret_cast<const Unit*>(p)); }
   static V multiply_add(V a, V b, V c) { return S::fma(a, b, c); }
@@ -46,6 +48,7 @@ struct DotBf16 {
   static constexpr int kGroup = 2;
   static constexpr int64_t kBlock = 2048;
   static constexpr int64_t kRun = 64;
+  static constexpr int kRowUnit = 1;
   static V broadcast(const char* p) {
     uint32_t pair;
     memcpy(&pair, p, 4);
@@ -63,9 +66,20 @@ struct DotBf16 {
   }
 };
 
+#if defined(TWINFUSE_AMX)
+// The same on tile registers, whose instruction sums a run. Rows lie along the steps.
+struct TileBf16 : DotBf16 {
+  static constexpr int64_t kRun = kTileSteps;
+  static constexpr int kRowUnit = kTileRows;
+};
+using PairsOfBf16 = TileBf16;
+#else
+using PairsOfBf16 = DotBf16;
+#endif
+
 template <>
-struct Engine<Bf16> : DotBf16 {
-  using Arithmetic = DotBf16;
+struct Engine<Bf16> : PairsOfBf16 {
+  using Arithmetic = PairsOfBf16;
   using Packed = Bf16;
 };
 #endif
@@ -81,9 +95,11 @@ constexpr int64_t kLeastBlock = Engine<T>::kBlock / 2;
 // The longest run, in those of kRun steps.
 constexpr int64_t kLongestRun = 4;
 
-// Steps of a run. Errors are least where a run has as many products as a sum has runs.
+// Steps of a run. Errors are least where a run has as many products as a sum has runs. Tile
+// registers sum their own.
 template <class E>
 int64_t run_of(int64_t depth) {
+  if (E::kRowUnit > 1) return E::kRun;
   const int64_t steps = depth / E::kGroup;
   return steps < 1024 ? E::kRun : steps < 16384 ? 2 * E::kRun : kLongestRun * E::kRun;
 }

@@ -3,6 +3,10 @@
 #if defined(TWINFUSE_WITH_X86)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <string>
 
@@ -11,6 +15,9 @@
 namespace twinfuse::cpu {
 
 #if defined(TWINFUSE_WITH_X86)
+namespace amx_bf16 {
+extern const Kernels kernels;
+}
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
@@ -33,7 +40,7 @@ struct Built {
 };
 
 struct Choice {
-  const Kernels* kernels;
+  Kernels kernels;
   std::string note;
 };
 
@@ -42,6 +49,20 @@ struct Choice {
 bool has_f16c() {
   unsigned a, b, c, d;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+// The processor has tiles, and the system lets this process use them. It has to be asked: it saves
+// their eight kilobytes for those only who did.
+bool has_amx_bf16() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of the seventh leaf
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -53,8 +74,10 @@ const Built* built(int* count) {
   static const bool has_avx512 =
       has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   static const Built list[] = {
-      {&avx512_bf16::kernels, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&amx_bf16::kernels, has_bf16 && has_amx_bf16()},
+      {&avx512_bf16::kernels, has_bf16},
       {&avx512::kernels, has_avx512},
       {&avx2::kernels, has_avx2},
       {&portable::kernels, true},
@@ -66,21 +89,43 @@ const Built* built(int* count) {
   return list;
 }
 
+template <class Function>
+void complete(Function* (&of)[TWINFUSE_DTYPE_COUNT],
+              Function* const (&next)[TWINFUSE_DTYPE_COUNT]) {
+  for (int i = 0; i < TWINFUSE_DTYPE_COUNT; i++)
+    if (!of[i]) of[i] = next[i];
+}
+
+// The table of list[index], whole.
+Kernels table(const Built* list, int index) {
+  Kernels kernels = *list[index].kernels;
+  if (kernels.linear_relu_forward[TWINFUSE_FLOAT32]) return kernels;
+  const Kernels next = table(list, index + 1);
+  complete(kernels.linear_relu_forward, next.linear_relu_forward);
+  complete(kernels.linear_relu_backward, next.linear_relu_backward);
+  complete(kernels.conv_relu_forward, next.conv_relu_forward);
+  complete(kernels.conv_relu_backward, next.conv_relu_backward);
+  complete(kernels.lstm_forward, next.lstm_forward);
+  complete(kernels.lstm_backward, next.lstm_backward);
+  return kernels;
+}
+
 Choice choose() {
   int count;
   const Built* list = built(&count);
   const char* wanted = getenv("TWINFUSE_ISA");
-  const Kernels* best = nullptr;
-  for (int i = 0; i < count; i++) {
+  int best = count;
+  for (int i = count - 1; i >= 0; i--) {
     if (!list[i].runs_here) continue;
-    if (!best) best = list[i].kernels;
-    if (wanted && std::string(wanted) == list[i].kernels->isa) return {list[i].kernels, ""};
+    best = i;
+    if (wanted && std::string(wanted) == list[i].kernels->isa) return {table(list, i), ""};
   }
   std::string note;
   if (wanted && *wanted)
     note = "TWINFUSE_ISA=" + std::string(wanted) +
-           " is not available here (built: " + twinfuse_built_isas() + "); using " + best->isa;
-  return {best, note};
+           " is not available here (built: " + twinfuse_built_isas() + "); using " +
+           list[best].kernels->isa;
+  return {table(list, best), note};
 }
 
 const Choice& choice() {
@@ -90,11 +135,11 @@ const Choice& choice() {
 
 }  // namespace
 
-const Kernels& active_kernels() { return *choice().kernels; }
+const Kernels& active_kernels() { return choice().kernels; }
 
 }  // namespace twinfuse::cpu
 
-extern "C" const char* twinfuse_isa(void) { return twinfuse::cpu::choice().kernels->isa; }
+extern "C" const char* twinfuse_isa(void) { return twinfuse::cpu::choice().kernels.isa; }
 
 extern "C" const char* twinfuse_isa_note(void) { return twinfuse::cpu::choice().note.c_str(); }
 

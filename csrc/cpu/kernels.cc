@@ -8,21 +8,21 @@
 #define TWINFUSE_STRING_OF(x) #x
 #define TWINFUSE_STRING(x) TWINFUSE_STRING_OF(x)
 
+// Sets with instructions for bfloat16 alone leave the other types to the next set.
+#if defined(__AVX512BF16__)
+#define TWINFUSE_KERNELS(op) {nullptr, nullptr, op<Bf16>, nullptr}
+#else
+#define TWINFUSE_KERNELS(op) {op<float>, op<double>, op<Bf16>, op<F16>}
+#endif
+
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    TWINFUSE_STRING(TWINFUSE_ISA),
-    {linear_relu_forward<float>, linear_relu_forward<double>, linear_relu_forward<Bf16>,
-     linear_relu_forward<F16>},
-    {linear_relu_backward<float>, linear_relu_backward<double>, linear_relu_backward<Bf16>,
-     linear_relu_backward<F16>},
-    {conv_relu_forward<float>, conv_relu_forward<double>, conv_relu_forward<Bf16>,
-     conv_relu_forward<F16>},
-    {conv_relu_backward<float>, conv_relu_backward<double>, conv_relu_backward<Bf16>,
-     conv_relu_backward<F16>},
-    {lstm_forward<float>, lstm_forward<double>, lstm_forward<Bf16>, lstm_forward<F16>},
-    {lstm_backward<float>, lstm_backward<double>, lstm_backward<Bf16>, lstm_backward<F16>},
+    TWINFUSE_STRING(TWINFUSE_ISA),          TWINFUSE_KERNELS(linear_relu_forward),
+    TWINFUSE_KERNELS(linear_relu_backward), TWINFUSE_KERNELS(conv_relu_forward),
+    TWINFUSE_KERNELS(conv_relu_backward),   TWINFUSE_KERNELS(lstm_forward),
+    TWINFUSE_KERNELS(lstm_backward),
 };
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -6,7 +6,8 @@
 namespace twinfuse::cpu {
 
 // Indexed by TwinfuseDtype. Matrices that are written have unit stride along one of their
-// dimensions; images and `grad_bias` may have any strides.
+// dimensions; images and `grad_bias` may have any strides. Those that a set has not are those of
+// the next one (isa.cc).
 struct Kernels {
   const char* isa;
   TwinfuseStatus (*linear_relu_forward[TWINFUSE_DTYPE_COUNT])(const LinearReluForward&,

@@ -3,50 +3,26 @@
 
 #include <type_traits>
 
+#include "cpu/amx_microkernel.h"
 #include "cpu/engine.h"
+#include "cpu/operands.h"
 
 namespace twinfuse::cpu::TWINFUSE_ISA {
 
 // Tile shapes: as many accumulators as the registers hold beside the operands. Four vectors wide
 // where there are few rows, so that enough sums are in flight to hide the latency of one.
 constexpr int kMaxVectors = 4;
+#if defined(TWINFUSE_AMX)
+constexpr int kMaxRows = 2 * kTileRows;
+constexpr int max_rows(int vectors) { return vectors < 4 ? kMaxRows : kTileRows; }
+#else
 constexpr int kMaxRows = kRegisters == 32 ? 14 : 6;
+constexpr int max_rows(int vectors) { return vectors < 4 ? kMaxRows : kRegisters == 32 ? 6 : 2; }
+#endif
 // Vectors of the narrowest panel that holds `columns` columns, or of the widest.
 constexpr int vectors_for(int64_t columns, int64_t width) {
   return columns <= width ? 1 : columns <= 2 * width ? 2 : kMaxVectors;
 }
-constexpr int max_rows(int vectors) { return vectors < 4 ? kMaxRows : kRegisters == 32 ? 6 : 2; }
-
-// Operands as packed or as they lie in memory; byte strides. A unit is Engine::Unit.
-struct Operands {
-  int64_t steps, run;
-  const char *a, *b;
-  int64_t a_row, a_step, b_step;
-  const int32_t* offsets;       // of each step of the operand that is read from a slab
-  bool continued = false;       // `sums` holds those of the steps before
-  const char* ahead = nullptr;  // a cache line for each step that will be needed soon
-
-  // So many steps from step `first` on, where `a` is read from a slab.
-  Operands part(int64_t first, int64_t count) const {
-    Operands in = *this;
-    in.steps = count;
-    in.b += first * b_step, in.offsets += first;
-    return in;
-  }
-};
-
-// Which operand is read from a slab: its steps have offsets instead of a stride.
-enum class InSlab { kNone, kA, kB };
-
-// Where finished sums go at once, in the type that they were summed in.
-template <class Acc>
-struct Direct {
-  Acc* out;
-  int64_t out_row;
-  const Acc* bias;  // one per row, or whole vectors of columns
-  bool bias_of_rows;
-  int cols;
-};
 
 // The last run of a tile, added to the runs before and finished.
 template <class E, int kRows, int kVectors, class Epilogue>
@@ -224,5 +200,24 @@ StreamingMicrokernel<E> streaming_microkernel_for(int rows) {
     return rows == kRows ? streaming_microkernel<E, kRows>
                          : streaming_microkernel_for<E, kRows - 1>(rows);
 }
+
+#if defined(TWINFUSE_AMX)
+// Nothing that is read in pairs has its columns in a slab.
+template <>
+inline Microkernel<TileBf16> microkernel_for<TileBf16>(InSlab slab, int rows, int vectors) {
+  return slab == InSlab::kA ? amx_microkernel_for<InSlab::kA>(rows, vectors)
+                            : amx_microkernel_for<InSlab::kNone>(rows, vectors);
+}
+
+template <>
+inline Microkernel<TileBf16> prefetching_microkernel_for<TileBf16, kMaxVectors>(int rows) {
+  return amx_microkernel_for<InSlab::kNone, true>(rows, kMaxVectors);
+}
+
+template <>
+inline StreamingMicrokernel<TileBf16> streaming_microkernel_for<TileBf16>(int) {
+  return amx_streaming_microkernel;
+}
+#endif
 
 }  // namespace twinfuse::cpu::TWINFUSE_ISA

@@ -200,6 +200,29 @@ void pack_transposed(const Source<T>& s, int64_t r0, int64_t depth, int64_t row,
   }
 }
 
+// out[row][step] for `n` rows from `inner` on, where the source's outer dimension is the reduced
+// one. Writes whole vectors of steps, and whole vectors of rows.
+template <class T>
+void pack_turned(const Source<T>& s, int64_t r0, int64_t depth, int64_t inner, int64_t n,
+                 typename Engine<T>::Packed* out, int64_t stride) {
+  using E = Engine<T>;
+  using Unit = typename E::Unit;
+  constexpr int64_t kSteps = E::S::kWidth, kRows = 128;
+  alignas(64) Unit units[kSteps][kRows];
+  for (int64_t i = 0; i < n; i += kRows) {
+    const int64_t rows = min64(kRows, n - i), width = round_up(rows, E::S::kWidth);
+    Lines<T> lines(s, r0);
+    for (int64_t k = 0; k < depth; k += kSteps * E::kGroup) {
+      const int64_t count = min64(depth - k, kSteps * E::kGroup);
+      pack_steps(lines, count, inner + i, rows, width, units[0], kRows);
+      for (int64_t step = steps_of<T>(count); step < kSteps; step++)
+        memset(units[step], 0, width * sizeof(Unit));
+      transpose_rows<T>(reinterpret_cast<const char*>(units), sizeof(units[0]), width,
+                        reinterpret_cast<Unit*>(out + i * stride + k), stride / E::kGroup);
+    }
+  }
+}
+
 template <class T>
 int64_t transpose_scratch(int64_t depth) {
   return Engine<T>::S::kWidth * (min64(depth, Engine<T>::kBlock) + 16);

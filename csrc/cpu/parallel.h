@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "cpu/amx.h"
 #include "twinfuse/core.h"
 
 #if defined(__x86_64__)
@@ -58,6 +59,7 @@ template <class Body>
 void parallel_for(const TwinfuseContext& context, int64_t count, const Body& body) {
   TwinfuseTask task = [](void* argument, int64_t index) {
     DefaultFloatMode mode;
+    TileScope tiles;
     (*static_cast<const Body*>(argument))(index);
   };
   void* argument = const_cast<void*>(static_cast<const void*>(&body));

@@ -108,8 +108,9 @@ class Resident {
       in.steps = min64(steps() - done, kBlockSteps);
       const char* ahead = in.b + in.steps * in.b_step;
       for (int64_t t = 0; t < tiles; t++) {
-        const Range part = part_of(n, 1, tiles, t);
+        const Range part = part_of(n, E::kRowUnit, tiles, t);
         const int height = static_cast<int>(part.end - part.begin);
+        in.rows = height;
         in.a = a + part.begin * row;
         in.ahead = ahead + t * in.steps * kLine;
         const auto kernel = prefetches && vectors == kMaxVectors

@@ -157,9 +157,10 @@ struct Scratch {
     } else if (g.a_slab || g.b_slab) {
       slab_size = SlabReader<T>::block_bytes(g.a_slab ? *g.a_slab : *g.b_slab, images) / kPacked;
     }
-    // Summing packed rows reads whole vectors of them.
-    const bool sums_rows = g.a_sums && g.a_rows_outer;
-    const int64_t height = round_up(min64(all_rows, row_block), sums_rows ? E::S::kWidth : 1);
+    // Summing packed rows reads whole vectors of them, and turning them writes these.
+    const bool in_rows = g.a_rows_outer || E::kRowUnit > 1, sums_rows = g.a_sums && in_rows;
+    const bool whole = sums_rows || (in_rows && !g.a_rows_outer);
+    const int64_t height = round_up(min64(all_rows, row_block), whole ? E::S::kWidth : 1);
     const int64_t width = min64(min64(g.cols, all_cols), column_block);
     const int64_t packed_rows = max64(height * row_stride(depth) * kPacked,
                                       steps_of<T>(depth) * step_stride(height) * kUnit);
