@@ -14,6 +14,11 @@
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define LIMITS_WITH_TILES
+#endif
 
 namespace {
 
@@ -72,6 +77,46 @@ double DotBfloat16() {
   for (int j = 1; j < kChains; ++j) total = _mm512_add_ps(total, chains[j]);
   sink = total[0];
   return 2.0 * kSteps * kChains * 32;
+}
+#endif
+
+#if defined(LIMITS_WITH_TILES)
+// The system lends tile registers to those only who ask.
+bool HasTiles() {
+  constexpr long kRequest = 0x1023, kTileData = 18;
+  static const bool lent = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return lent;
+}
+
+double TileBfloat16() {
+  constexpr int kSteps = 20000, kRows = 16, kRowBytes = 64;
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } shape;
+  for (int i = 0; i < 8; ++i) shape.row_bytes[i] = kRowBytes, shape.rows[i] = kRows;
+  _tile_loadconfig(&shape);
+  alignas(64) uint16_t numbers[kRows * kRowBytes / 2];
+  const uint16_t half = source == 0.5F ? 0x3f00 : 0x3f80;
+  for (int i = 0; i < kRows * kRowBytes / 2; ++i) numbers[i] = half + i % 64;
+  __asm__ volatile("" ::"m"(numbers));
+  _tile_loadd(4, numbers, kRowBytes);
+  _tile_loadd(5, numbers, kRowBytes);
+  _tile_loadd(6, numbers, kRowBytes);
+  _tile_loadd(7, numbers, kRowBytes);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int i = 0; i < kSteps; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_release();
+  return 2.0 * kSteps * 4 * kRows * kRows * (kRowBytes / 2);
 }
 #endif
 
@@ -155,6 +200,9 @@ double limits_multiply_add(int arithmetic, int threads, double seconds) {
       return Rate(threads, seconds, [] { return MultiplyAdd<double>; });
 #if defined(__AVX512BF16__)
     case kBfloat16:
+#if defined(LIMITS_WITH_TILES)
+      if (HasTiles()) return Rate(threads, seconds, [] { return TileBfloat16; });
+#endif
       return Rate(threads, seconds, [] { return DotBfloat16; });
 #endif
     default:

@@ -23,7 +23,7 @@ struct MultiplyAdd {
   static constexpr int kGroup = 1;
   static constexpr int64_t kBlock = 4096 / sizeof(A);
   static constexpr int64_t kRun = 32;  // at least: see run_of
-  static constexpr int kRowUnit = 1;   // rows of a tile come in whole units
+  static constexpr int kRowUnit = 1;   // tiles of rows are best made of whole units
   static V broadcast(const char* p) { return S::set(*reinterpret_cast<const Unit*>(p)); }
   static V load(const char* p) { return S::load(reinterpret_cast<const Unit*>(p)); }
   static V multiply_add(V a, V b, V c) { return S::fma(a, b, c); }

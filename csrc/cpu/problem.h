@@ -52,7 +52,8 @@ struct Gemm {
   // Panels end with the rows of an image: columns of the slab behind them are skipped.
   bool row_panels;
   // Chunks are made of whole units.
-  int64_t row_unit = 1, col_unit = 2 * Engine<T>::S::kWidth;
+  int64_t row_unit = Engine<T>::kRowUnit == 1 ? 1 : 2 * Engine<T>::kRowUnit;
+  int64_t col_unit = 2 * Engine<T>::S::kWidth;
 
   int64_t problems() const { return batch[0].count * batch[1].count; }
   bool empty() const { return rows == 0 || cols == 0 || problems() == 0; }

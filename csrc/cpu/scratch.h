@@ -100,8 +100,10 @@ template <class T>
 bool reads_rows_in_place(const Gemm<T>& g, int64_t rows, int64_t depth, bool summed) {
   using E = Engine<T>;
   if (g.a_slab || !g.a_rows_outer || !g.a.plain() || summed) return false;
-  // Rows a large power of two apart share cache sets: a tile of them would not stay cached.
-  const bool shares_sets = g.a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
+  // Rows a large power of two apart share cache sets: a tile of them would not stay cached, but for
+  // those that are read whole lines at a time.
+  const bool shares_sets =
+      E::kRowUnit == 1 && g.a.outer * static_cast<int64_t>(sizeof(T)) % 2048 == 0;
   return sizeof(typename E::Packed) == sizeof(T) && depth % E::kGroup == 0 &&
          (!shares_sets || rows <= max_rows(4));
 }
@@ -131,7 +133,8 @@ struct Scratch {
 
   Scratch(const Gemm<T>& g, const Grid& grid, int64_t images) {
     constexpr int64_t kUnit = sizeof(typename E::Unit), kPacked = sizeof(typename E::Packed);
-    const int64_t all_rows = ceil_div(ceil_div(g.rows, g.row_unit), grid.row_chunks) * g.row_unit;
+    const int64_t units = ceil_div(ceil_div(g.rows, g.row_unit), grid.row_chunks);
+    const int64_t all_rows = min64(g.rows, units * g.row_unit);
     const int64_t all_cols = ceil_div(ceil_div(g.cols, g.col_unit), grid.col_chunks) * g.col_unit;
     block = depth_block(g, min64(g.cols, all_cols), images);
     const int64_t depth = min64(round_up(max64(g.depth, 1), E::kGroup), block);

@@ -25,8 +25,8 @@
 // the depth: one multiply-add after another within a stretch (fused, except in the portable
 // kernels), then the stretches in order. Sums over rows are cut into up to 16 pieces by the shapes
 // alone, and the gradient of a bias is summed on one level more. Denormals are kept, whatever the
-// calling thread's mode, with one exception: the bfloat16 dot instruction ("avx512_bf16") takes
-// denormal operands and sums as zero.
+// calling thread's mode, with one exception: the bfloat16 dot instructions ("avx512_bf16",
+// "amx_bf16") take denormal operands and sums as zero.
 #pragma once
 
 #include "twinfuse/core.h"
