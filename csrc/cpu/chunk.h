@@ -274,6 +274,13 @@ class Chunk {
       pack_row_space([&](Packed* packed, int64_t stride) {
         pack_turned(a, r_, depth_, i_, rows_, packed, stride);
       });
+    } else if (reads_rows_in_place(g_, rows_, depth_, sum_a_)) {
+      const T* rows = a.data + r_ * a.outer + i_;
+      a_ = reinterpret_cast<const char*>(rows);
+      in_.a_row = sizeof(T), in_.a_step = a.outer * static_cast<int64_t>(sizeof(T));
+      if (sum_a_)
+        add_sums<T>(reinterpret_cast<const Unit*>(rows), a.outer, in_.steps, rows_, tile_.first,
+                    g_.a_sums + i_);
     } else {
       const int64_t stride = Scratch<T>::step_stride(rows_);
       Unit* packed = reinterpret_cast<Unit*>(row_space_);
@@ -338,8 +345,12 @@ class Chunk {
 
   void prepare_panel(int64_t j, int64_t cols, int64_t width, bool direct) {
     if (direct && cols == width) {
-      in_.b = reinterpret_cast<const char*>(g_.b.data + r_ * g_.b.outer + j_ + j);
+      const T* lines = g_.b.data + r_ * g_.b.outer + j_ + j;
+      in_.b = reinterpret_cast<const char*>(lines);
       in_.b_step = g_.b.outer * static_cast<int64_t>(sizeof(T));
+      if (sum_b_)
+        add_sums<T>(reinterpret_cast<const Unit*>(lines), g_.b.outer, in_.steps, cols, tile_.first,
+                    g_.b_sums + j_ + j);
       return;
     }
     // A panel that no other rows will use may as well stay where the one before it was.

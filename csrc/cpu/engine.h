@@ -27,8 +27,9 @@ struct MultiplyAdd {
   static V broadcast(const char* p) { return S::set(*reinterpret_cast<const Unit*>(p)); }
   static V load(const char* p) { return S::load(reinterpret_cast<const Unit*>(p)); }
   static V multiply_add(V a, V b, V c) { return S::fma(a, b, c); }
-  // acc + the elements of one vector of units, in order.
+  // acc + the elements of one vector of units, in order; of the first `n` of them.
   static V accumulate(V acc, const Unit* p) { return S::add(acc, S::load(p)); }
+  static V accumulate(V acc, const Unit* p, int n) { return S::add(acc, S::load(p, n)); }
 };
 
 // The engine of a storage type, and the type its packed elements have.
@@ -64,6 +65,8 @@ struct DotBf16 {
     return S::add(acc, _mm512_castsi512_ps(
                            _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000)))));
   }
+  // Pairs are packed always, in whole vectors.
+  static V accumulate(V acc, const Unit* p, int) { return accumulate(acc, p); }
 };
 
 #if defined(TWINFUSE_AMX)

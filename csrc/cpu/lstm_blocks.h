@@ -21,11 +21,13 @@ class Blocks {
   static constexpr bool kWaits = sizeof(T) != sizeof(Acc);
 
   explicit Blocks(const LstmBackward& op) : op_(op) {
-    // Deep enough for products to be fast, and few enough for the caches to hold them.
-    constexpr int64_t kRows = 1024;
+    // Deep enough for products to be fast, and few enough for the caches to hold them; where
+    // weights are small, no more than a few times as many as they have.
+    constexpr int64_t kFewest = 128, kMost = 1024;
+    const int64_t depth = op.inputs + op.state, rows = max64(kFewest, min64(kMost, 2 * depth));
     // As many rows of gradients take as much as the sums of the weights that wait between blocks.
-    const int64_t waiting = kWaits ? (op.inputs + op.state) * sizeof(Acc) / sizeof(T) : 0;
-    if (op.rows > kRows + waiting) count_ = min64(ceil_div(op.rows, kRows), op.steps);
+    const int64_t waiting = kWaits ? depth * sizeof(Acc) / sizeof(T) : 0;
+    if (op.rows > rows + waiting) count_ = min64(ceil_div(op.rows, rows), op.steps);
   }
 
   bool single() const { return count_ == 1; }

@@ -95,11 +95,18 @@ int64_t depth_block(const Gemm<T>& g, int64_t chunk_cols, int64_t images) {
   return g.a_rows_outer ? E::kBlock : kLeastBlock<T>;
 }
 
+// Steps that lie no further apart than this, their elements side by side, are read from as many
+// lines as if they were packed. Further apart they would share cache sets.
+template <class T>
+constexpr int64_t kClose = 1024 / static_cast<int64_t>(sizeof(T));
+
 // Whether a block of rows is multiplied where it lies.
 template <class T>
 bool reads_rows_in_place(const Gemm<T>& g, int64_t rows, int64_t depth, bool summed) {
   using E = Engine<T>;
-  if (g.a_slab || !g.a_rows_outer || !g.a.plain() || summed) return false;
+  if (g.a_slab || !g.a.plain()) return false;
+  if (!g.a_rows_outer) return kUnitsAsStored<T> && g.a.outer <= kClose<T>;
+  if (summed) return false;
   // Rows a large power of two apart share cache sets: a tile of them would not stay cached, but for
   // those that are read whole lines at a time.
   const bool shares_sets =
@@ -109,16 +116,17 @@ bool reads_rows_in_place(const Gemm<T>& g, int64_t rows, int64_t depth, bool sum
 }
 
 // Whether the only block of rows reads whole panels of columns where they lie: those that it uses
-// once, or so few times that the caches still hold them. What holds for a block holds for smaller
-// ones.
+// once, or so few times that the caches still hold them, or that lie as close as if they were
+// packed. What holds for a block holds for smaller ones.
 template <class T>
 bool reads_columns_in_place(const Gemm<T>& g, int64_t rows, int64_t depth) {
   using E = Engine<T>;
   constexpr int64_t kCached = (512 << 10) / static_cast<int64_t>(sizeof(T));
-  if (g.b_slab || g.b_cols_outer || g.b_sums || !g.b.plain()) return false;
+  if (g.b_slab || g.b_cols_outer || !g.b.plain()) return false;
   const int64_t most_tiles = g.b.outer <= kCached / max64(depth, 1) ? 3 : 1;
+  const bool close = g.b.outer <= kClose<T>;
   return E::kGroup == 1 && sizeof(typename E::Packed) == sizeof(T) &&
-         ceil_div(rows, max_rows(2)) <= most_tiles;
+         (close || ceil_div(rows, max_rows(2)) <= most_tiles);
 }
 
 // In bytes; every part starts on a cache line.
@@ -169,11 +177,14 @@ struct Scratch {
                                       steps_of<T>(depth) * step_stride(height) * kUnit);
     const bool packs_rows = !g.a_slab && !reads_rows_in_place(g, height, g.depth, g.a_sums);
     columns = rows + aligned(packs_rows ? packed_rows : 0);
-    // Of columns that no second block of rows uses, there is a panel at a time, or part of one.
-    const bool once = all_rows <= row_block && !g.a_slab &&
-                      (g.b_cols_outer || reads_columns_in_place(g, all_rows, depth));
+    // Of columns that no second block of rows uses, there is a panel at a time, or part of one: of
+    // those that are read in place, the last one if it is not whole.
+    const bool one_block = all_rows <= row_block && !g.a_slab;
+    const bool in_place = one_block && reads_columns_in_place(g, all_rows, depth);
+    const bool once = in_place || (one_block && g.b_cols_outer);
+    const bool whole_panels = in_place && g.cols % (2 * E::S::kWidth) == 0;
     const int64_t kept_width =
-        panels_width(once ? min64(width, kMaxVectors * E::S::kWidth) : width);
+        whole_panels ? 0 : panels_width(once ? min64(width, kMaxVectors * E::S::kWidth) : width);
     // Transposing writes up to three steps past the last.
     slab = columns + aligned(g.b_slab ? 0 : (steps_of<T>(depth) + 3) * kept_width * kUnit);
     // Vectors are read past the last window.

@@ -58,18 +58,20 @@ struct SplitSum {
   }
 };
 
-// sums[i] (+)= the sum of packed[step][i] over the steps, for `n` elements.
+// sums[i] (+)= the sum of units[step][i] over the steps, for `n` elements.
 template <class T>
-void add_sums(const typename Engine<T>::Unit* packed, int64_t stride, int64_t steps, int64_t n,
+void add_sums(const typename Engine<T>::Unit* units, int64_t stride, int64_t steps, int64_t n,
               bool first, typename Engine<T>::Acc* sums) {
-  using S = typename Engine<T>::S;
+  using E = Engine<T>;
+  using S = typename E::S;
   for (int64_t i = 0; i < n; i += S::kWidth) {
     const int count = static_cast<int>(min64(n - i, S::kWidth));
     LevelSum<T> sum(first ? S::zero() : S::load(sums + i, count));
     for (int64_t k = 0; k < steps;) {
       typename S::V run = S::zero();
       for (const int64_t end = min64(steps, k + kSummedRun); k < end; k++)
-        run = Engine<T>::accumulate(run, packed + k * stride + i);
+        run = count == S::kWidth ? E::accumulate(run, units + k * stride + i)
+                                 : E::accumulate(run, units + k * stride + i, count);
       sum.add(run);
     }
     S::store(sums + i, sum.value(), count);
