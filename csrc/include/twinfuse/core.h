@@ -102,8 +102,8 @@ TWINFUSE_API const char* twinfuse_version(void);
 TWINFUSE_API const char* twinfuse_last_error(void);
 
 // The CPU instruction set whose kernels run here: "amx_bf16", "avx512_bf16", "avx512", "avx2" or
-// "portable". The best one the processor has, or the one forced by TWINFUSE_ISA when it is first asked for; a
-// forced one that the processor or the build lacks falls back to the best, and
+// "portable". The best one the processor has, or the one forced by TWINFUSE_ISA when it is first
+// asked for; a forced one that the processor or the build lacks falls back to the best, and
 // `twinfuse_isa_note()` says so (it is empty otherwise).
 TWINFUSE_API const char* twinfuse_isa(void);
 TWINFUSE_API const char* twinfuse_isa_note(void);
