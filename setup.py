@@ -29,14 +29,15 @@ CORE = "twinfuse/_lib/libtwinfuse.so"
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 _AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
-# The kernels are compiled once for each of these and chosen between at run time.
+# The kernels are compiled once for each of these and chosen between at run time. What they hold is
+# told by macros, as a user's own flags may give every set all instructions.
 ISAS = {"portable": ""}
 if X86:
     ISAS |= {
         "avx2": "-mavx2 -mfma -mf16c",
         "avx512": _AVX512,
-        "avx512_bf16": f"{_AVX512} -mavx512bf16",
-        "amx_bf16": f"{_AVX512} -mavx512bf16 -DTWINFUSE_AMX",
+        "avx512_bf16": f"{_AVX512} -mavx512bf16 -DTWINFUSE_DOT_BF16",
+        "amx_bf16": f"{_AVX512} -mavx512bf16 -DTWINFUSE_DOT_BF16 -DTWINFUSE_AMX",
     }
 KERNELS = "csrc/cpu/kernels.cc"
 # Sources of others, in C that is C++, too. Their warnings are not ours to mend.

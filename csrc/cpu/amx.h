@@ -30,7 +30,8 @@ void amx_multiply() {
 }
 
 // While one lives, all eight tiles of this thread are whole ones. Others may have configured them
-// before, and must not meet what is left of ours.
+// before, and must not meet what is left of ours. A task that waits for others multiplies nothing
+// after them: one of these may have run on its thread, and ended this.
 class TileScope {
  public:
   TileScope() {

@@ -77,6 +77,7 @@ void amx_microkernel(const Operands& in, float* sums, const Direct<float>*) {
     bool in_line = true;
     const char* rows = a;
     if constexpr (kSlab == InSlab::kA) {
+      // Between stretches all offsets jump the same way, so that the ends tell.
       in_line = offsets[steps - 1] - offsets[0] == (steps - 1) * in.a_step;
       if (in_line) rows += offsets[0];
     }

@@ -240,15 +240,12 @@ class Chunk {
     if (done) streaming_microkernel_for<Arithmetic>(tile_.rows)(in, b_row, sums);
     if (done && r == depth_) return;
     pack_transposed(g_.b, r_ + r, depth_ - r, j_ + j, kWidth, kWidth, columns_, kWidth, transpose_);
-    alignas(64) Acc run[kStreamingRows * kWidth];
     in.a += done * in.a_step;
     in.b = reinterpret_cast<const char*>(columns_);
     in.b_step = kWidth * sizeof(Unit);
     in.steps = in_.steps - done;
-    in.continued = in.continued && !done;
-    microkernel_for<Arithmetic>(InSlab::kNone, tile_.rows, 1)(in, done ? run : sums, nullptr);
-    for (int i = 0; done && i < tile_.rows * kWidth; i += kWidth)
-      E::S::store(sums + i, E::S::add(E::S::load(sums + i), E::S::load(run + i)));
+    in.continued = in.continued || done;
+    microkernel_for<Arithmetic>(InSlab::kNone, tile_.rows, 1)(in, sums, nullptr);
   }
 
   // Points `a_` at this block's rows: where they lie if they can be read as they are, else packed.
@@ -275,7 +272,7 @@ class Chunk {
         pack_turned(a, r_, depth_, i_, rows_, packed, stride);
       });
     } else if (reads_rows_in_place(g_, rows_, depth_, sum_a_)) {
-      const T* rows = a.data + r_ * a.outer + i_;
+      const T* rows = depth_ ? a.data + r_ * a.outer + i_ : a.data;
       a_ = reinterpret_cast<const char*>(rows);
       in_.a_row = sizeof(T), in_.a_step = a.outer * static_cast<int64_t>(sizeof(T));
       if (sum_a_)
@@ -345,7 +342,7 @@ class Chunk {
 
   void prepare_panel(int64_t j, int64_t cols, int64_t width, bool direct) {
     if (direct && cols == width) {
-      const T* lines = g_.b.data + r_ * g_.b.outer + j_ + j;
+      const T* lines = depth_ ? g_.b.data + r_ * g_.b.outer + j_ + j : g_.b.data;
       in_.b = reinterpret_cast<const char*>(lines);
       in_.b_step = g_.b.outer * static_cast<int64_t>(sizeof(T));
       if (sum_b_)

@@ -6,7 +6,7 @@
 #include "cpu/tile_product.h"
 #include "cpu/weight_gradient.h"
 
-#if defined(__AVX512BF16__)
+#if defined(TWINFUSE_DOT_BF16)
 namespace twinfuse::cpu::avx512 {
 extern const Kernels kernels;
 }
@@ -44,7 +44,7 @@ TwinfuseStatus conv_relu_forward(const ConvReluForward& op, const TwinfuseContex
   const auto run_in_scratch = [&](int64_t bytes, const auto& run) {
     status = with_scratch(context, bytes, run);
   };
-#if defined(__AVX512BF16__)
+#if defined(TWINFUSE_DOT_BF16)
   if constexpr (Engine<T>::kGroup == 2) {
     // Read from a slab as floats, windows take half as long as packed into pairs.
     ConvProblem<T> problem;
@@ -161,7 +161,7 @@ TwinfuseStatus compute_gradients(const ConvReluBackward& op, const TwinfuseConte
   });
 }
 
-#if defined(__AVX512BF16__)
+#if defined(TWINFUSE_DOT_BF16)
 // For the weight's gradient, pairs of pixels have to be packed for every tap: that pays where rows
 // are long, or many channels use each pair, or all is over soon. Bits depend on this: it looks at
 // nothing but shapes and the layout of the output.
@@ -198,7 +198,7 @@ inline ConvReluBackward without_pairs(ConvReluBackward* op) {
 
 template <class T>
 TwinfuseStatus conv_relu_backward(const ConvReluBackward& op, const TwinfuseContext& context) {
-#if defined(__AVX512BF16__)
+#if defined(TWINFUSE_DOT_BF16)
   if constexpr (Engine<T>::kGroup == 2) {
     ConvReluBackward paired = op;
     const ConvReluBackward rest = without_pairs(&paired);

@@ -1,4 +1,5 @@
-// How products are summed: one fused multiply-add per element, or the bfloat16 dot instruction.
+// How products are summed: one fused multiply-add per element, or a bfloat16 dot instruction, on
+// vectors or on tile registers.
 #pragma once
 
 #include <type_traits>
@@ -39,7 +40,7 @@ struct Engine : MultiplyAdd<typename Convert<T>::Acc> {
   using Packed = typename Convert<T>::Acc;
 };
 
-#if defined(__AVX512BF16__)
+#if defined(TWINFUSE_DOT_BF16)
 // The bfloat16 dot instruction: units are pairs.
 struct DotBf16 {
   using Acc = float;
@@ -65,7 +66,7 @@ struct DotBf16 {
     return S::add(acc, _mm512_castsi512_ps(
                            _mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000)))));
   }
-  // Pairs are packed always, in whole vectors.
+  // Pairs are always packed in whole vectors, so that nothing has to stop behind the first ones.
   static V accumulate(V acc, const Unit* p, int) { return accumulate(acc, p); }
 };
 

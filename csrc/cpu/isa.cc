@@ -36,7 +36,7 @@ namespace {
 
 struct Built {
   const Kernels* kernels;
-  bool runs_here;
+  bool (*runs_here)();
 };
 
 struct Choice {
@@ -44,12 +44,23 @@ struct Choice {
   std::string note;
 };
 
+bool always() { return true; }
+
+// __builtin_cpu_supports also asks whether the system saves the wide registers.
 #if defined(TWINFUSE_WITH_X86)
-// Not every compiler that builds this knows the name for __builtin_cpu_supports.
-bool has_f16c() {
+bool has_avx2() {
+  // Not every compiler that builds this knows the name of f16c.
   unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // The processor has tiles, and the system lets this process use them. It has to be asked: it saves
 // their eight kilobytes for those only who did.
@@ -58,36 +69,23 @@ bool has_amx_bf16() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of the seventh leaf
   constexpr long kRequest = 0x1023, kTileData = 18;
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
-         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) &&
+         (d & kTile) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
   return false;
 #endif
 }
 #endif
 
-// Best first. __builtin_cpu_supports also asks whether the system saves the wide registers.
-const Built* built(int* count) {
+// Best first.
+constexpr Built kBuilt[] = {
 #if defined(TWINFUSE_WITH_X86)
-  static const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  static const bool has_avx512 =
-      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  static const Built list[] = {
-      {&amx_bf16::kernels, has_bf16 && has_amx_bf16()},
-      {&avx512_bf16::kernels, has_bf16},
-      {&avx512::kernels, has_avx512},
-      {&avx2::kernels, has_avx2},
-      {&portable::kernels, true},
-  };
-#else
-  static const Built list[] = {{&portable::kernels, true}};
+    {&amx_bf16::kernels, has_amx_bf16}, {&avx512_bf16::kernels, has_avx512_bf16},
+    {&avx512::kernels, has_avx512},     {&avx2::kernels, has_avx2},
 #endif
-  *count = sizeof(list) / sizeof(list[0]);
-  return list;
-}
+    {&portable::kernels, always},
+};
+constexpr int kCount = sizeof(kBuilt) / sizeof(kBuilt[0]);
 
 template <class Function>
 void complete(Function* (&of)[TWINFUSE_DTYPE_COUNT],
@@ -96,11 +94,11 @@ void complete(Function* (&of)[TWINFUSE_DTYPE_COUNT],
     if (!of[i]) of[i] = next[i];
 }
 
-// The table of list[index], whole.
-Kernels table(const Built* list, int index) {
-  Kernels kernels = *list[index].kernels;
-  if (kernels.linear_relu_forward[TWINFUSE_FLOAT32]) return kernels;
-  const Kernels next = table(list, index + 1);
+// The table of kBuilt[index], whole. The last one lacks nothing.
+Kernels table(int index) {
+  Kernels kernels = *kBuilt[index].kernels;
+  if (index == kCount - 1 || kernels.linear_relu_forward[TWINFUSE_FLOAT32]) return kernels;
+  const Kernels next = table(index + 1);
   complete(kernels.linear_relu_forward, next.linear_relu_forward);
   complete(kernels.linear_relu_backward, next.linear_relu_backward);
   complete(kernels.conv_relu_forward, next.conv_relu_forward);
@@ -111,21 +109,18 @@ Kernels table(const Built* list, int index) {
 }
 
 Choice choose() {
-  int count;
-  const Built* list = built(&count);
   const char* wanted = getenv("TWINFUSE_ISA");
-  int best = count;
-  for (int i = count - 1; i >= 0; i--) {
-    if (!list[i].runs_here) continue;
-    best = i;
-    if (wanted && std::string(wanted) == list[i].kernels->isa) return {table(list, i), ""};
-  }
+  for (int i = 0; wanted && i < kCount; i++)
+    if (std::string(wanted) == kBuilt[i].kernels->isa && kBuilt[i].runs_here())
+      return {table(i), ""};
+  int best = 0;
+  while (!kBuilt[best].runs_here()) best++;
   std::string note;
   if (wanted && *wanted)
     note = "TWINFUSE_ISA=" + std::string(wanted) +
            " is not available here (built: " + twinfuse_built_isas() + "); using " +
-           list[best].kernels->isa;
-  return {table(list, best), note};
+           kBuilt[best].kernels->isa;
+  return {table(best), note};
 }
 
 const Choice& choice() {
@@ -145,10 +140,9 @@ extern "C" const char* twinfuse_isa_note(void) { return twinfuse::cpu::choice().
 
 extern "C" const char* twinfuse_built_isas(void) {
   static const std::string text = [] {
-    int count;
-    const twinfuse::cpu::Built* list = twinfuse::cpu::built(&count);
     std::string s;
-    for (int i = 0; i < count; i++) s += (i ? "," : "") + std::string(list[i].kernels->isa);
+    for (const twinfuse::cpu::Built& set : twinfuse::cpu::kBuilt)
+      s += (s.empty() ? "" : ",") + std::string(set.kernels->isa);
     return s;
   }();
   return text.c_str();

@@ -9,7 +9,7 @@
 #define TWINFUSE_STRING(x) TWINFUSE_STRING_OF(x)
 
 // Sets with instructions for bfloat16 alone leave the other types to the next set.
-#if defined(__AVX512BF16__)
+#if defined(TWINFUSE_DOT_BF16)
 #define TWINFUSE_KERNELS(op) {nullptr, nullptr, op<Bf16>, nullptr}
 #else
 #define TWINFUSE_KERNELS(op) {op<float>, op<double>, op<Bf16>, op<F16>}

@@ -107,9 +107,11 @@ class WeightRows {
                                            part.begin * weights.row_stride);
       const int height = static_cast<int>(part.end - part.begin);
       auto kernel = microkernel_for<Arithmetic>(InSlab::kNone, height, vectors);
-      if (next && vectors == kMostVectors) {
-        in.ahead = reinterpret_cast<const char*>(next) + part.begin * in.a_row;
-        kernel = prefetching_microkernel_for<Arithmetic, kMostVectors>(height);
+      if constexpr (E::kGroup == 1) {  // what is served
+        if (next && vectors == kMostVectors) {
+          in.ahead = reinterpret_cast<const char*>(next) + part.begin * in.a_row;
+          kernel = prefetching_microkernel_for<Arithmetic, kMostVectors>(height);
+        }
       }
       kernel(in, tile + part.begin * vectors * kWidth, nullptr);
     }

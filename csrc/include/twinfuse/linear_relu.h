@@ -23,7 +23,8 @@
 // On a CPU, bits depend on the instruction set and the dtype alone: not on strides, alignment or
 // threads. Each sum runs in stretches along its reduced dimension, of a length that follows from
 // the depth: one multiply-add after another within a stretch (fused, except in the portable
-// kernels), then the stretches in order. Sums over rows are cut into up to 16 pieces by the shapes
+// kernels), then the stretches in order; with "amx_bf16", stretches are 32 products long, and even
+// and odd ones are summed apart. Sums over rows are cut into up to 16 pieces by the shapes
 // alone, and the gradient of a bias is summed on one level more. Denormals are kept, whatever the
 // calling thread's mode, with one exception: the bfloat16 dot instructions ("avx512_bf16",
 // "amx_bf16") take denormal operands and sums as zero.

@@ -42,13 +42,12 @@
 // On a CPU, bits depend on the instruction set and the dtype alone: not on strides, layout,
 // packing, alignment or threads. Every sum runs over x and then over h (with a norm, they are two),
 // in runs as linear_relu.h says. Gradients of weights, biases, peepholes and the norm are sums over
-// blocks of steps, each of about 1024 rows, or where weights are small, of 2(I + R) and at least
-// 128, by the shape and the dtype alone, from the block that was taken last to the first; within a
-// block over its steps in the order of the tensors, and over the sequences of each, whatever the
-// order of what is saved. A single block is summed as
-// linear_relu.h says, several one after another, without pieces. Factors of a dropout times x or h
-// are rounded to the dtype, and so is what is saved of sums: in float16 those of a norm that leave
-// its range have no finite gradients.
+// blocks of steps, each of about min(1024, max(128, 2(I + R))) rows by the shape and the dtype
+// alone, from the block that was taken last to the first; within a block over its steps in the
+// order of the tensors, and over the sequences of each, whatever the order of what is saved. A
+// single block is summed as linear_relu.h says, several one after another, without pieces. Factors
+// of a dropout times x or h are rounded to the dtype, and so is what is saved of sums: in float16
+// those of a norm that leave its range have no finite gradients.
 //
 // A GPU takes float32, bfloat16 and float16, and no hr, peephole, norm or dropout. Rows of `input`
 // and `grad_input` lie there at one distance in the order of what is saved; `mask` is on the
