@@ -182,15 +182,16 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("layer_norm", [False, True])
 def test_recurrent_dropout(layer_norm: bool) -> None:
+    # In float32 two orders of summation may differ by more than is allowed.
     layer = tft.nn.LSTM(4, 50, 2, bidirectional=True, recurrent_dropout=0.2, layer_norm=layer_norm)
-    x = r(7, 40, 4)
+    layer, x = layer.double(), r(7, 40, 4).double()
     with Recorder() as recorder:
         results = flat(layer(x))
     drawn = recorder.seen
     assert len(drawn) == 4 and not torch.equal(drawn[0], drawn[1])
     for factors in drawn:
         assert factors.shape == (4, 40, 50)
-        assert torch.equal(factors.unique(), torch.tensor([0, 1.25]))
+        assert torch.equal(factors.unique(), torch.tensor([0, 1.25]).double())
         for gate in factors:  # independent of one another
             assert abs((gate == 0).double().mean() - 0.2) < 0.03
         assert abs((factors == 0).all(0).double().mean() - 0.2**4) < 0.005
