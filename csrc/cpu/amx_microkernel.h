@@ -3,7 +3,7 @@
 
 #include "cpu/amx.h"
 #include "cpu/operands.h"
-#include "cpu/simd.h"
+#include "cpu/pack.h"
 
 #if defined(TWINFUSE_AMX)
 #include <utility>
@@ -131,14 +131,13 @@ auto amx_microkernel_for(int rows, int vectors) {
 // The same sums with `b` as rows of packed elements, `b_row` bytes apart; see
 // streaming_microkernel.
 inline void amx_streaming_microkernel(const Operands& in, int64_t b_row, float* sums) {
+  static_assert(kPieces * kPieceColumns<float> == kTileSteps, "a line of a row is a run");
   TileSpace columns;
   Operands sixteen = in;
   sixteen.steps = kTileSteps, sixteen.b = columns.bytes, sixteen.b_step = kTileBytes;
   for (int64_t k = 0; k < in.steps; k += kTileSteps) {
-    __m512 right[kTileSteps];
-    transpose<float, kTileSteps / kPieceColumns<float>>(in.b + k * sizeof(float), b_row, right);
-#pragma GCC unroll 16
-    for (int c = 0; c < kTileSteps; c++) _mm512_store_ps(columns.bytes + c * kTileBytes, right[c]);
+    transpose_pieces<float, kPieces>(in.b + k * sizeof(float), b_row,
+                                     reinterpret_cast<float*>(columns.bytes), kTileSteps);
     sixteen.a = in.a + k * in.a_step;
     amx_microkernel<InSlab::kNone, 1, 1, false>(sixteen, sums, nullptr);
     sixteen.continued = true;
